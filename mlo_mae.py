@@ -1,0 +1,1252 @@
+"""MLO-MAE: masked autoencoders whose masks are learned (arXiv 2402.18128), in one script.
+
+A masked autoencoder (MAE) hides most patches of an image and learns an encoder by reconstructing them.
+Which patches it hides is usually left to chance. Here a masking network T chooses, and is trained so that the
+encoder that results classifies held-out images well. Three problems, each nested in the next:
+
+    level 1  pretrain   the encoder E and the decoder D, theta = (E, D), on images without labels
+    level 2  classify   the head C, phi, on the encoder's features of labelled training images
+    level 3  mask       the masking network T, psi, by how well E and C do on labelled validation images
+
+Let i run over images and j over patches. One outer iteration computes
+
+    p_ij = sigmoid(T(x_i; psi))_j,   m_ij = 1 for the patches of highest p (a fixed share), else 0             (1)
+    L1(theta, p) = sum_ij m_ij p_ij l_ij(theta) / sum_ij m_ij,   l_ij the reconstruction error of a patch      (2)
+    theta' = U(theta, g1),   g1 = dL1/dtheta                             (one AdamW step)                      (3)
+    L2(phi, z2) = cross-entropy(C(z2; phi), y2),   z2 = E'(x2)           (features of whole images)            (4)
+    phi' = U(phi, g2),   g2 = dL2/dphi                                   (one AdamW step)                      (5)
+    L3(phi', z3) = cross-entropy(C(z3; phi'), y3),   z3 = E'(x3)         (validation images)                   (6)
+
+and then moves psi along dL3/dpsi, the hypergradient: the derivative through both steps (3) and (5). The mask m is
+a hard choice and has no derivative; the product p_ij l_ij in (2) is all that links T to E. Three observations
+give that derivative exactly, without a Hessian and without a double backward through the autoencoder:
+
+    v = dL3/dtheta'.  phi' depends on theta' only through the features z2, so the second derivative
+        in (5) stays inside the head, and v is one ordinary backward pass through the encoder.                 (7)
+    c = (dU/dg1)^T v.  AdamW treats each parameter alone, so dU/dg is a diagonal: a product by element.        (8)
+    dL3/dp_ij = d<c, g1>/dp_ij.  g1 is the gradient of a sum of errors l_ij, so <c, dl_ij/dtheta> =: d_ij
+        is the derivative of l_ij along the direction c: ONE forward-mode pass (jvp) gives all of them.        (9)
+    dL3/dpsi = dL1(p(psi), d)/dpsi, since L1 is linear in l: the loss (2) with each error l_ij replaced
+        by its directional derivative d_ij, and one backward through T.                                       (10)
+
+The step U is AdamW's, with moments m, v (bias-corrected: mh, vh) after t steps:
+
+    m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2,  theta' = (1 - lr wd) theta - lr mh / (sqrt(vh) + eps) (11)
+
+whose diagonal in (8) is therefore
+
+    dtheta'/dg = -lr [ (1-b1)/(1-b1^t) / (sqrt(vh)+eps) - mh (1-b2) g / ((1-b2^t) sqrt(vh) (sqrt(vh)+eps)^2) ] (12)
+
+With several level-1 steps since the last mask update, (8) to (10) repeat from the last step to the first, and the
+cotangent of theta is carried back through each by  (dU/dtheta)^T + H c,  H the Hessian of L1.                (13)
+
+Read on in this order: configuration, networks, masks and the three losses, the AdamW step, the hypergradient in
+three forms that must agree (exact, unrolled autograd, finite differences), the training loop, evaluation,
+pictures, files, command line.
+
+    python mlo_mae.py                                        # built-in images: pretrain, probe, pictures
+    python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
+    python mlo_mae.py probe RUN
+    python mlo_mae.py show RUN
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.func import functional_call, grad, jvp, vjp
+from torch.nn.utils import parameters_to_vector
+from tqdm import tqdm
+
+import data
+import kernels
+from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
+
+
+class RunError(Exception):
+    """What the user can mend: one line that says what is wrong and what to do."""
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+def flag(default, meaning):
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run. Every field is a command-line flag; a preset fills in a paper's values and flags override it."""
+
+    preset: str = flag("shapes", "shapes, cifar10, cifar100, imagenet, imagenet-large")
+
+    data: str = flag("shapes", "shapes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg")
+    data_dir: str = flag("data", "where cifar10 and cifar100 lie, or are downloaded to")
+    images: int = flag(0, "use only this many training images (0: all)")
+    image_size: int = flag(0, "pixels, square (0: as the data has it; folders 224)")
+    val_fraction: float = flag(0.2, "share of the training images held out for level 3")
+    skip_corrupt: bool = flag(False, "replace images that cannot be decoded instead of stopping")
+    workers: int = flag(0, "processes that decode images (folders only)")
+
+    patch_size: int = flag(4, "pixels, square")
+    width: int = flag(96, "of the encoder's tokens")
+    depth: int = flag(4, "blocks of the encoder")
+    heads: int = flag(3, "attention heads of the encoder")
+    decoder_width: int = flag(64, "of the decoder's tokens")
+    decoder_depth: int = flag(2, "blocks of the decoder")
+    decoder_heads: int = flag(4, "attention heads of the decoder")
+
+    masking: Literal["learned", "random"] = flag("learned", "learned by the masking network, or random as in MAE")
+    mask_ratio: float = flag(0.75, "share of the patches that is hidden")
+    masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what T reads: pixels, or detached embeddings")
+    masking_width: int = flag(512, "hidden units of T")
+
+    hypergradient: Literal["exact", "unrolled", "finite-difference"] = flag("exact", "how dL3/dpsi is computed")
+    update_jacobian: Literal["adamw", "identity"] = flag("adamw", "dU/dg of (8): AdamW's own, or -1 as published")
+    unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask")
+    redraw_dropout: bool = flag(False, "redraw dropout between finite differences, as the published code does")
+
+    epochs: int = flag(40, "passes of level 1 over its training images")
+    batch_size: int = flag(128, "images a step of level 1")
+    labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each")
+    level1_steps: int = flag(2, "encoder and decoder steps a mask update")
+    head_steps: int = flag(1, "head steps a mask update, on one batch")
+    lr: float = flag(1e-3, "level 1: peak learning rate of encoder and decoder")
+    head_lr: float = flag(1e-3, "level 2: peak learning rate of the head")
+    mask_lr: float = flag(0.02, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)")
+    weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none")
+    warmup: float = flag(0.05, "share of the run over which the learning rates rise, before their cosine to 0")
+    dropout: float = flag(0.1, "in the head")
+
+    seed: int = flag(0, "of weights, batches, masks and dropout")
+    device: str = flag("auto", "auto, cpu, cuda, mps")
+    precision: Literal["fp32", "bf16"] = flag("fp32", "of encoder and decoder; parameters are fp32 always")
+    log_every: int = flag(20, "mask updates between two lines of metrics.jsonl")
+    checkpoint_minutes: float = flag(5.0, "minutes between checkpoints (0: after every mask update)")
+
+
+# Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
+CIFAR = dict(
+    image_size=32, patch_size=2, width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16,
+    epochs=200, batch_size=128, labelled_batch_size=128, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
+)  # fmt: skip
+IMAGENET = CIFAR | dict(
+    data="imagenet", image_size=224, patch_size=16, epochs=50, batch_size=256, labelled_batch_size=256, lr=1.5e-4, head_lr=5e-4,
+    weight_decay=0.05, workers=8,
+)  # fmt: skip
+PRESETS = {
+    "shapes": {},
+    "cifar10": CIFAR | dict(data="cifar10"),
+    "cifar100": CIFAR | dict(data="cifar100"),
+    "imagenet": IMAGENET,
+    "imagenet-large": IMAGENET | dict(width=1024, depth=24, heads=16),
+}
+# What may change when a run is resumed, since the result does not depend on it.
+MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes"}
+
+
+def check(cfg):
+    """Raise RunError for a configuration that cannot run, naming the flag to change."""
+
+    def need(condition, message):
+        if not condition:
+            raise RunError(message)
+
+    for name in ("width", "decoder_width"):
+        heads = getattr(cfg, name.replace("width", "heads"))
+        flags = f"--{name.replace('_', '-')} {getattr(cfg, name)}"
+        need(heads > 0 and getattr(cfg, name) % heads == 0, f"{flags} is not a multiple of its {heads} heads")
+        need(getattr(cfg, name) % 4 == 0, f"{flags} is not a multiple of 4, which sin-cos positions need")
+    for name in ("patch_size", "width", "depth", "decoder_width", "decoder_depth", "masking_width", "epochs",
+                 "batch_size", "labelled_batch_size", "level1_steps", "head_steps", "log_every"):  # fmt: skip
+        need(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("lr", "head_lr", "mask_lr", "weight_decay", "checkpoint_minutes", "images", "workers", "seed"):
+        value = getattr(cfg, name)
+        need(value >= 0 and math.isfinite(value), f"--{name.replace('_', '-')} must not be negative")
+    for name in ("mask_ratio", "val_fraction"):
+        need(0 < getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
+    for name in ("warmup", "dropout"):
+        need(0 <= getattr(cfg, name) < 1, f"--{name} must be at least 0 and below 1")
+    need(
+        cfg.hypergradient != "finite-difference" or (cfg.unroll == "last" and cfg.head_steps == 1),
+        "--hypergradient finite-difference, as published, goes with --unroll last and --head-steps 1",
+    )
+    need(
+        cfg.hypergradient == "finite-difference" or not cfg.redraw_dropout,
+        "--redraw-dropout goes with --hypergradient finite-difference alone",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- networks
+# Names and computation are those of timm's VisionTransformer and of facebookresearch/mae, so weights interchange.
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of patches; the weight has a convolution's shape, as public checkpoints have it."""
+
+    def __init__(self, patch, channels, width):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, patches):  # [B, K, p*p*C]
+        return F.linear(patches, rearrange(self.proj.weight, "d c p q -> d (p q c)"), self.proj.bias)  # [B, K, D]
+
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):  # [B, N, D]
+        return self.proj(attention(self.qkv(x).unflatten(2, (3, self.heads, -1))))  # qkv: [B, N, 3, H, d]
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width)
+
+    def forward(self, x):  # [B, N, D]
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Encoder(nn.Module):
+    """ViT that sees the visible patches alone (MAE, section 3), or all of them."""
+
+    def __init__(self, image_size, patch, channels, width, depth, heads):
+        super().__init__()
+        self.patch = patch
+        self.patch_embed = PatchEmbed(patch, channels, width)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pos_embed = nn.Parameter(sincos_positions(width, image_size // patch))  # [1, 1+L, D]
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.blocks.apply(initialise_linear)
+
+    def forward(self, images, keep=None):
+        """[B, C, H, W] and the visible patches [B, K] (None: all L) -> tokens [B, 1+K, D], CLS first."""
+        x = self.patch_embed(gather_patches(images, keep, self.patch))  # [B, K, D]
+        x = x + (self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep])
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+K, D]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """Reconstructs every patch's pixels from the tokens of the visible ones."""
+
+    def __init__(self, image_size, patch, channels, encoder_width, width, depth, heads):
+        super().__init__()
+        self.decoder_embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.decoder_pos_embed = nn.Parameter(sincos_positions(width, image_size // patch))
+        self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_pred = nn.Linear(width, patch * patch * channels)
+        self.apply(initialise_linear)
+
+    def forward(self, tokens, restore):
+        """[B, 1+K, D] and each patch's place in the shuffled order [B, L] -> pixels [B, L, p*p*C]."""
+        x = self.decoder_embed(tokens)
+        x = scatter_tokens(x, self.mask_token, self.decoder_pos_embed, restore)  # [B, 1+L, D]
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+
+class Head(nn.Module):
+    """LayerNorm, dropout, linear, on the CLS token (published code). Dropout is an argument: see `draw_dropout`."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, classes)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, features, dropout=1.0):  # [B, D], [B, D] -> [B, classes]
+        return self.fc(self.norm(features) * dropout)
+
+
+class MaskingNetwork(nn.Module):
+    """T: two linear layers on the whole image, one logit a patch (paper, section 3).
+
+    Each image is standardised and each layer starts with variance 1/fan-in, so the first logits have a spread of
+    about one half around 0 and follow the image: no patch starts saturated, and masks differ between images.
+    """
+
+    def __init__(self, inputs, width, patches):
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, width)
+        self.fc2 = nn.Linear(width, patches)
+        for layer in (self.fc1, self.fc2):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x):  # [B, inputs] -> p [B, L]
+        return self.fc2(F.relu(self.fc1(F.layer_norm(x, x.shape[1:])))).sigmoid()
+
+
+def initialise_linear(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+def sincos_positions(width, grid):
+    """Two-dimensional sin-cos positions [1, 1+grid*grid, width], column half first; zeros for CLS (MAE)."""
+    frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))  # [D/4]
+    row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequency for place in (column, row)]  # each [L, D/4]
+    table = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)  # [L, D]
+    return torch.cat([torch.zeros(1, width), table])[None]
+
+
+# Each level's parameters are ONE vector, so that an optimiser step, its Jacobian and a direction in parameter space
+# are one line each, as in the equations. Modules keep the architecture alone; `call` runs one with a given vector.
+
+
+@dataclass
+class Networks:
+    """The four architectures (parameters on the meta device) and what depends on them alone."""
+
+    cfg: Config
+    encoder: nn.Module
+    decoder: nn.Module
+    head: nn.Module
+    masking: nn.Module
+
+    @property
+    def patches(self):  # L
+        return self.encoder.pos_embed.shape[1] - 1
+
+    @property
+    def visible(self):  # K, rounded as MAE rounds it
+        return int(self.patches * (1 - self.cfg.mask_ratio))
+
+    @property
+    def encoder_size(self):  # where E ends and D begins in theta
+        return sum(p.numel() for p in self.encoder.parameters())
+
+
+def unflatten(module, params):
+    """The vector `params` [P] as {name: view}, in the order of `module.named_parameters()`."""
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    pieces = params.split([shape.numel() for shape in shapes.values()])
+    return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)}
+
+
+def call(module, params, *args):
+    """`module(*args)` with its parameters taken from the vector `params` [P]; differentiable in it to any order."""
+    return functional_call(module, unflatten(module, params), args)
+
+
+def build(cfg, image_size, channels, classes):
+    """Networks, and their initial parameters (theta [P1], phi [P2], psi [P3]); the encoder's depend on the seed alone.
+
+    Raises RunError where the sizes do not fit."""
+    if image_size % cfg.patch_size:
+        raise RunError(f"images of {image_size} pixels do not divide into patches of {cfg.patch_size}; "
+                       f"choose another --patch-size or --image-size")  # fmt: skip
+    patches = (image_size // cfg.patch_size) ** 2
+    if not 0 < int(patches * (1 - cfg.mask_ratio)) < patches:
+        raise RunError(f"--mask-ratio {cfg.mask_ratio} of {patches} patches leaves none visible or none hidden")
+    torch.manual_seed(cfg.seed)
+    encoder = Encoder(image_size, cfg.patch_size, channels, cfg.width, cfg.depth, cfg.heads)
+    decoder = Decoder(image_size, cfg.patch_size, channels, cfg.width, cfg.decoder_width, cfg.decoder_depth,
+                      cfg.decoder_heads)  # fmt: skip
+    head = Head(cfg.width, classes)
+    inputs = channels * image_size**2 if cfg.masking_input == "pixels" else patches * cfg.width
+    masking = MaskingNetwork(inputs, cfg.masking_width, patches)
+    theta = torch.cat([parameters_to_vector(net.parameters()) for net in (encoder, decoder)]).detach()
+    phi, psi = (parameters_to_vector(net.parameters()).detach() for net in (head, masking))
+    return Networks(cfg, *(net.to("meta") for net in (encoder, decoder, head, masking))), (theta, phi, psi)
+
+
+# --------------------------------------------------------------------------------- masks and the three losses
+
+
+def generator(*keys):
+    """A CPU generator that depends on its keys alone: all randomness is a function of (seed, purpose, step), so that
+    a resumed run needs no generator state and every device draws the same numbers."""
+    state = np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+MASKS, DROPOUT, REDRAWN, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA = range(6)  # purposes
+
+
+def masking_probability(net, psi, images, encoder_params):
+    """p of (1), [B, L]: how much T wants each patch hidden. With the embeddings as input, E is held constant."""
+    if net.cfg.masking_input == "pixels":
+        inputs = images
+    else:
+        embedding = {name: piece.detach() for name, piece in unflatten(net.encoder, encoder_params).items()}
+        proj = {name.removeprefix("patch_embed."): piece for name, piece in embedding.items() if "patch_embed" in name}
+        patches = gather_patches(images, None, net.cfg.patch_size)
+        inputs = functional_call(net.encoder.patch_embed, proj, (patches,)) + embedding["pos_embed"][:, 1:]
+    return call(net.masking, psi, inputs.flatten(1))
+
+
+def autocast(net, device):
+    """bfloat16 for encoder and decoder where asked for; T, the head and every loss stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=net.cfg.precision == "bf16")
+
+
+def patch_errors(net, encoder_params, decoder_params, batch):
+    """l of (2), [B, L]: mean squared error of each hidden patch's normalised pixels, 0 where the patch is visible."""
+    with autocast(net, batch.images.device):
+        tokens = call(net.encoder, encoder_params, batch.images, batch.keep)  # [B, 1+K, D]
+        pred = call(net.decoder, decoder_params, tokens, batch.restore)  # [B, L, p*p*C]
+    return patch_loss(pred, batch.images, batch.mask)
+
+
+def level1_loss(prob, mask, errors):
+    """L1 of (2), a scalar. Linear in `errors`, which (10) relies on."""
+    return (mask * prob * errors).sum() / mask.sum()
+
+
+def encode(net, encoder_params, images):
+    """The features z of whole images, [B, D]: the CLS token after the last norm."""
+    with autocast(net, images.device):
+        tokens = call(net.encoder, encoder_params, images)
+    return tokens[:, 0].to(encoder_params.dtype)
+
+
+def draw_dropout(rate, shape, *keys):
+    """Inverted dropout as a factor, 0 or 1/(1-rate). An explicit tensor, so that a loss is a function of its arguments
+    and differences between two of its values are differences of parameters, not of dropout."""
+    return (torch.rand(shape, generator=generator(*keys)) >= rate).float() / (1 - rate)
+
+
+# ------------------------------------------------------------------------------------ the AdamW step and its pullback
+
+BETA1, BETA2, EPS = 0.9, 0.95, 1e-8  # paper, all levels
+TINY = 1e-36  # floor of the second moment: below it sqrt has no useful derivative, and the step is 0 anyway
+
+
+class Level(NamedTuple):
+    """What one level learns, and AdamW's memory of it."""
+
+    params: Tensor  # [P]
+    m: Tensor  # [P] first moment
+    v: Tensor  # [P] second moment
+    t: int  # steps made
+
+
+class Rates(NamedTuple):
+    """What AdamW needs beside the gradient."""
+
+    lr: float | Tensor  # learning rate, or one a parameter [P]
+    decay: Tensor  # [P] weight decay of each parameter
+    eps: float = EPS
+
+
+def adamw(level, gradient, rates, jacobian="adamw"):
+    """One AdamW step, equation (11): Level -> Level. A pure function, used for training and differentiated as it is.
+
+    jacobian="identity" keeps AdamW's value but gives it the derivative dtheta'/dg = -1: the published method, which
+    replaces each best response's inverse Hessian by the identity.
+    """
+    t = level.t + 1
+    m = BETA1 * level.m + (1 - BETA1) * gradient
+    v = BETA2 * level.v + (1 - BETA2) * gradient.square()
+    root = (v / (1 - BETA2**t)).clamp_min(TINY).sqrt()
+    step = rates.lr * (m / (1 - BETA1**t)) / (root + rates.eps)
+    if jacobian == "identity":
+        step, m, v = step.detach() + gradient - gradient.detach(), m.detach(), v.detach()
+    return Level((1 - rates.lr * rates.decay) * level.params - step, m, v, t)
+
+
+def adamw_pullback(level, gradient, rates, jacobian, cotangent):
+    """Carry a cotangent of AdamW's result (theta', m', v') back to its arguments (theta, m, v) and g: equation (8).
+
+    Each element is on its own, so `cotangent` may cover the leading n of P parameters only.
+    Returns ((of theta, of m, of v), of g), each [n]."""
+    n = len(cotangent[0])
+
+    def step(params, m, v, gradient):
+        return tuple(adamw(Level(params, m, v, level.t), gradient, Rates(rates.lr, rates.decay[:n]), jacobian)[:3])
+
+    *back, c = vjp(step, level.params[:n], level.m[:n], level.v[:n], gradient[:n])[1](tuple(cotangent))
+    return tuple(back), c
+
+
+# -------------------------------------------------------------------------------------------------- hypergradient
+
+
+class Step(NamedTuple):
+    """One level-1 step as it was made: all that differentiating it takes."""
+
+    theta: Level  # before the step
+    gradient: Tensor  # g1 [P]
+    rates: Rates
+    images: Tensor  # [B, C, H, W]
+    keep: Tensor  # [B, K] visible patches
+    restore: Tensor  # [B, L] each patch's place in the shuffled order
+    mask: Tensor  # [B, L] 1 = hidden
+
+
+class Labelled(NamedTuple):
+    """What levels 2 and 3 see in one outer iteration."""
+
+    images2: Tensor  # [B, C, H, W] training images
+    labels2: Tensor  # [B]
+    images3: Tensor  # [B, C, H, W] validation images
+    labels3: Tensor  # [B]
+    dropout: Tensor  # [head_steps, B, D] factors of level 2's dropout
+    redrawn: Tensor  # [2, B, D] fresh ones, for finite differences as published
+    rates: Rates  # of the head
+
+
+class Result(NamedTuple):
+    hypergradient: Tensor  # dL3/dpsi [P3]
+    head: Level  # phi' of (5)
+    level2_loss: Tensor
+    level3_loss: Tensor
+
+
+def level2_loss(net, head_params, features, labels, dropout):
+    """L2 of (4)."""
+    return F.cross_entropy(call(net.head, head_params, features, dropout), labels)
+
+
+def level3_loss(net, head_params, features, labels):
+    """L3 of (6); as every evaluation, without dropout."""
+    return F.cross_entropy(call(net.head, head_params, features), labels)
+
+
+def upper_levels(net, encoder_params, head, given):
+    """Levels 2 and 3 as one function of E': (4), (5), (6), with the head's steps differentiable.
+
+    Returns L3, phi', and L2 before the first head step."""
+    images = torch.cat([given.images2, given.images3])
+    features2, features3 = encode(net, encoder_params, images).split([len(given.images2), len(given.images3)])
+    head, losses = head._replace(params=head.params.detach().requires_grad_()), []
+    for dropout in given.dropout:
+        losses.append(level2_loss(net, head.params, features2, given.labels2, dropout))  # (4)
+        (gradient,) = torch.autograd.grad(losses[-1], head.params, create_graph=True)
+        head = adamw(head, gradient, given.rates, net.cfg.update_jacobian)  # (5)
+    return level3_loss(net, head.params, features3, given.labels3), head, losses[0]  # (6)
+
+
+def exact(net, theta, psi, head, given, steps):
+    """The hypergradient by one backward through the encoder and one jvp through the autoencoder, (7) to (10).
+
+    theta: Level after the level-1 steps; psi [P3]; head: Level before level 2; given: Labelled; steps: the level-1
+    steps to differentiate, in order. Returns a Result. The forms below take and return the same."""
+    split, jacobian = net.encoder_size, net.cfg.update_jacobian
+    encoder_params = theta.params[:split].detach().requires_grad_()
+    loss3, head, loss2 = upper_levels(net, encoder_params, head, given)
+    (v,) = torch.autograd.grad(loss3, encoder_params)  # (7): D has no part in L3, so v covers E alone
+    cotangent = (v, torch.zeros_like(v), torch.zeros_like(v))  # of theta', m', v'
+    hypergradient = torch.zeros_like(psi)
+    for number, step in reversed(list(enumerate(steps))):
+        cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent)  # (8)
+        params, covered = step.theta.params, len(c)
+
+        def errors(moving):  # l [B, L] as a function of the parameters that c covers
+            decoder_params = moving[split:] if covered > split else params[split:]
+            return patch_errors(net, moving[:split], decoder_params, step)
+
+        with torch.no_grad():
+            d = jvp(errors, (params[:covered],), (c,))[1]  # (9)
+        wanted = psi.detach().requires_grad_()
+        prob = masking_probability(net, wanted, step.images, params[:split])
+        hypergradient += torch.autograd.grad(level1_loss(prob, step.mask, d), wanted)[0]  # (10)
+        if number > 0:
+
+            def loss(params):
+                return level1_loss(prob.detach(), step.mask, patch_errors(net, params[:split], params[split:], step))
+
+            rest = (0, len(params) - covered)  # E's cotangent grows to (E, D)'s: from here on D counts
+            with kernels.use("reference"), torch.no_grad():
+                hessian_c = jvp(grad(loss), (params,), (F.pad(c, rest),))[1]
+            cotangent = tuple(F.pad(part, rest) for part in cotangent)
+            cotangent = (cotangent[0] + hessian_c, *cotangent[1:])  # (13)
+    return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
+
+
+def unrolled(net, theta, psi, head, given, steps):
+    """The hypergradient by autograd through the steps themselves: the judge of the other two, at the price of keeping
+    the graph of every gradient. `theta` is not used: the steps are made again."""
+    psi = psi.detach().requires_grad_()
+    theta = steps[0].theta._replace(params=steps[0].theta.params.detach().requires_grad_())
+    with kernels.use("reference"):  # the plain operations have derivatives of every order
+        for step in steps:
+            encoder_params, decoder_params = theta.params.tensor_split([net.encoder_size])
+            prob = masking_probability(net, psi, step.images, encoder_params)  # (1)
+            loss1 = level1_loss(prob, step.mask, patch_errors(net, encoder_params, decoder_params, step))  # (2)
+            (gradient,) = torch.autograd.grad(loss1, theta.params, create_graph=True)
+            theta = adamw(theta, gradient, step.rates, net.cfg.update_jacobian)  # (3)
+        loss3, head, loss2 = upper_levels(net, theta.params[: net.encoder_size], head, given)  # (4) to (6)
+        (hypergradient,) = torch.autograd.grad(loss3, psi)
+    return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
+
+
+def finite_difference(net, theta, psi, head, given, steps):
+    """The hypergradient by central differences of width 0.01/|direction|, one for each of the two steps, as published.
+    With cfg.redraw_dropout the two evaluations of level 2 see different dropout, as in the published code."""
+    jacobian, split, step = net.cfg.update_jacobian, net.encoder_size, steps[-1]
+    encoder_params = theta.params[:split].detach().requires_grad_()
+    before, phi = head, head.params.detach().requires_grad_()
+    features2 = encode(net, encoder_params.detach(), given.images2)
+    loss2 = level2_loss(net, phi, features2, given.labels2, given.dropout[0])  # (4)
+    (gradient2,) = torch.autograd.grad(loss2, phi)
+    head = adamw(before, gradient2, given.rates)  # (5)
+    phi = head.params.detach().requires_grad_()
+    loss3 = level3_loss(net, phi, encode(net, encoder_params, given.images3), given.labels3)  # (6)
+    v, u = torch.autograd.grad(loss3, (encoder_params, phi))
+
+    # dL3/dphi' reaches E' through g2: the difference quotient of dL2/dE' along the head's direction c2
+    no_moments = (torch.zeros_like(u), torch.zeros_like(u))
+    c2 = adamw_pullback(before, gradient2, given.rates, jacobian, (u, *no_moments))[1]
+    dropouts = iter(given.redrawn if net.cfg.redraw_dropout else given.dropout.expand(2, -1, -1))
+
+    def level2_gradient(head_params):
+        features = encode(net, encoder_params, given.images2)
+        loss = level2_loss(net, head_params, features, given.labels2, next(dropouts))
+        return torch.autograd.grad(loss, encoder_params)[0]
+
+    v = v + central_difference(level2_gradient, before.params, c2)  # (7)
+    no_moments = (torch.zeros_like(v), torch.zeros_like(v))
+    c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, (v, *no_moments))[1]  # (8)
+    encoder_before, decoder_before = step.theta.params.tensor_split([split])
+    with torch.no_grad():
+        d = central_difference(lambda params: patch_errors(net, params, decoder_before, step), encoder_before, c)  # (9)
+    psi = psi.detach().requires_grad_()
+    prob = masking_probability(net, psi, step.images, encoder_before)
+    (hypergradient,) = torch.autograd.grad(level1_loss(prob, step.mask, d), psi)  # (10)
+    return Result(hypergradient, head, loss2.detach(), loss3.detach())
+
+
+def central_difference(function, params, direction):
+    """The derivative of `function` at `params` along `direction`, from two evaluations 0.02 apart (published alpha)."""
+    width = 0.01 / direction.norm().clamp_min(TINY)
+    return (function(params + width * direction) - function(params - width * direction)) / (2 * width)
+
+
+def detached(level):
+    return Level(level.params.detach(), level.m.detach(), level.v.detach(), level.t)
+
+
+HYPERGRADIENTS = {"exact": exact, "unrolled": unrolled, "finite-difference": finite_difference}
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+@dataclass
+class State:
+    """Everything that changes in a run; a checkpoint holds just this."""
+
+    iteration: int  # outer iterations (mask updates) made
+    theta: Level
+    head: Level
+    psi: Level
+
+
+def fresh_level(params, device):
+    return Level(params.to(device), torch.zeros_like(params, device=device), torch.zeros_like(params, device=device), 0)
+
+
+def decay_of(cfg, *modules):
+    """Weight decay of each parameter, [P]: none on biases, norms, tokens and positions."""
+    decayed = [
+        torch.full((p.numel(),), cfg.weight_decay if name.endswith("weight") and p.ndim >= 2 else 0.0)
+        for module in modules
+        for name, p in module.named_parameters()
+    ]
+    return torch.cat(decayed)
+
+
+def inverse_fan_in(module):
+    """1/fan-in for each weight, 1 for each bias, [P]: AdamW moves every weight by about its learning rate, and a unit
+    that sums fan-in of them by fan-in times that; this scale makes --mask-lr the most a unit moves in one step."""
+    scales = [torch.full((p.numel(),), 1 / p.shape[1] if p.ndim == 2 else 1.0) for p in module.parameters()]
+    return torch.cat(scales)
+
+
+def schedule(step, total, warmup):
+    """Share of the peak learning rate at `step` of `total`: linear warmup over `warmup` steps, then cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def draw_masks(net, psi, images, encoder_params, *keys):
+    """p [B, L], and the choice that follows from it (1): visible ids [B, K], restore ids [B, L], mask [B, L].
+
+    With --masking random, p is 1 and the choice is uniform: L1 is then MAE's loss."""
+    if net.cfg.masking == "random":
+        prob = torch.ones(len(images), net.patches, device=images.device)
+        score = torch.rand(prob.shape, generator=generator(*keys)).to(images.device)
+    else:
+        score = prob = masking_probability(net, psi, images, encoder_params)
+    return prob, *select_patches(score, net.visible)
+
+
+def level1_step(net, theta, psi, images, rates, *keys):
+    """One AdamW step of encoder and decoder under T's masks: (1), (2), (3).
+
+    Returns theta' (Level), the Step that was made, L1, and the mean unweighted error of the hidden patches."""
+    with torch.no_grad():
+        prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys)  # (1)
+    step = Step(theta, None, rates, images, *choice)
+    params = theta.params.detach().requires_grad_()
+    errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
+    loss = level1_loss(prob, step.mask, errors)  # (2)
+    (gradient,) = torch.autograd.grad(loss, params)
+    error = errors.detach().sum() / step.mask.sum()
+    return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss.detach(), error  # (3)
+
+
+def outer_iteration(net, state, batches, total, decay, mask_rate):
+    """N level-1 steps, then (unless masks are random) K head steps and one step of T.
+
+    batches: iterators of data.Batch for levels 1, 2, 3; total: outer iterations of the whole run; decay: weight decay
+    vectors of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr, [P3].
+    Returns the next State and the iteration's losses, scalars on the device."""
+    cfg, theta, head, psi, steps = net.cfg, state.theta, state.head, state.psi, []
+    warmup = cfg.warmup * total
+
+    for n in range(cfg.level1_steps):
+        number = state.iteration * cfg.level1_steps + n
+        lr = cfg.lr * schedule(number, total * cfg.level1_steps, warmup * cfg.level1_steps)
+        images = next(batches[0]).images
+        if cfg.unroll == "last":
+            steps.clear()
+        keys = (cfg.seed, MASKS, number)
+        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys)
+        steps.append(step)
+    losses = {"level1_loss": loss1, "reconstruction_error": error}
+
+    if cfg.masking == "learned":
+        level2, level3 = next(batches[1]), next(batches[2])
+        relative = schedule(state.iteration, total, warmup)
+        dropout, redrawn = (
+            draw_dropout(cfg.dropout, (count, cfg.labelled_batch_size, cfg.width), cfg.seed, purpose, state.iteration)
+            for count, purpose in ((cfg.head_steps, DROPOUT), (2, REDRAWN))
+        )
+        given = Labelled(*level2, *level3, dropout.to(images.device), redrawn.to(images.device),
+                         Rates(cfg.head_lr * relative, decay[1]))  # fmt: skip
+        result = HYPERGRADIENTS[cfg.hypergradient](net, theta, psi.params, head, given, steps)
+        head = result.head
+        # The hypergradient's scale follows the levels below it; eps must stay below any of its elements.
+        rates = Rates(cfg.mask_lr * relative * mask_rate, decay[2], eps=TINY**0.5)
+        psi = adamw(psi, result.hypergradient, rates)
+        losses |= {
+            "level2_loss": result.level2_loss,
+            "level3_loss": result.level3_loss,
+            "hypergradient_norm": result.hypergradient.norm(),
+        }
+    return State(state.iteration + 1, theta, head, psi), losses
+
+
+def pretrain(cfg, out, resume=False):
+    """Pretrain, probe, and write the run's folder `out` (README, "A run"); with `resume`, continue what is there.
+
+    Returns a summary (the command line's last line). Raises RunError or data.DataError for what the user can mend, and
+    SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
+    check(cfg)
+    device = choose_device(cfg.device)
+    checkpoint = start_folder(cfg, out, resume)
+    splits = load_data(cfg, device)
+    net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    state = State(0, *(fresh_level(vector, device) for vector in params))
+    if checkpoint is not None:
+        state = restore(net, checkpoint, device)
+    truncate_metrics(out / "metrics.jsonl", state.iteration)
+
+    decay = [decay_of(cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
+    mask_rate = inverse_fan_in(net.masking).to(device)
+    total = math.ceil(cfg.epochs * len(splits.train) / (cfg.batch_size * cfg.level1_steps))
+    batches = [
+        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=state.iteration * count)
+        for split, size, purpose, count in (
+            (splits.train, cfg.batch_size, LEVEL1_DATA, cfg.level1_steps),
+            (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, 1),
+            (splits.val, cfg.labelled_batch_size, LEVEL3_DATA, 1),
+        )
+    ]
+    watched = next(iter(splits.val.ordered(min(256, len(splits.val))))).images  # the same images at every evaluation
+    objects = getattr(splits.val, "objects", None)
+    objects = None if objects is None else objects[: len(watched)]
+
+    previous_mask, losses, window = None, [], []  # losses still on the device, losses since the last metrics line
+    looked = saved = logged = time.monotonic()
+    bar = tqdm(total=total, initial=state.iteration, desc=f"{cfg.preset} {cfg.masking}", unit="update", mininterval=1)
+    with bar, stop_signals() as stop:
+        while state.iteration < total and not stop:
+            state, new = outer_iteration(net, state, batches, total, decay, mask_rate)
+            losses.append(new)
+            bar.update()
+            now = time.monotonic()
+            due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total or stop
+            line = state.iteration % cfg.log_every == 0 or state.iteration == total
+            if not (due or line or now - looked > 1):
+                continue  # reading a loss waits for the device
+            window += read_losses(net, losses, state, out)
+            losses, looked = [], now
+            speed = len(window) * cfg.batch_size * cfg.level1_steps / max(now - logged, 1e-9)
+            shown = {f"L{level}": f"{window[-1][f'level{level}_loss']:.3f}"
+                     for level in (1, 2, 3) if f"level{level}_loss" in window[-1]}  # fmt: skip
+            bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
+            if line:
+                means = {name: float(np.mean([row[name] for row in window])) for name in window[0]}
+                masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask)
+                epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
+                row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
+                       "images_per_second": speed}  # fmt: skip
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+                window, logged = [], time.monotonic()
+            if due:
+                save_checkpoint(net, state, splits, out / "checkpoint.pt")
+                saved = time.monotonic()
+    if stop and state.iteration < total:
+        print(f"stopped at update {state.iteration} of {total}; continue with --resume", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+
+    summary = {"verb": "pretrain", "run": str(out), "updates": total, **last_metrics(out)}
+    summary["probe"] = linear_probe(net, state, splits)
+    write_whole(out / "probe.json", json.dumps(summary["probe"]).encode())
+    draw_images(net, state, splits, out / "masks.png")
+    draw_curves(out)
+    return summary
+
+
+def read_losses(net, losses, state, out):
+    """A list of {name: scalar on the device} as floats, in one transfer. Raises RunError at the first non-finite one."""
+    values = torch.stack([torch.stack(list(row.values())) for row in losses]).tolist()
+    rows = [dict(zip(losses[0], row)) for row in values]
+    for number, row in enumerate(rows):
+        for name, value in row.items():
+            if not math.isfinite(value):
+                update = state.iteration - len(rows) + number + 1
+                path = out / "checkpoint.pt"
+                kept = f"{path} holds the last good state" if path.exists() else "there was no checkpoint yet"
+                raise RunError(f"{name} is {value} at mask update {update} (level-1 step "
+                               f"{update * net.cfg.level1_steps}); {kept}; lower --lr, --head-lr or --mask-lr")  # fmt: skip
+    return rows
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that the first SIGINT or SIGTERM fills, so that the iteration under way ends; a second one interrupts."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, function in former.items():
+            signal.signal(number, function)
+
+
+def choose_device(name):
+    """torch.device for --device. Raises RunError where the machine does not have it."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available.get(name.split(":")[0], False):
+        have = ", ".join(kind for kind, here in available.items() if here)
+        raise RunError(f"--device {name} is not available here; this machine has: {have}")
+    return torch.device(name)
+
+
+def load_data(cfg, device):
+    return data.load(
+        cfg.data, cfg.data_dir, image_size=cfg.image_size, limit=cfg.images, val_fraction=cfg.val_fraction,
+        seed=cfg.seed, skip_corrupt=cfg.skip_corrupt, workers=cfg.workers, device=device,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.no_grad()
+def mask_statistics(net, state, images, objects, previous_mask):
+    """How the masks of a fixed set of images stand, as {name: float}, and the masks [B, L] themselves.
+
+    p_mean, p_std, p_entropy (bits): a saturated T has entropy 0. mask_churn: share of hidden patches that were visible
+    at the last evaluation; a frozen T has 0. mask_overlap: share of hidden patches that two images have in common; by
+    chance it is the mask ratio, and 1 where T ignores the image. object_hidden: how often a pixel of the object is
+    hidden, as a ratio to chance (1 = T does not see objects). All dimensionless but the entropy."""
+    prob, _, _, mask = draw_masks(net, state.psi.params, images, state.theta.params[: net.encoder_size],
+                                  net.cfg.seed, MASKS, state.iteration, 1)  # fmt: skip
+    p = prob.double()
+    entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)) / math.log(2)
+    statistics = {"p_mean": p.mean(), "p_std": p.std(), "p_entropy": entropy.mean()}
+    hidden = net.patches - net.visible
+    if previous_mask is not None:
+        statistics["mask_churn"] = (mask * (1 - previous_mask)).sum(1).mean() / hidden
+    if len(mask) > 1:
+        times = mask.double().sum(0)  # [L] images that hide each patch
+        statistics["mask_overlap"] = (times * (times - 1)).sum() / (len(mask) * (len(mask) - 1) * hidden)
+    if objects is not None:
+        size = net.cfg.patch_size
+        share = rearrange(objects.float(), "b (h p) (w q) -> b (h w) (p q)", p=size, q=size).mean(-1)  # [B, L]
+        statistics["object_hidden"] = (mask * share).sum() / share.sum() / (hidden / net.patches)
+    return {name: float(value) for name, value in statistics.items()}, mask
+
+
+@torch.no_grad()
+def features(net, state, split):
+    """CLS features [N, D] and labels [N] of a whole split, without augmentation, on the CPU."""
+    encoder_params = state.theta.params[: net.encoder_size]
+    pairs = [(encode(net, encoder_params, batch.images).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
+    return (torch.cat(column) for column in zip(*pairs))
+
+
+def linear_probe(net, state, splits):
+    """Multinomial logistic regression on frozen, standardised features (levels 1 and 2's images train it).
+
+    The weight decay is chosen on the validation split; the test split is then read once.
+    Returns {"test_accuracy", "val_accuracy": shares, "weight_decay"}."""
+    train, train_labels = features(net, state, splits.train)
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+    train = (train - mean) / std
+    classes, width = len(splits.class_names), train.shape[1]
+
+    def fit(weight_decay):
+        weight = torch.zeros(width + 1, classes, requires_grad=True)
+        solver = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+        def objective():
+            solver.zero_grad()
+            loss = F.cross_entropy(train @ weight[1:] + weight[0], train_labels)
+            loss = loss + 0.5 * weight_decay * weight[1:].square().sum()
+            loss.backward()
+            return loss
+
+        solver.step(objective)
+        return weight.detach()
+
+    def accuracy(weight, split):
+        inputs, labels = features(net, state, split)
+        scores = (inputs - mean) / std @ weight[1:] + weight[0]
+        return (scores.argmax(1) == labels).float().mean().item()
+
+    val_accuracy, weight_decay, weight = max(
+        ((accuracy(weight, splits.val), decay, weight) for decay in (1e-4, 1e-3, 1e-2, 1e-1) for weight in [fit(decay)]),
+        key=lambda candidate: candidate[0],
+    )
+    return {"test_accuracy": accuracy(weight, splits.test), "val_accuracy": val_accuracy, "weight_decay": weight_decay}
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+
+
+@torch.no_grad()
+def draw_images(net, state, splits, path, count=8):
+    """Write a PNG: originals, p, masked images, reconstructions, reconstructions with the visible patches pasted in.
+
+    The decoder predicts normalised patches; they are un-normalised here with each patch's own mean and deviation."""
+    from matplotlib.figure import Figure
+
+    images = next(iter(splits.val.ordered(min(count, len(splits.val))))).images
+    encoder_params, decoder_params = state.theta.params.tensor_split([net.encoder_size])
+    prob, keep, restore, mask = draw_masks(net, state.psi.params, images, encoder_params,
+                                           net.cfg.seed, MASKS, state.iteration, 1)  # fmt: skip
+    with autocast(net, images.device):
+        pred = call(net.decoder, decoder_params, call(net.encoder, encoder_params, images, keep), restore).float()
+    size, grid = net.cfg.patch_size, int(net.patches**0.5)
+    target = gather_patches(images, None, size)  # [B, L, p*p*C]
+    pred = pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+    hidden = mask[..., None]
+
+    def picture(patches):
+        pixels = rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=size, q=size)
+        mean, std = (torch.tensor(value, device=pixels.device) for value in (splits.mean, splits.std))
+        return (pixels * std + mean).clamp(0, 1).cpu().numpy()
+
+    colour, share = dict(cmap="gray", vmin=0, vmax=1), dict(cmap="magma", vmin=0, vmax=1)
+    rows = [
+        ("image", picture(target), colour),
+        ("p(hide)", rearrange(prob, "b (h w) -> b h w", h=grid).cpu().numpy(), share),
+        ("visible", picture(target * (1 - hidden)), colour),  # hidden patches in the data set's mean colour
+        ("reconstruction", picture(pred), colour),
+        ("with visible", picture(target * (1 - hidden) + pred * hidden), colour),
+    ]
+    figure = Figure(figsize=(1.25 * len(images) + 0.5, 1.3 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
+    for line, (title, pictures, style) in zip(axes, rows):
+        for axis, pixels in zip(line, pictures):
+            axis.imshow(pixels, **style)
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(title)
+    save_figure(figure, path)
+
+
+def draw_curves(out):
+    """Write curves.png from metrics.jsonl: the losses, how the masks stand, and how often objects are hidden."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(out / "metrics.jsonl")
+    panels = [
+        ("losses", ["level1_loss", "reconstruction_error", "level2_loss", "level3_loss"]),
+        ("masks", ["p_mean", "p_std", "p_entropy", "mask_churn", "mask_overlap"]),
+        ("object patches hidden, ratio to chance", ["object_hidden"]),
+    ]
+    panels = [(title, [name for name in names if name in rows[-1]]) for title, names in panels]
+    panels = [(title, names) for title, names in panels if names]
+    figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for name in names:
+            axis.plot([row["epoch"] for row in rows if name in row], [row[name] for row in rows if name in row], label=name)
+        axis.set(title=title, xlabel="epochs of level 1")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    save_figure(figure, out / "curves.png")
+
+
+def save_figure(figure, path):
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    write_whole(path, buffer.getvalue())
+
+
+# ------------------------------------------------------------------------------------------------------ files
+
+FORMAT = "mlo-mae checkpoint 1"
+
+
+def write_whole(path, content):
+    """Write bytes, or what a function writes to an open file: to a temporary name, to disk, then in place at once."""
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "wb") as file:
+        content(file) if callable(content) else file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def start_folder(cfg, out, resume):
+    """Make the run's folder, or find what there is to resume: None, or a checkpoint. Raises RunError where a run is
+    there already, or the one to resume is not this one."""
+    if resume and (out / "checkpoint.pt").exists():
+        checkpoint = read_checkpoint(out / "checkpoint.pt")
+        for name, value in dataclasses.asdict(cfg).items():
+            if name not in MACHINE_FIELDS and checkpoint["config"][name] != value:
+                raise RunError(f"{out} was started with --{name.replace('_', '-')} {checkpoint['config'][name]}, "
+                               f"not {value}; resume it with its own flags or choose another --out")  # fmt: skip
+        return checkpoint
+    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already; continue it with --resume, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
+    return None
+
+
+def read_metrics(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def last_metrics(out):
+    return read_metrics(out / "metrics.jsonl")[-1]
+
+
+def truncate_metrics(path, iteration):
+    """Drop the lines after `iteration`, which a resumed run writes again, and a line cut short by a crash."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration]
+    write_whole(path, "".join(kept).encode())
+
+
+def save_checkpoint(net, state, splits, path):
+    """Write the whole state with public parameter names, whole or not at all. Raises RunError if a weight is not
+    finite, and leaves the checkpoint before it in place."""
+    if not all(level.params.isfinite().all() for level in (state.theta, state.head, state.psi)):
+        raise RunError(f"a weight is not finite after mask update {state.iteration}; {path} is left as it was: "
+                       f"lower the learning rates")  # fmt: skip
+    encoder_params, decoder_params = state.theta.params.tensor_split([net.encoder_size])
+    named = {
+        "model": unflatten(net.encoder, encoder_params) | unflatten(net.decoder, decoder_params),
+        "head": unflatten(net.head, state.head.params),
+        "masking": unflatten(net.masking, state.psi.params),
+    }
+    levels = {"model": state.theta, "head": state.head, "masking": state.psi}
+    content = {
+        "format": FORMAT,
+        "config": dataclasses.asdict(net.cfg),
+        "data": {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
+                 "mean": list(splits.mean), "std": list(splits.std)},
+        "iteration": state.iteration,
+        "moments": {name: {"m": level.m.cpu(), "v": level.v.cpu(), "t": level.t} for name, level in levels.items()},
+    } | {part: {name: tensor.cpu().clone() for name, tensor in tensors.items()} for part, tensors in named.items()}  # fmt: skip
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def read_checkpoint(path):
+    """The content of a checkpoint, tensors on the CPU; nothing in the file is executed. Raises RunError for a file that
+    is absent, damaged (every record's CRC is checked), or not one of ours."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise RunError(f"{path} does not exist; give the folder of a run that has a checkpoint") from None
+    except Exception as error:  # zipfile and torch raise many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RunError(f"{path} cannot be read ({reason}); it is damaged or not a checkpoint of this program") from None
+    if damaged:
+        raise RunError(f"{path} is damaged: its record {damaged} fails its checksum; use a copy, or start again")
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RunError(f"{path} is not a checkpoint of this program")
+    fields = {field.name for field in dataclasses.fields(Config)}
+    if set(content["config"]) != fields:
+        other = ", ".join(sorted(fields ^ set(content["config"])))
+        raise RunError(f"{path} was written by another version of this program (settings that differ: {other})")
+    return content
+
+
+def restore(net, content, device):
+    """State from a checkpoint's content. Raises RunError where names or shapes are not this network's."""
+
+    def level(part, *modules):
+        tensors, moments = content[part], content["moments"][part]
+        expected = {name: tuple(p.shape) for module in modules for name, p in module.named_parameters()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if expected != found:
+            wrong = next(name for name in expected | found if expected.get(name) != found.get(name))
+            raise RunError(f"the checkpoint's {part} does not fit: {wrong} is {found.get(wrong, 'missing')}, "
+                           f"expected {expected.get(wrong, 'nothing')}")  # fmt: skip
+        params = torch.cat([tensors[name].reshape(-1) for name in expected])
+        return Level(params.to(device), moments["m"].to(device), moments["v"].to(device), moments["t"])
+
+    return State(content["iteration"], level("model", net.encoder, net.decoder), level("head", net.head),
+                 level("masking", net.masking))  # fmt: skip
+
+
+def open_run(run, device_name, **machine):
+    """(Networks, State, Splits) of a run's checkpoint; `machine` overrides fields of its configuration."""
+    content = read_checkpoint(run / "checkpoint.pt")
+    cfg = dataclasses.replace(Config(**content["config"]), **machine)
+    device = choose_device(device_name)
+    splits = load_data(cfg, device)
+    facts = content["data"]
+    if (splits.image_size, splits.channels, list(splits.class_names)) != (
+            facts["image_size"], facts["channels"], facts["class_names"]):  # fmt: skip
+        raise RunError(f"{cfg.data} is not the data that {run} was trained on: sizes or class names differ")
+    net, _ = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    return net, restore(net, content, device), splits
+
+
+# ----------------------------------------------------------------------------------------------- command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"mlo_mae: {message}; see {self.prog} --help\n")
+
+
+def parse(argv):
+    """Arguments, with the command first; without one, pretrain."""
+    parser = Parser(prog="mlo_mae.py", description=__doc__.splitlines()[0],
+                    epilog="without a command: pretrain; its flags are listed by pretrain --help")  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | probe | show")
+    pretraining = commands.add_parser("pretrain", help="pretrain, probe, write pictures")
+    for field in dataclasses.fields(Config):
+        name, options = "--" + field.name.replace("_", "-"), {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif field.name == "preset":
+            options["choices"] = list(PRESETS)
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
+        else:
+            options |= {"type": field.type, "metavar": field.type.__name__}
+        options["help"] += f" (default {field.default})"
+        pretraining.add_argument(name, **options)
+    pretraining.add_argument("--out", type=Path, help="folder of the run (default runs/<preset>-<masking>-<seed>)")
+    pretraining.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
+    for command, purpose in (("probe", "linear probe of a run"), ("show", "pictures of a run: masks.png, curves.png")):
+        reading = commands.add_parser(command, help=purpose)
+        reading.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+        reading.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
+        reading.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["pretrain", *argv]
+    return vars(parser.parse_args(argv))
+
+
+def run_command(arguments):
+    """Run one command; returns what its last line reports."""
+    command = arguments.pop("command")
+    if command == "pretrain":
+        out, resume = arguments.pop("out"), arguments.pop("resume")
+        if resume and out and (out / "config.json").exists():
+            arguments = json.loads((out / "config.json").read_text()) | arguments
+        preset = arguments.get("preset", "shapes")
+        cfg = Config(**{"preset": preset} | PRESETS[preset] | arguments)
+        return pretrain(cfg, out or Path("runs") / f"{cfg.preset}-{cfg.masking}-{cfg.seed}", resume)
+    run, device = arguments.pop("run"), arguments.pop("device")
+    net, state, splits = open_run(run, device, **arguments)
+    if command == "probe":
+        return {"verb": "probe", "run": str(run), **linear_probe(net, state, splits)}
+    draw_images(net, state, splits, run / "masks.png")
+    draw_curves(run)
+    return {"verb": "show", "run": str(run), "pictures": [str(run / "masks.png"), str(run / "curves.png")]}
+
+
+def main(argv=None):
+    """Exit status 0, or 2 after one line for what the user can mend."""
+    try:
+        summary = run_command(parse(sys.argv[1:] if argv is None else argv))
+        print(json.dumps(summary, separators=(",", ":")))
+        return 0
+    except (RunError, data.DataError) as error:
+        message = str(error)
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory: {str(error).splitlines()[0]} Lower --batch-size"
+    except OSError as error:
+        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    print(f"mlo_mae: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

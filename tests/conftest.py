@@ -1,0 +1,9 @@
+"""Make the project's modules importable however pytest is started, and runs repeatable: one thread, here and in
+subprocesses (tiny tensors gain nothing from more)."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
