@@ -116,7 +116,7 @@ class Config:
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what T reads: pixels, or detached embeddings")
     masking_width: int = flag(512, "hidden units of T")
 
-    hypergradient: Literal["exact", "unrolled", "finite-difference"] = flag("exact", "how dL3/dpsi is computed")
+    hypergradient: Literal["exact", "unrolled", "finite-difference", "first-order"] = flag("exact", "form of dL3/dpsi")
     update_jacobian: Literal["adamw", "identity"] = flag("adamw", "dU/dg of (8): AdamW's own, or -1 as published")
     unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask")
     redraw_dropout: bool = flag(False, "redraw dropout between finite differences, as the published code does")
@@ -507,6 +507,11 @@ def adamw_pullback(level, gradient, rates, jacobian, cotangent):
     return tuple(back), c
 
 
+def of_params(cotangent):
+    """The cotangent of (theta', m', v') of a loss that sees theta' alone."""
+    return cotangent, torch.zeros_like(cotangent), torch.zeros_like(cotangent)
+
+
 # -------------------------------------------------------------------------------------------------- hypergradient
 
 
@@ -551,12 +556,14 @@ def level3_loss(net, head_params, features, labels):
     return F.cross_entropy(call(net.head, head_params, features), labels)
 
 
-def upper_levels(net, encoder_params, head, given):
+def upper_levels(net, encoder_params, head, given, through_head=True):
     """Levels 2 and 3 as one function of E': (4), (5), (6), with the head's steps differentiable.
 
+    through_head=False holds phi' constant: L3 then sees E' through its own features alone.
     Returns L3, phi', and L2 before the first head step."""
     images = torch.cat([given.images2, given.images3])
     features2, features3 = encode(net, encoder_params, images).split([len(given.images2), len(given.images3)])
+    features2 = features2 if through_head else features2.detach()
     head, losses = head._replace(params=head.params.detach().requires_grad_()), []
     for dropout in given.dropout:
         losses.append(level2_loss(net, head.params, features2, given.labels2, dropout))  # (4)
@@ -565,41 +572,55 @@ def upper_levels(net, encoder_params, head, given):
     return level3_loss(net, head.params, features3, given.labels3), head, losses[0]  # (6)
 
 
-def exact(net, theta, psi, head, given, steps):
+def exact(net, theta, psi, head, given, steps, through_head=True):
     """The hypergradient by one backward through the encoder and one jvp through the autoencoder, (7) to (10).
 
     theta: Level after the level-1 steps; psi [P3]; head: Level before level 2; given: Labelled; steps: the level-1
     steps to differentiate, in order. Returns a Result. The forms below take and return the same."""
     split, jacobian = net.encoder_size, net.cfg.update_jacobian
     encoder_params = theta.params[:split].detach().requires_grad_()
-    loss3, head, loss2 = upper_levels(net, encoder_params, head, given)
+    loss3, head, loss2 = upper_levels(net, encoder_params, head, given, through_head)
     (v,) = torch.autograd.grad(loss3, encoder_params)  # (7): D has no part in L3, so v covers E alone
-    cotangent = (v, torch.zeros_like(v), torch.zeros_like(v))  # of theta', m', v'
-    hypergradient = torch.zeros_like(psi)
+    cotangent, hypergradient = of_params(v), torch.zeros_like(psi)
     for number, step in reversed(list(enumerate(steps))):
         cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent)  # (8)
-        params, covered = step.theta.params, len(c)
-
-        def errors(moving):  # l [B, L] as a function of the parameters that c covers
-            decoder_params = moving[split:] if covered > split else params[split:]
-            return patch_errors(net, moving[:split], decoder_params, step)
-
-        with torch.no_grad():
-            d = jvp(errors, (params[:covered],), (c,))[1]  # (9)
+        d = directional_errors(net, step, c)  # (9)
         wanted = psi.detach().requires_grad_()
-        prob = masking_probability(net, wanted, step.images, params[:split])
+        prob = masking_probability(net, wanted, step.images, step.theta.params[:split])
         hypergradient += torch.autograd.grad(level1_loss(prob, step.mask, d), wanted)[0]  # (10)
-        if number > 0:
-
-            def loss(params):
-                return level1_loss(prob.detach(), step.mask, patch_errors(net, params[:split], params[split:], step))
-
-            rest = (0, len(params) - covered)  # E's cotangent grows to (E, D)'s: from here on D counts
-            with kernels.use("reference"), torch.no_grad():
-                hessian_c = jvp(grad(loss), (params,), (F.pad(c, rest),))[1]
-            cotangent = tuple(F.pad(part, rest) for part in cotangent)
-            cotangent = (cotangent[0] + hessian_c, *cotangent[1:])  # (13)
+        if number > 0:  # the steps before moved D as well, and through g1 L3 sees that: from here on (E, D) count
+            rest = (0, len(step.theta.params) - len(c))
+            of_theta, *of_moments = (F.pad(part, rest) for part in cotangent)
+            cotangent = (of_theta + hessian_product(net, step, prob.detach(), F.pad(c, rest)), *of_moments)  # (13)
     return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
+
+
+def directional_errors(net, step, direction):
+    """d of (9), [B, L]: the derivative of each patch's error along `direction` [n], which covers the leading n
+    parameters; the rest, if any, is constant, and costs no more than in a plain forward pass."""
+    params, split, n = step.theta.params, net.encoder_size, len(direction)
+
+    def errors(moving):
+        return patch_errors(net, moving[:split], (moving if n > split else params)[split:], step)
+
+    with torch.no_grad():
+        return jvp(errors, (params[:n],), (direction,))[1]
+
+
+def hessian_product(net, step, prob, direction):
+    """H c of (13), [P]: the derivative of dL1/dtheta along `direction` [P]."""
+
+    def loss(params):
+        errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
+        return level1_loss(prob, step.mask, errors)
+
+    with kernels.use("reference"), torch.no_grad():  # the plain operations have derivatives of every order
+        return jvp(grad(loss), (step.theta.params,), (direction,))[1]
+
+
+def first_order(net, theta, psi, head, given, steps):
+    """`exact` without the second derivative at level 2: T hears of the validation images only through E."""
+    return exact(net, theta, psi, head, given, steps, through_head=False)
 
 
 def unrolled(net, theta, psi, head, given, steps):
@@ -634,8 +655,7 @@ def finite_difference(net, theta, psi, head, given, steps):
     v, u = torch.autograd.grad(loss3, (encoder_params, phi))
 
     # dL3/dphi' reaches E' through g2: the difference quotient of dL2/dE' along the head's direction c2
-    no_moments = (torch.zeros_like(u), torch.zeros_like(u))
-    c2 = adamw_pullback(before, gradient2, given.rates, jacobian, (u, *no_moments))[1]
+    c2 = adamw_pullback(before, gradient2, given.rates, jacobian, of_params(u))[1]
     dropouts = iter(given.redrawn if net.cfg.redraw_dropout else given.dropout.expand(2, -1, -1))
 
     def level2_gradient(head_params):
@@ -644,8 +664,7 @@ def finite_difference(net, theta, psi, head, given, steps):
         return torch.autograd.grad(loss, encoder_params)[0]
 
     v = v + central_difference(level2_gradient, before.params, c2)  # (7)
-    no_moments = (torch.zeros_like(v), torch.zeros_like(v))
-    c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, (v, *no_moments))[1]  # (8)
+    c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, of_params(v))[1]  # (8)
     encoder_before, decoder_before = step.theta.params.tensor_split([split])
     with torch.no_grad():
         d = central_difference(lambda params: patch_errors(net, params, decoder_before, step), encoder_before, c)  # (9)
@@ -665,7 +684,12 @@ def detached(level):
     return Level(level.params.detach(), level.m.detach(), level.v.detach(), level.t)
 
 
-HYPERGRADIENTS = {"exact": exact, "unrolled": unrolled, "finite-difference": finite_difference}
+HYPERGRADIENTS = {
+    "exact": exact,
+    "unrolled": unrolled,
+    "finite-difference": finite_difference,
+    "first-order": first_order,
+}
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -946,33 +970,33 @@ def linear_probe(net, state, splits):
     Returns {"test_accuracy", "val_accuracy": shares, "weight_decay"}."""
     train, train_labels = features(net, state, splits.train)
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
-    train = (train - mean) / std
-    classes, width = len(splits.class_names), train.shape[1]
+
+    def standardised(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
+        return F.pad((inputs - mean) / std, (1, 0), value=1.0)
 
     def fit(weight_decay):
-        weight = torch.zeros(width + 1, classes, requires_grad=True)
+        weight = torch.zeros(1 + train.shape[1], len(splits.class_names), requires_grad=True)
+        inputs = standardised(train)
         solver = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
         def objective():
             solver.zero_grad()
-            loss = F.cross_entropy(train @ weight[1:] + weight[0], train_labels)
-            loss = loss + 0.5 * weight_decay * weight[1:].square().sum()
+            loss = F.cross_entropy(inputs @ weight, train_labels) + 0.5 * weight_decay * weight[1:].square().sum()
             loss.backward()
             return loss
 
         solver.step(objective)
         return weight.detach()
 
-    def accuracy(weight, split):
-        inputs, labels = features(net, state, split)
-        scores = (inputs - mean) / std @ weight[1:] + weight[0]
-        return (scores.argmax(1) == labels).float().mean().item()
+    def accuracy(weight, inputs, labels):
+        return ((standardised(inputs) @ weight).argmax(1) == labels).double().mean().item()
 
-    val_accuracy, weight_decay, weight = max(
-        ((accuracy(weight, splits.val), decay, weight) for decay in (1e-4, 1e-3, 1e-2, 1e-1) for weight in [fit(decay)]),
-        key=lambda candidate: candidate[0],
-    )
-    return {"test_accuracy": accuracy(weight, splits.test), "val_accuracy": val_accuracy, "weight_decay": weight_decay}
+    fitted = {decay: fit(decay) for decay in (1e-4, 1e-3, 1e-2, 1e-1)}
+    val = tuple(features(net, state, splits.val))
+    val_accuracy = {decay: accuracy(weight, *val) for decay, weight in fitted.items()}
+    best = max(val_accuracy, key=val_accuracy.get)
+    test_accuracy = accuracy(fitted[best], *features(net, state, splits.test))
+    return {"test_accuracy": test_accuracy, "val_accuracy": val_accuracy[best], "weight_decay": best}
 
 
 # --------------------------------------------------------------------------------------------------- pictures

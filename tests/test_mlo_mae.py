@@ -321,7 +321,7 @@ def test_same_seed_same_weights_other_seed_others(run, npz, tmp_path):
 
 def test_every_form_of_the_hypergradient_runs_and_agrees(npz, tmp_path):
     forms = {
-        "exact": [], "unrolled": [], "finite-difference": [],
+        "exact": [], "unrolled": [], "finite-difference": [], "first-order": [],
         "full": ["--unroll", "full", "--head-steps", 2], "embeddings": ["--masking-input", "embeddings"],
     }  # fmt: skip
     for name, flags in forms.items():
