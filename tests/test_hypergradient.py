@@ -1,7 +1,6 @@
 """The three forms of the hypergradient against each other, in float64, on real level-1 and head steps."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ TINY_RUN = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, dec
 SIZE, CHANNELS, CLASSES = 16, 3, 5
 
 
-@functools.cache
 def problem(warm=True, count=1, seed=0, **settings):
     """(net, arguments of a hypergradient function) of a tiny run: `count` level-1 steps were really made."""
     cfg = dataclasses.replace(TINY_RUN, **settings)
@@ -130,6 +128,33 @@ def test_hypergradient_predicts_the_change_of_level_3():
     width = 1e-4
     measured = (level3(psi + width * direction) - level3(psi - width * direction)) / (2 * width)
     assert measured.item() == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+def test_levels_2_and_3_by_modules_and_torchs_adamw():
+    """phi', L2 and L3 as PyTorch's own modules and optimiser make them; the forms above share `upper_levels`."""
+    net, (theta, psi, head, given, steps) = problem(warm=False, head_steps=3)
+    encoder = dict(mlo_mae.unflatten(net.encoder, theta.params[: net.encoder_size]))
+    features2, features3 = (
+        torch.func.functional_call(net.encoder, encoder, (images,))[:, 0].detach() for images in (given.images2, given.images3)
+    )
+    norm, fc = torch.nn.LayerNorm(TINY_RUN.width).double(), torch.nn.Linear(TINY_RUN.width, CLASSES).double()
+    named = mlo_mae.unflatten(net.head, head.params)
+    norm.load_state_dict({"weight": named["norm.weight"], "bias": named["norm.bias"]})
+    fc.load_state_dict({"weight": named["fc.weight"], "bias": named["fc.bias"]})
+    groups = [{"params": [fc.weight], "weight_decay": given.rates.decay.max().item()},
+              {"params": [*norm.parameters(), fc.bias], "weight_decay": 0.0}]  # fmt: skip
+    optimizer, losses = torch.optim.AdamW(groups, lr=3e-2, betas=(0.9, 0.95), eps=1e-8), []
+    for dropout in given.dropout:
+        losses.append(torch.nn.functional.cross_entropy(fc(norm(features2) * dropout), given.labels2))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    found = mlo_mae.exact(net, theta, psi, head, given, steps)
+    expected = torch.cat([p.detach().flatten() for p in (norm.weight, norm.bias, fc.weight, fc.bias)])
+    assert relative_error(found.head.params, expected) < 1e-12 and found.head.t == 3
+    assert found.level2_loss.item() == pytest.approx(losses[0].item(), rel=1e-12)
+    loss3 = torch.nn.functional.cross_entropy(fc(norm(features3)), given.labels3)
+    assert found.level3_loss.item() == pytest.approx(loss3.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
