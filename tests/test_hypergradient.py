@@ -9,7 +9,7 @@ import mlo_mae
 from mlo_mae import Config, Labelled, Level, Rates, adamw, adamw_pullback, build, decay_of, level1_step
 
 TINY_RUN = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2,
-                  masking_width=12, dropout=0.5, batch_size=6)  # fmt: skip
+                  masking_width=12, head_norm="layer", dropout=0.5, batch_size=6)  # fmt: skip
 SIZE, CHANNELS, CLASSES = 16, 3, 5
 
 
@@ -63,9 +63,10 @@ def errors_of(form, **settings):
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize("head_steps", [1, 3])
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
-def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, masking_input):
+@pytest.mark.parametrize("head_norm", ["layer", "batch"])
+def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, masking_input, head_norm):
     error = errors_of(mlo_mae.exact, warm=warm, update_jacobian=jacobian, head_steps=head_steps,
-                      masking_input=masking_input)  # fmt: skip
+                      masking_input=masking_input, head_norm=head_norm)  # fmt: skip
     assert error < 1e-9
 
 
