@@ -1,16 +1,162 @@
 """The reconstruction error of each hidden patch."""
 
-from .patches import gather_patches_reference
+import math
+
+import torch
+
+from .backend import ByFormula, apply_fused, jit, launch, pushforward, runs_triton, tile, tl, triton
+from .patches import gather_patches_reference, load_pixels, patch_offsets
+
+LONGEST_PATCH = 8192  # values: a program holds at least one whole patch, 64 values a thread of 4 warps
+
+
+def _side(values, channels):
+    return math.isqrt(values // channels)  # of a patch, in pixels
 
 
 def patch_loss_reference(pred, images, mask):
-    patch = int((pred.shape[-1] // images.shape[1]) ** 0.5)
-    target = gather_patches_reference(images, None, patch)  # [B, L, p*p*C]
+    dtype = torch.promote_types(torch.promote_types(pred.dtype, images.dtype), torch.float32)
+    target = gather_patches_reference(images.detach(), None, _side(pred.shape[-1], images.shape[1])).to(dtype)  # [B, L, p*p*C]
     mean, var = target.mean(-1, keepdim=True), target.var(-1, keepdim=True, unbiased=True)
     target = (target - mean) / (var + 1e-6).sqrt()
-    return (pred - target).square().mean(-1) * mask  # [B, L]
+    error = (pred - target).masked_fill(mask[..., None] == 0, 0)  # not a product: 0 * NaN would leak from visible patches
+    return error.square().mean(-1)  # [B, L]
+
+
+@jit
+def patch_error(
+    p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w,
+    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """The difference prediction - target of this program's patches, [ROWS, VALUES], read where hidden and else zero.
+
+    Also returns the offsets of these values in pred and of these patches in mask, and the masks of both.
+    """
+    blocks = tl.cdiv(L, ROWS)
+    i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    o_l, o_v = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, VALUES)
+    o_patch = i_b * L + o_l
+    m_hidden = tl.load(p_mask + o_patch, mask=o_l < L, other=0) != 0
+    m = m_hidden[:, None] & (o_v < P * P * C)[None, :]
+    o_image = patch_offsets(o_l, o_v, columns, stride_c, stride_h, stride_w, C, P)
+    b_x = load_pixels(p_images + i_b * stride_b + o_image, m)
+    b_x = tl.where(m, b_x - (tl.sum(b_x, axis=1) / (P * P * C))[:, None], 0.0)
+    b_var = tl.sum(b_x * b_x, axis=1) / (P * P * C - 1)
+    o_pred = o_patch[:, None] * (P * P * C) + o_v[None, :]
+    b_pred = tl.load(p_pred + o_pred, mask=m, other=0).to(tl.float32)
+    return b_pred - b_x / tl.sqrt(b_var + 1e-6)[:, None], o_pred, o_patch, m, o_l < L
+
+
+@jit
+def patch_loss_kernel(
+    p_pred, p_tangent, p_images, p_mask, p_loss, p_loss_tangent, L, columns, stride_b, stride_c, stride_h, stride_w,
+    TANGENT: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    b_error, o_pred, o_patch, m, m_l = patch_error(
+        p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, ROWS, VALUES
+    )
+    tl.store(p_loss + o_patch, tl.sum(b_error * b_error, axis=1) / (P * P * C), mask=m_l)
+    if TANGENT:
+        b_tangent = tl.load(p_tangent + o_pred, mask=m, other=0).to(tl.float32)
+        tl.store(p_loss_tangent + o_patch, tl.sum(b_error * b_tangent, axis=1) * (2 / (P * P * C)), mask=m_l)
+
+
+@jit
+def patch_loss_backward_kernel(
+    p_grad, p_pred, p_images, p_mask, p_grad_pred, L, columns, stride_b, stride_c, stride_h, stride_w,
+    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    b_error, o_pred, o_patch, m_hidden, m_l = patch_error(
+        p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, ROWS, VALUES
+    )
+    b_grad = tl.load(p_grad + o_patch, mask=m_l, other=0).to(tl.float32) * (2 / (P * P * C))
+    m = m_l[:, None] & (tl.arange(0, VALUES) < P * P * C)[None, :]  # visible patches too: their gradient is an exact zero
+    tl.store(p_grad_pred + o_pred, tl.where(m_hidden, b_error * b_grad[:, None], 0.0), mask=m)
+
+
+def _launch(kernel, tensors, images, mask, outputs, pred_shape, **flags):
+    (B, L, values), (_, C, _, W) = pred_shape, images.shape
+    P = _side(values, C)
+    ROWS, VALUES = tile(L, values, LONGEST_PATCH)  # whole patches: their statistics stay on chip
+    launch(
+        kernel, B * triton.cdiv(L, ROWS), *tensors, images, mask.contiguous(), *outputs, L, W // P, *images.stride(),
+        C=C, P=P, ROWS=ROWS, VALUES=VALUES, **flags,
+    )  # fmt: skip
+
+
+def loss_triton(images, mask, pred):
+    loss = torch.empty(mask.shape, device=pred.device, dtype=torch.float32)
+    _launch(patch_loss_kernel, [pred.contiguous(), None], images, mask, [loss, None], pred.shape, TANGENT=False)
+    return loss
+
+
+def loss_jvp_triton(images, mask, pred, tangent):
+    loss, loss_tangent = torch.empty(2, *mask.shape, device=pred.device, dtype=torch.float32)
+    tensors, outputs = [pred.contiguous(), tangent.contiguous()], [loss, loss_tangent]
+    _launch(patch_loss_kernel, tensors, images, mask, outputs, pred.shape, TANGENT=True)
+    return loss, loss_tangent
+
+
+def loss_backward_triton(images, mask, pred, grad):
+    grad_pred = torch.empty(pred.shape, device=pred.device, dtype=pred.dtype)
+    _launch(patch_loss_backward_kernel, [grad.contiguous(), pred.contiguous()], images, mask, [grad_pred], pred.shape)
+    return grad_pred
+
+
+def _of_pred(images, mask):
+    return lambda pred: patch_loss_reference(pred, images, mask)
+
+
+def loss_backward_formula(images, mask, pred, grad):
+    return torch.func.vjp(_of_pred(images, mask), pred)[1](grad)[0]
+
+
+def loss_jvp_formula(images, mask, pred, tangent):
+    return pushforward(_of_pred(images, mask), (pred,), (tangent,))
+
+
+def loss_with_tangent(pred, tangent, images, mask):
+    return ByFormula.apply(loss_jvp_triton, loss_jvp_formula, 2, images, mask, pred, tangent)
+
+
+class PatchLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(pred, images, mask):
+        return loss_triton(images, mask, pred)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        pred, images, mask = ctx.saved_tensors
+        return ByFormula.apply(loss_backward_triton, loss_backward_formula, 2, images, mask, pred, grad), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        pred, images, mask = ctx.saved_tensors
+        return loss_with_tangent(pred, tangent, images, mask)[1]
 
 
 def patch_loss(pred, images, mask):
-    """[B, L, p*p*C], [B, C, H, W], [B, L] -> [B, L], zero where the patch is visible."""
+    """Mean squared error of each hidden patch against its pixels, which are first brought to mean 0 and variance 1.
+
+    pred    [B, L, p*p*C]  predicted pixels, in the order (p q c) of gather_patches
+    images  [B, C, H, W]   the target; data: no derivative reaches it
+    mask    [B, L]         nonzero = hidden; no derivative reaches it
+    returns [B, L] float32 (float64 for float64 inputs), exactly 0 where visible; differentiable in pred, whose gradient
+            is exactly 0 at visible patches. Statistics are float32, variances unbiased, with 1e-6 added under the root.
+
+    Raises ValueError for shapes that do not fit.
+    """
+    B, C, H, W = images.shape
+    side = _side(pred.shape[-1], C)
+    if pred.shape != (B, mask.shape[-1], side * side * C) or mask.shape != (B, (H // max(side, 1)) * (W // max(side, 1))):
+        shapes = ", ".join(str(tuple(t.shape)) for t in (pred, images, mask))
+        raise ValueError(f"patch_loss: want [B, L, p*p*C], [B, C, H, W], [B, L], L = H/p * W/p, got {shapes}")
+    limit = f"patches of {pred.shape[-1]} values exceed {LONGEST_PATCH}" if pred.shape[-1] > LONGEST_PATCH else None
+    if runs_triton("patch_loss", pred, images, mask, limit=limit):
+        return apply_fused(PatchLoss.apply, loss_with_tangent, pred, images, mask)
     return patch_loss_reference(pred, images, mask)

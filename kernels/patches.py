@@ -1,15 +1,165 @@
 """Cut images into patches and keep some of them."""
 
+import torch
 from einops import rearrange
+
+from .backend import jit, launch, runs_triton, tile, tl, triton
 
 
 def gather_patches_reference(images, keep, patch):
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
     patches = rearrange(images, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)  # [B, L, p*p*C]
     if keep is not None:
         patches = patches.gather(1, keep[..., None].expand(-1, -1, patches.shape[-1]))  # [B, K, p*p*C]
     return patches
 
 
+@jit
+def patch_offsets(o_patch, o_value, columns, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr):
+    """Where values o_value [V], in (p q c) order, of patches o_patch [R] lie within one image: [R, V]."""
+    o_c, o_q, o_p = o_value % C, o_value // C % P, o_value // (C * P)
+    corner = (o_patch // columns) * (P * stride_h) + (o_patch % columns) * (P * stride_w)
+    return corner[:, None] + (o_p * stride_h + o_q * stride_w + o_c * stride_c)[None, :]
+
+
+@jit
+def load_pixels(pointers, mask):
+    """Pixels in float32; uint8 ones scaled to 0..1."""
+    b_x = tl.load(pointers, mask=mask, other=0)
+    if b_x.dtype == tl.uint8:
+        return tl.div_rn(b_x.to(tl.float32), 255.0)
+    else:
+        return b_x.to(tl.float32)
+
+
+@jit
+def gather_patches_kernel(
+    p_images, p_keep, p_out, K, columns, stride_b, stride_c, stride_h, stride_w,
+    ALL: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(K, ROWS) * tl.cdiv(P * P * C, VALUES)
+    i_b, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o_k = i_block % tl.cdiv(K, ROWS) * ROWS + tl.arange(0, ROWS)
+    o_v = i_block // tl.cdiv(K, ROWS) * VALUES + tl.arange(0, VALUES)
+    m = (o_k < K)[:, None] & (o_v < P * P * C)[None, :]
+    if ALL:
+        o_patch = o_k
+    else:
+        o_patch = tl.load(p_keep + i_b * K + o_k, mask=o_k < K, other=0).to(tl.int32)
+    o_image = patch_offsets(o_patch, o_v, columns, stride_c, stride_h, stride_w, C, P)  # [ROWS, VALUES]
+    b_x = load_pixels(p_images + i_b * stride_b + o_image, m)
+    tl.store(p_out + i_b * K * (P * P * C) + o_k[:, None] * (P * P * C) + o_v[None, :], b_x, mask=m)
+
+
+@jit
+def spread_patches_kernel(
+    p_patches, p_keep, p_images, K, L, columns, stride_b, stride_c, stride_h, stride_w,
+    ALL: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(L, ROWS) * tl.cdiv(P * P * C, VALUES)
+    i_b, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    o_l = i_block % tl.cdiv(L, ROWS) * ROWS + tl.arange(0, ROWS)
+    o_v = i_block // tl.cdiv(L, ROWS) * VALUES + tl.arange(0, VALUES)
+    m = (o_l < L)[:, None] & (o_v < P * P * C)[None, :]
+    p_row = p_patches + i_b * K * (P * P * C) + o_v[None, :]
+    if ALL:
+        b_x = tl.load(p_row + o_l[:, None] * (P * P * C), mask=m, other=0).to(tl.float32)
+    else:
+        b_x = tl.zeros([ROWS, VALUES], tl.float32)
+        for k in range(K):  # each image patch collects its copies, in order: every pixel is written once, without atomics
+            m_k = (o_l == tl.load(p_keep + i_b * K + k))[:, None] & m
+            b_x += tl.load(p_row + k * (P * P * C), mask=m_k, other=0).to(tl.float32)
+    o_image = patch_offsets(o_l, o_v, columns, stride_c, stride_h, stride_w, C, P)  # [ROWS, VALUES]
+    tl.store(p_images + i_b * stride_b + o_image, b_x, mask=m)
+
+
+def gather_triton(images, keep, patch):
+    B, C, H, W = images.shape
+    K = (H // patch) * (W // patch) if keep is None else keep.shape[1]
+    values, dtype = patch * patch * C, torch.float32 if images.dtype == torch.uint8 else images.dtype
+    out = torch.empty(B, K, values, device=images.device, dtype=dtype)
+    ROWS, VALUES = tile(K, values, 1024)
+    launch(
+        gather_patches_kernel, B * triton.cdiv(K, ROWS) * triton.cdiv(values, VALUES),
+        images, None if keep is None else keep.contiguous(), out, K, W // patch, *images.stride(),
+        ALL=keep is None, C=C, P=patch, ROWS=ROWS, VALUES=VALUES,
+    )  # fmt: skip
+    return out
+
+
+def spread_triton(patches, keep, patch, shape):
+    B, C, H, W = shape
+    L, K, values = (H // patch) * (W // patch), patches.shape[1], patch * patch * C
+    images = torch.empty(shape, device=patches.device, dtype=patches.dtype)
+    ROWS, VALUES = tile(L, values, 1024)
+    launch(
+        spread_patches_kernel, B * triton.cdiv(L, ROWS) * triton.cdiv(values, VALUES),
+        patches.contiguous(), None if keep is None else keep.contiguous(), images, K, L, W // patch, *images.stride(),
+        ALL=keep is None, C=C, P=patch, ROWS=ROWS, VALUES=VALUES,
+    )  # fmt: skip
+    return images
+
+
+class GatherPatches(torch.autograd.Function):
+    """Linear in the images; its transpose is SpreadPatches, so derivatives of any order stay on the kernels."""
+
+    @staticmethod
+    def forward(images, keep, patch):
+        return gather_triton(images, keep, patch)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        images, keep, ctx.patch = inputs
+        ctx.shape = images.shape
+        ctx.save_for_backward(keep)
+        ctx.save_for_forward(keep)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SpreadPatches.apply(grad, *ctx.saved_tensors, ctx.patch, ctx.shape), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return GatherPatches.apply(tangent, *ctx.saved_tensors, ctx.patch)
+
+
+class SpreadPatches(torch.autograd.Function):
+    """Patches [B, K, p*p*C] summed into their places in images of zeros."""
+
+    @staticmethod
+    def forward(patches, keep, patch, shape):
+        return spread_triton(patches, keep, patch, shape)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, keep, ctx.patch, ctx.shape = inputs
+        ctx.save_for_backward(keep)
+        ctx.save_for_forward(keep)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return GatherPatches.apply(grad, *ctx.saved_tensors, ctx.patch), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return SpreadPatches.apply(tangent, *ctx.saved_tensors, ctx.patch, ctx.shape)
+
+
 def gather_patches(images, keep, patch):
-    """[B, C, H, W], [B, K] or None (all patches, in order) -> [B, K, p*p*C]."""
+    """The patches `keep` of each image, flattened in the order (p q c).
+
+    images  [B, C, H, W]  float, or uint8, which is read as value / 255 in float32
+    keep    [B, K] int64  which patches, each in 0..L-1, L = H/p * W/p in raster order; None = all of them in order
+    patch   int           p, the side of a patch in pixels; divides H and W
+    returns [B, K, p*p*C] in the images' dtype, differentiable in the images
+
+    Raises ValueError for shapes that do not fit. Ids out of range are not looked for on a GPU.
+    """
+    if images.ndim != 4 or images.shape[2] % patch or images.shape[3] % patch:
+        raise ValueError(f"gather_patches: images {tuple(images.shape)} do not divide into patches of {patch} x {patch}")
+    if keep is not None and (keep.ndim != 2 or len(keep) != len(images) or keep.dtype != torch.int64):
+        raise ValueError(f"gather_patches: keep must be int64 [{len(images)}, K], got {keep.dtype} {tuple(keep.shape)}")
+    if runs_triton("gather_patches", images, *[] if keep is None else [keep]):
+        return GatherPatches.apply(images, keep, patch)
     return gather_patches_reference(images, keep, patch)
