@@ -1,0 +1,169 @@
+"""Every verb of bench.py at tiny sizes: what it prints, when it fails, and its counters against cases known by hand."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import bench
+import mlo_mae
+
+CPU = torch.device("cpu")
+TIMES = {"seconds", "seconds_q1", "seconds_q3"}
+NANO = (8, dict(width=8, depth=1, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2, masking_width=8,
+                batch_size=4, labelled_batch_size=4))  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "tiny", NANO)
+    monkeypatch.setitem(mlo_mae.PRESETS, "shapes", NANO[1] | {"image_size": NANO[0]})
+    monkeypatch.setitem(bench.GEOMETRY, "cifar", (8, 2))
+    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: {"flops": 1e9, "bytes": 1e9})
+
+
+def run(capsys, *argv):
+    """(exit status, the last line's object, all of stdout)."""
+    status = bench.main([*argv, "--device", "cpu", "--repeats", "1"])
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1], parse_constant=pytest.fail)  # NaN is no JSON
+    assert report["verb"] == argv[0] and report["machine"]["threads"] == torch.get_num_threads()
+    return status, report, out
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(bench, "GROWTH", {"depth": (1,), "batch": (2,), "unrolled steps": (1,)})
+    monkeypatch.setattr(bench, "METHODS", {name: bench.METHODS[name] for name in ("exact", "unrolled", "finite-difference")})
+
+
+def test_hypergradient(capsys):
+    status, report, out = run(capsys, "hypergradient", "--sizes", "tiny")
+    assert status == 0 and list(report) == ["verb", "machine", "rows", "growth"]
+    rows = {row["method"]: row for row in report["rows"]}
+    assert list(rows) == list(bench.METHODS) and all(bench.METHODS[name].label in out for name in rows)
+    keys = {"size", "method", "error_float32", "error_float64", "cosine", "verdict", "peak_bytes", "flops",
+            "allowed_float32", "allowed_float64"} | TIMES  # fmt: skip
+    assert all(set(row) == keys and row["seconds"] > 0 and row["flops"] > 0 for row in rows.values())
+    for name in ("exact", "exact-2"):
+        assert rows[name]["verdict"] == "exact" and rows[name]["error_float64"] < 1e-12
+    assert rows["unrolled"]["error_float64"] == 0 and rows["unrolled"]["peak_bytes"] > rows["exact"]["peak_bytes"]
+    for name in ("finite-difference", "redrawn", "published", "identity", "first-order", "last-of-2"):
+        assert rows[name]["verdict"] != "exact"
+    assert rows["redrawn"]["error_float64"] > 10 * rows["finite-difference"]["error_float64"]
+
+
+def test_hypergradient_fails_where_exact_is_wrong(capsys, monkeypatch, few):
+    def broken(*arguments):
+        result = mlo_mae.exact(*arguments)
+        return result._replace(hypergradient=result.hypergradient * (1 + 1e-9))
+
+    monkeypatch.setitem(mlo_mae.HYPERGRADIENTS, "exact", broken)
+    status, report, out = run(capsys, "hypergradient", "--sizes", "tiny")
+    assert status == 1 and "WRONG: exact at tiny in float64: relative error 1.0e-09, allowed 1e-12" in out
+    assert "in float32" not in out.split("WRONG", 1)[1]  # there it is within rounding
+
+
+def test_hypergradient_writes_table_and_picture(capsys, monkeypatch, tmp_path, few):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    status, report, out = run(capsys, "hypergradient", "--sizes", "tiny", "--save")
+    pages, pictures = ([*(tmp_path / "benchmarks").glob(f"hypergradient-*.{suffix}")] for suffix in ("md", "png"))
+    assert status == 0 and len(pages) == len(pictures) == 1
+    page = pages[0].read_text()
+    assert page.startswith("`python bench.py hypergradient --sizes tiny --save ") and "| exact " in page
+    assert pictures[0].read_bytes().startswith(b"\x89PNG")
+    assert {row["along"] for row in report["growth"]} == {"depth", "batch", "unrolled steps"}
+    assert {"along", "value", "method", "peak_bytes", "flops"} | TIMES == set(report["growth"][0])
+
+
+def test_kernels(capsys):
+    status, report, out = run(capsys, "kernels", "--shapes", "cifar", "--batch-size", "2", "--dtypes", "fp32", "--no-compile")
+    assert status == 0 and list(report) == ["verb", "machine", "rows"]
+    assert {row["kernel"] for row in report["rows"]} == {
+        "gather_patches", "select_patches", "scatter_tokens", "patch_loss", "attention"}  # fmt: skip
+    common = {"kernel", "shape", "dtype", "direction", "implementation", "error"} | TIMES
+    for row in report["rows"]:
+        assert set(row) == common | ({"rate", "share_of_ceiling", "speedup"} if row["implementation"] == "ours" else set())
+    flash = [row for row in report["rows"] if row["implementation"] == "SDPA flash"]
+    assert flash and {row["direction"] for row in flash} == {"forward", "backward"}
+    cudnn = [row for row in report["rows"] if row["implementation"] == "SDPA cuDNN"]
+    assert cudnn and all(row["seconds"] is None for row in cudnn)  # it refuses a CPU
+
+
+def test_a_wrong_kernel_gets_no_speedup(capsys, monkeypatch):
+    right = bench.kernels.patch_loss
+    monkeypatch.setattr(bench.kernels, "patch_loss", lambda pred, images, mask: right(pred, images, mask) * (1 + 1e-3))
+    status, report, out = run(capsys, "kernels", "--shapes", "cifar", "--batch-size", "2", "--dtypes", "fp32", "--no-compile")
+    assert status == 1 and "WRONG: patch_loss" in out and "more than twice eager's" in out
+    ours = [row for row in report["rows"] if row["implementation"] == "ours"]
+    assert all((row["speedup"] is None) == (row["kernel"] == "patch_loss") for row in ours)
+
+
+def test_step(capsys, tmp_path):
+    trace = tmp_path / "trace.json"
+    status, report, out = run(capsys, "step", "--batch-size", "6", "--profile", str(trace))
+    assert status == 0 and list(report) == ["verb", "machine", "rows", "summary"]
+    rows = {row["part"]: row for row in report["rows"]}
+    keys = {"part", "times", "peak_bytes", "flops", "share_of_time", "share_of_flops", "share_of_peak"} | TIMES
+    assert all(set(row) == keys for row in rows.values())
+    assert rows["level-1 step"]["times"] == 2 and "outer iteration, kernels off" not in rows
+    parts = [row for row in rows.values() if row["times"]]
+    assert sum(row["share_of_flops"] for row in parts) == pytest.approx(1)
+    # The parts are the whole: encoder pass, jvp and T make the mask update; only T's look at p comes on top of MAE's step.
+    update = sum(rows[name]["flops"] for name in ("levels 2 and 3: encoder", "jvp of the autoencoder", "T: backward and step"))
+    assert rows["mask update"]["flops"] == update
+    assert rows["level-1 step"]["flops"] > rows["plain MAE step"]["flops"]
+    summary = report["summary"]
+    assert summary["batch_size"] == summary["labelled_batch_size"] == 6
+    assert summary["updates"] == math.ceil(mlo_mae.Config().epochs * 6000 * 0.8 / (6 * 2))
+    assert summary["overhead"] == pytest.approx(summary["time_ratio"] / summary["operation_ratio"])
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize("argv", [["hypergradient", "--sizes", "huge"], ["step", "--repeats", "0"], ["kernel"], []])
+def test_bad_flags_end_in_one_line(capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("bench: ") and error.count("\n") == 1
+
+
+def test_what_the_user_can_mend_ends_in_one_line(capsys, tmp_path):
+    bad = ["step", "--batch-size", "2", "--repeats", "1", "--profile", str(tmp_path / "no" / "folder")]
+    assert bench.main([*bad, "--device", "cpu"]) == 2
+    if not torch.cuda.is_available():
+        assert bench.main(["step", "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert all(line.startswith("bench: ") for line in error.splitlines())
+
+
+def test_operations_of_a_matrix_product_and_of_its_tangent():
+    a, b = torch.randn(3, 5), torch.randn(5, 7)
+    product = 2 * 3 * 5 * 7
+    assert bench.operations(lambda pair: pair[0] @ pair[1], (a, b)) == product
+    assert bench.operations(lambda pair: torch.func.jvp(torch.matmul, pair, pair), (a, b)) == 3 * product
+
+    def backward(pair):
+        moving = [x.detach().requires_grad_() for x in pair]
+        torch.autograd.grad((moving[0] @ moving[1]).sum(), moving)
+
+    assert bench.operations(backward, (a, b)) == 3 * product
+
+
+def test_peak_memory_of_a_chain():
+    def chain():
+        x = torch.ones(1000)  # 4000 bytes
+        y = x + 1  # 8000 at once
+        del x
+        return y * 2  # 8000 at once
+
+    result, peak = bench.peak_memory(chain, CPU)
+    assert 8000 <= peak < 8100 and float(result[0]) == 4  # the profiler sees the scalars too
+
+
+def test_quartiles_and_interleaving():
+    assert bench.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"seconds": 3.0, "seconds_q1": 2.0, "seconds_q3": 4.0}
+    order = []
+    bench.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU)
+    assert order == ["a", "b", "b", "a", "a", "b"]
