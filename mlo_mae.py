@@ -124,7 +124,7 @@ class Config:
     unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask")
     redraw_dropout: bool = flag(False, "redraw dropout between finite differences, as the published code does")
 
-    epochs: int = flag(15, "passes of level 1 over its training images")
+    epochs: int = flag(13, "passes of level 1 over its training images")
     batch_size: int = flag(128, "images a step of level 1")
     labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each")
     level1_steps: int = flag(2, "encoder and decoder steps a mask update")
@@ -611,14 +611,15 @@ def exact(net, theta, psi, head, given, steps, through_head=True):
     cotangent, hypergradient = of_params(v), torch.zeros_like(psi)
     for number, step in reversed(list(enumerate(steps))):
         cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent)  # (8)
-        d = directional_errors(net, step, c)  # (9)
         wanted = psi.detach().requires_grad_()
         prob = masking_probability(net, wanted, step.images, step.theta.params[:split])
+        if number == 0:
+            d = directional_errors(net, step, c)  # (9)
+        else:  # the steps before moved D as well, and through g1 L3 sees that: from here on (E, D) count
+            of_theta, *of_moments = (F.pad(part, (0, len(step.theta.params) - len(c))) for part in cotangent)
+            d, hessian_c = errors_and_hessian(net, step, prob.detach(), F.pad(c, (0, len(of_theta) - len(c))))  # (9)
+            cotangent = (of_theta + hessian_c, *of_moments)  # (13)
         hypergradient += torch.autograd.grad(level1_loss(prob, step.mask, d), wanted)[0]  # (10)
-        if number > 0:  # the steps before moved D as well, and through g1 L3 sees that: from here on (E, D) count
-            rest = (0, len(step.theta.params) - len(c))
-            of_theta, *of_moments = (F.pad(part, rest) for part in cotangent)
-            cotangent = (of_theta + hessian_product(net, step, prob.detach(), F.pad(c, rest)), *of_moments)  # (13)
     return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
 
 
@@ -634,15 +635,16 @@ def directional_errors(net, step, direction):
         return jvp(errors, (params[:n],), (direction,))[1]
 
 
-def hessian_product(net, step, prob, direction):
-    """H c of (13), [P]: the derivative of dL1/dtheta along `direction` [P]."""
+def errors_and_hessian(net, step, prob, direction):
+    """d of (9), [B, L], and H c of (13), [P]: how errors and dL1/dtheta change along `direction` [P], in one pass."""
 
     def loss(params):
         errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
-        return level1_loss(prob, step.mask, errors)
+        return level1_loss(prob, step.mask, errors), errors
 
     with kernels.use("reference"), torch.no_grad():  # the plain operations have derivatives of every order
-        return jvp(grad(loss), (step.theta.params,), (direction,))[1]
+        hessian_c, d = jvp(grad(loss, has_aux=True), (step.theta.params,), (direction,))[1]
+    return d, hessian_c
 
 
 def first_order(net, theta, psi, head, given, steps):
