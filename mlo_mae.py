@@ -838,9 +838,11 @@ def pretrain(cfg, out, resume=False):
     SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(cfg)
     device = choose_device(cfg.device)
-    checkpoint = start_folder(cfg, out, resume)
+    checkpoint = find_checkpoint(cfg, out, resume)
     splits = load_data(cfg, device)
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
+    write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     state = State(0, *(fresh_level(vector, device) for vector in params))
     if checkpoint is not None:
         state = restore(net, checkpoint, device)
@@ -1117,9 +1119,8 @@ def write_whole(path, content):
     os.replace(temporary, path)
 
 
-def start_folder(cfg, out, resume):
-    """Make the run's folder, or find what there is to resume: None, or a checkpoint. Raises RunError where a run is
-    there already, or the one to resume is not this one."""
+def find_checkpoint(cfg, out, resume):
+    """What there is to resume: None, or a checkpoint. Raises RunError where a run is there already, or is not this one."""
     if resume and (out / "checkpoint.pt").exists():
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         for name, value in dataclasses.asdict(cfg).items():
@@ -1129,13 +1130,27 @@ def start_folder(cfg, out, resume):
         return checkpoint
     if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists already; continue it with --resume, or choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     return None
 
 
+def read_config(path):
+    """The settings in a run's config.json. Raises RunError where they are not this program's."""
+    try:
+        settings = json.loads(path.read_text())
+        Config(**settings)
+        return settings
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged or of another version ({error}); give all flags, and another --out") from None
+
+
 def read_metrics(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of metrics.jsonl. Raises RunError where it is absent, empty or damaged."""
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[0]["epoch"]
+        return rows
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        raise RunError(f"{path} is absent, empty or damaged, so there are no curves to draw") from None
 
 
 def last_metrics(out):
@@ -1145,7 +1160,11 @@ def last_metrics(out):
 def truncate_metrics(path, iteration):
     """Drop the lines after `iteration`, which a resumed run writes again, and a line cut short by a crash."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["iteration"] <= iteration]
+    lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+    try:
+        kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{path} is damaged; move it away and resume again: the run starts a new one") from None
     write_whole(path, "".join(kept).encode())
 
 
@@ -1272,7 +1291,7 @@ def run_command(arguments):
     if command == "pretrain":
         out, resume = arguments.pop("out"), arguments.pop("resume")
         if resume and out and (out / "config.json").exists():
-            arguments = json.loads((out / "config.json").read_text()) | arguments
+            arguments = read_config(out / "config.json") | arguments
         preset = arguments.get("preset", "shapes")
         cfg = Config(**{"preset": preset} | PRESETS[preset] | arguments)
         return pretrain(cfg, out or Path("runs") / f"{cfg.preset}-{cfg.masking}-{cfg.seed}", resume)

@@ -415,7 +415,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 )
 def test_bad_flags_end_in_one_line(npz, tmp_path, capsys, flags, words):
     refused(arguments(npz, tmp_path / "bad", *flags), capsys, *words)
-    assert not (tmp_path / "bad" / "checkpoint.pt").exists()
+    assert not (tmp_path / "bad").exists()  # so the mended command finds nothing in its way
+
+
+@pytest.mark.parametrize("name, argv", [("config.json", ["pretrain", "--resume", "--out"]),
+                                        ("metrics.jsonl", ["pretrain", "--resume", "--out"]), ("metrics.jsonl", ["show"])])  # fmt: skip
+@pytest.mark.parametrize("content", [b"{nonsense}\n", b"[1]\n"])
+def test_damaged_text_files_are_refused(run, tmp_path, capsys, name, argv, content):
+    for path in run[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(content)
+    refused([*argv, tmp_path], capsys, name)
+    assert (tmp_path / name).read_bytes() == content
 
 
 def test_a_run_is_never_overwritten(run, npz, capsys):
