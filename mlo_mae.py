@@ -53,6 +53,7 @@ pictures, files, command line.
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -867,12 +868,12 @@ def pretrain(cfg, out, resume=False):
     looked = saved = logged = time.monotonic()
     bar = tqdm(total=total, initial=state.iteration, desc=f"{cfg.preset} {cfg.masking}", unit="update", mininterval=1)
     with bar, stop_signals() as stop:
-        while state.iteration < total and not stop:
+        while state.iteration < total:
             state, new = outer_iteration(net, state, batches, total, decay, mask_rate)
             losses.append(new)
             bar.update()
             now = time.monotonic()
-            due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total or stop
+            due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total or bool(stop)
             line = state.iteration % cfg.log_every == 0 or state.iteration == total
             if not (due or line or now - looked > 1):
                 continue  # reading a loss waits for the device
@@ -894,11 +895,13 @@ def pretrain(cfg, out, resume=False):
             if due:
                 save_checkpoint(net, state, splits, out / "checkpoint.pt")
                 saved = time.monotonic()
+                if stop:  # only here: a stop that comes later than `due` waits for the next checkpoint, one iteration on
+                    break
     if stop and state.iteration < total:
         print(f"stopped at update {state.iteration} of {total}; continue with --resume", file=sys.stderr)
         raise SystemExit(128 + stop[0])
 
-    summary = {"verb": "pretrain", "run": str(out), "updates": total, **last_metrics(out)}
+    summary = {"verb": "pretrain", "run": str(out), "updates": total, **read_metrics(out / "metrics.jsonl")[-1]}
     summary["probe"] = linear_probe(net, state, splits)
     write_whole(out / "probe.json", json.dumps(summary["probe"]).encode())
     draw_images(net, state, splits, out / "masks.png")
@@ -1097,8 +1100,6 @@ def draw_curves(out):
 
 
 def save_figure(figure, path):
-    import io
-
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     write_whole(path, buffer.getvalue())
@@ -1151,10 +1152,6 @@ def read_metrics(path):
         return rows
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         raise RunError(f"{path} is absent, empty or damaged, so there are no curves to draw") from None
-
-
-def last_metrics(out):
-    return read_metrics(out / "metrics.jsonl")[-1]
 
 
 def truncate_metrics(path, iteration):

@@ -372,6 +372,21 @@ def test_interrupted_and_resumed_runs_end_with_the_same_weights(run, npz, tmp_pa
     assert [row["iteration"] for row in rows] == list(range(2, 31, 2))
 
 
+def test_a_stop_is_saved_whenever_it_comes(npz, tmp_path, monkeypatch):
+    """Here the signal comes after the iteration has decided that no checkpoint is due."""
+    real = mlo_mae.mask_statistics
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    monkeypatch.setattr(mlo_mae, "mask_statistics", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(npz, tmp_path / "cut", "--epochs", 20))
+    assert stop.value.code == 130
+    assert mlo_mae.read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["iteration"] >= 2
+
+
 def test_resume_before_the_first_checkpoint_starts_the_run(run, npz, tmp_path):
     assert main(arguments(npz, tmp_path / "new", "--epochs", 20, "--resume")) == 0
     assert same(weights(run[0]), weights(tmp_path / "new"))
