@@ -48,6 +48,7 @@ pictures, files, command line.
     python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
     python mlo_mae.py probe RUN
     python mlo_mae.py show RUN
+    python mlo_mae.py export RUN --to timm
 """
 
 import argparse
@@ -76,6 +77,7 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 import data
+import interchange
 import kernels
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
 
@@ -112,6 +114,8 @@ class Config:
     decoder_width: int = flag(32, "of the decoder's tokens")
     decoder_depth: int = flag(1, "blocks of the decoder")
     decoder_heads: int = flag(2, "attention heads of the decoder")
+
+    init: str = flag("", "weights that encoder and decoder start from: a run, or a public .pth or .safetensors")
 
     masking: Literal["learned", "random"] = flag("learned", "learned by the masking network, or random as in MAE")
     mask_ratio: float = flag(0.75, "share of the patches that is hidden")
@@ -424,6 +428,26 @@ def build(cfg, image_size, channels, classes):
     theta = torch.cat([parameters_to_vector(net.parameters()) for net in (encoder, decoder)]).detach()
     phi, psi = (parameters_to_vector(net.parameters()).detach() for net in (head, masking))
     return Networks(cfg, *(net.to("meta") for net in (encoder, decoder, head, masking))), (theta, phi, psi)
+
+
+def starting_weights(net, theta_params, path):
+    """theta [P1] with the weights found in `path` (a run's folder, or a public .pth or .safetensors) in their places. The
+    encoder must be there whole; a decoder that is absent or of another shape keeps its values of `theta_params`.
+
+    Prints what was used, one line on stderr. Raises interchange.WeightsError, or RunError where a run has other heads."""
+    path = Path(path)
+    pieces = zip((net.encoder, net.decoder), theta_params.tensor_split([net.encoder_size]))
+    fresh = {name: tensor for module, params in pieces for name, tensor in unflatten(module, params).items()}
+    weights = interchange.read_weights(path / "checkpoint.pt" if path.is_dir() else path)
+    taken, report = interchange.fit(weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()})
+    if path.is_dir():  # heads leave no trace in the weights' shapes, but a run records them
+        settings = read_config(path / "config.json")
+        for name, used in (("heads", True), ("decoder_heads", "decoder_pred.weight" in taken)):
+            if used and settings[name] != getattr(net.cfg, name):
+                raise RunError(f"{path} was trained with --{name.replace('_', '-')} {settings[name]}, "
+                               f"not {getattr(net.cfg, name)}; give that flag")  # fmt: skip
+    print(f"{path}: {report.line}", file=sys.stderr)
+    return torch.cat([taken.get(name, tensor).to(tensor).reshape(-1) for name, tensor in fresh.items()])
 
 
 # --------------------------------------------------------------------------------- masks and the three losses
@@ -842,6 +866,8 @@ def pretrain(cfg, out, resume=False):
     checkpoint = find_checkpoint(cfg, out, resume)
     splits = load_data(cfg, device)
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    if cfg.init and checkpoint is None:
+        params = (starting_weights(net, params[0], cfg.init), *params[1:])
     out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     state = State(0, *(fresh_level(vector, device) for vector in params))
@@ -1244,6 +1270,42 @@ def open_run(run, device_name, **machine):
     return net, restore(net, content, device), splits
 
 
+EXPORTS = {"timm": "encoder-timm.safetensors", "mae": "autoencoder-mae.pth"}  # kinds, and their files in a run's folder
+TIMM = {(768, 12, 12): "vit_base_patch16_224", (1024, 24, 16): "vit_large_patch16_224"}  # width, depth, heads; patch 16 at 224
+
+
+def export(run, to, file=None):
+    """Write a run's weights for other programs, to `file` or into the run's folder; returns what the command reports.
+
+    to="timm": safetensors of the encoder, which timm's VisionTransformer loads strictly. It wants a classifier as well,
+    and an encoder that was pretrained has none: head.weight and head.bias, for the run's classes, are zeros.
+    to="mae": a .pth of {"model": encoder and decoder}, as facebookresearch/mae names them.
+    Raises RunError where the file exists already."""
+    content = read_checkpoint(run / "checkpoint.pt")
+    cfg, facts, model = Config(**content["config"]), content["data"], content["model"]
+    file = run / EXPORTS[to] if file is None else file
+    if file.exists():
+        raise RunError(f"{file} exists already; move it away, or name another with --file")
+    image_size, channels, classes = facts["image_size"], facts["channels"], len(facts["class_names"])
+    sizes = (f"img_size={image_size}, patch_size={cfg.patch_size}, in_chans={channels}, "
+             f"embed_dim={cfg.width}, depth={cfg.depth}, num_heads={cfg.heads}")  # fmt: skip
+    report = {"verb": "export", "run": str(run), "file": str(file), "mean": facts["mean"], "std": facts["std"]}
+    if to == "mae":
+        write_whole(file, lambda opened: torch.save({"model": model}, opened))
+        return report | {"call": f"MaskedAutoencoderViT({sizes}, decoder_embed_dim={cfg.decoder_width}, "
+                                 f"decoder_depth={cfg.decoder_depth}, decoder_num_heads={cfg.decoder_heads}, "
+                                 f"norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True)"}  # fmt: skip
+    standard = TIMM.get((cfg.width, cfg.depth, cfg.heads)) if (image_size, channels, cfg.patch_size) == (224, 3, 16) else None
+    call = f"timm.models.VisionTransformer({sizes}, num_classes={classes})"
+    if standard:
+        call = f"timm.create_model('{standard}', num_classes={classes})"
+    encoder = {name: tensor for name, tensor in model.items() if not interchange.is_decoder(name)}
+    encoder |= {"head.weight": torch.zeros(classes, cfg.width), "head.bias": torch.zeros(classes)}
+    metadata = {"call": call, "mean": json.dumps(facts["mean"]), "std": json.dumps(facts["std"])}
+    write_whole(file, lambda opened: interchange.write_safetensors(encoder, opened, metadata))
+    return report | {"call": call, "head": "zeros: a pretrained encoder has no classifier"}
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 
@@ -1256,7 +1318,7 @@ def parse(argv):
     """Arguments, with the command first; without one, pretrain."""
     parser = Parser(prog="mlo_mae.py", description=__doc__.splitlines()[0],
                     epilog="without a command: pretrain; its flags are listed by pretrain --help")  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | probe | show")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | probe | show | export")
     pretraining = commands.add_parser("pretrain", help="pretrain, probe, write pictures")
     for field in dataclasses.fields(Config):
         name, options = "--" + field.name.replace("_", "-"), {"help": field.metadata["help"], "default": argparse.SUPPRESS}
@@ -1277,6 +1339,10 @@ def parse(argv):
         reading.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
         reading.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
         reading.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    exporting = commands.add_parser("export", help="a run's weights for timm or facebookresearch/mae")
+    exporting.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    exporting.add_argument("--to", choices=list(EXPORTS), required=True, help="timm: encoder, safetensors; mae: with decoder, .pth")
+    exporting.add_argument("--file", type=Path, help=f"where to (default in RUN: {', '.join(EXPORTS.values())})")
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["pretrain", *argv]
     return vars(parser.parse_args(argv))
@@ -1292,6 +1358,8 @@ def run_command(arguments):
         preset = arguments.get("preset", "shapes")
         cfg = Config(**{"preset": preset} | PRESETS[preset] | arguments)
         return pretrain(cfg, out or Path("runs") / f"{cfg.preset}-{cfg.masking}-{cfg.seed}", resume)
+    if command == "export":
+        return export(**arguments)
     run, device = arguments.pop("run"), arguments.pop("device")
     net, state, splits = open_run(run, device, **arguments)
     if command == "probe":
@@ -1307,7 +1375,7 @@ def main(argv=None):
         summary = run_command(parse(sys.argv[1:] if argv is None else argv))
         print(json.dumps(summary, separators=(",", ":")))
         return 0
-    except (RunError, data.DataError) as error:
+    except (RunError, data.DataError, interchange.WeightsError) as error:
         message = str(error)
     except torch.OutOfMemoryError as error:
         message = f"out of memory: {str(error).splitlines()[0]} Lower --batch-size"
