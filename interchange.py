@@ -10,7 +10,9 @@ import argparse
 import json
 import math
 import os
+import warnings
 import zipfile
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +75,8 @@ def read_torch(path):
                 raise WeightsError("its records are compressed or overlap, which torch.save never does")
             if damaged := archive.testzip():
                 raise WeightsError(f"its record {damaged} fails its checksum; fetch the file again")
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about old or odd pickles: what matters here ends in an error
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise WeightsError(f"it holds a {type(content).__name__}, not weights by name")
@@ -83,26 +86,21 @@ def read_torch(path):
         if not isinstance(name, str) or type(value) is not Tensor or value.layout != torch.strided \
                 or value.device.type != "cpu" or value.is_quantized:  # fmt: skip
             raise WeightsError(f"{name!r} is not an ordinary tensor")
-    # A tensor may claim a larger storage than the file filled, or repeat one element by stride 0.
-    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
-    if sum(storages.values()) > size or any(value.nbytes > size for value in tensors.values()):
-        raise WeightsError("its tensors claim more bytes than the file has")
+    if any(value.nbytes > size for value in tensors.values()):  # one element may be repeated without end, by stride 0
+        raise WeightsError("a tensor claims more bytes than the file has")
     return tensors
 
 
 def read_safetensors(path):
     """The tensors of a safetensors file: the header's length (8 bytes, little-endian), a JSON header
     {name: {dtype, shape, data_offsets}}, and the tensors' bytes one after the other (github.com/huggingface/safetensors)."""
+    tensors, end = {}, 0
     with open(path, "rb") as file:
         length, size = int.from_bytes(file.read(8), "little"), os.path.getsize(path)
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
+        if length > min(MAX_HEADER, size - 8):
             raise WeightsError(f"its header claims {length} bytes of {size}")
-        try:
-            header = json.loads(file.read(length).decode(), object_pairs_hook=unique, parse_constant=no_constant)
-        except RecursionError:
-            raise WeightsError("its header is nested too deeply") from None
+        header = json.loads(file.read(length).decode(), object_pairs_hook=unique)
         header.pop("__metadata__", None)
-        places, end = [], 0
         for name, entry in header.items():
             if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
                 raise WeightsError(f"{name}: its header has other fields than dtype, shape and data_offsets")
@@ -115,15 +113,14 @@ def read_safetensors(path):
                 raise WeightsError(f"{name} has the impossible place {offsets}")
             if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
                 raise WeightsError(f"{name}: {dtype} of shape {shape} does not take the bytes from {offsets[0]} to {offsets[1]}")
-            places.append((*offsets, name, DTYPES[dtype], shape))
-        tensors = {}
-        for start, stop, name, dtype, shape in sorted(places, key=lambda place: place[:2]):
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
             if start != end or stop > size - 8 - length:
                 raise WeightsError(f"{name} overlaps another tensor, leaves a gap, or lies outside the file")
-            raw, end = bytearray(file.read(stop - start)), stop
-            tensors[name] = (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)).reshape(shape)
-        if end != size - 8 - length:
-            raise WeightsError(f"{size - 8 - length - end} bytes after its last tensor belong to none")
+            raw, end, dtype = bytearray(file.read(stop - start)), stop, DTYPES[entry["dtype"]]
+            tensors[name] = (torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)).reshape(entry["shape"])
+    if end != size - 8 - length:
+        raise WeightsError(f"{size - 8 - length - end} bytes after its last tensor belong to none")
     return tensors
 
 
@@ -132,10 +129,6 @@ def unique(pairs):
     if len(result := dict(pairs)) != len(pairs):
         raise WeightsError("its header names something twice")
     return result
-
-
-def no_constant(name):
-    raise WeightsError(f"its header holds {name}, which is no JSON")
 
 
 def whole_numbers(value, length, limit):
@@ -206,27 +199,30 @@ def fit(weights, expected: dict[str, Shape]) -> tuple[dict[str, Tensor], Report]
     if problem:
         raise WeightsError(f"these weights are of another architecture: {problem}")
 
-    problem = decoder and ("the file has none" if not any(map(is_decoder, weights)) else mismatch(weights, decoder))
-    wanted = {name: shape for name, shape in expected.items() if name in weights and not (problem and is_decoder(name))}
+    problem = mismatch(weights, decoder) if any(map(is_decoder, weights)) else "the file has none"
     taken, grids = {}, {}
-    for name, shape in wanted.items():
-        taken[name], tensor = weights[name], weights[name]
-        if tuple(tensor.shape) != shape:
-            taken[name] = resize_positions(tensor, shape)
-            grids[name] = f"{math.isqrt(tensor.shape[1])}x{math.isqrt(tensor.shape[1])} to {math.isqrt(shape[1])}x{math.isqrt(shape[1])}"
+    for name, shape in expected.items():
+        if name not in weights or problem and is_decoder(name):
+            continue
+        taken[name] = tensor = weights[name]
         if not tensor.is_floating_point() or not tensor.isfinite().all():
             raise WeightsError(f"{name} holds values that are not finite numbers; fetch the file again")
+        if tuple(tensor.shape) != shape:
+            taken[name] = resize_positions(tensor, shape)
+            old, new = math.isqrt(tensor.shape[1]), math.isqrt(shape[1])
+            grids |= {name: f"{old}x{old} to {new}x{new}"} if old != new else {}
 
     missing, unused = ([name for name in names if name not in taken] for names in (expected, weights))
     parts = [f"{sum(name in taken for name in encoder)} of {len(encoder)} encoder weights used"]
     if decoder:
         parts.append(f"the decoder starts fresh: {problem}" if problem else f"{len(decoder)} of {len(decoder)} decoder weights used")
     if grids:
-        parts.append(f"positions interpolated from {', '.join(dict.fromkeys(grids.values()))}")
+        parts.append(f"positions interpolated from {', '.join(sorted(set(grids.values())))}")
     if absent := [name for name in missing if not is_decoder(name)]:
         parts.append(f"fresh: {', '.join(absent)}")
     if unused:
-        parts.append(f"unused: {families(unused)}")
+        counts = Counter(name.split(".")[0] for name in unused)
+        parts.append("unused: " + ", ".join(f"{part} ({count})" if count > 1 else part for part, count in counts.items()))
     line = printable("; ".join(parts))
     return taken, Report([name for name in taken if name not in grids], list(grids), missing, unused, line)
 
@@ -235,17 +231,16 @@ def check_sizes(weights, encoder):
     """Raise WeightsError where patch size, width or depth differ, naming all flags at once, or channels do."""
 
     def sizes(names, shape):
-        return {"patch-size": shape[2:], "width": shape[0], "depth": len({n.split(".")[1] for n in names if n.startswith("blocks.")})}
+        blocks = {name.split(".")[1] for name in names if name.startswith("blocks.")}
+        return {"--patch-size": shape[2], "--width": shape[0], "--depth": len(blocks)}
 
-    if ANCHOR not in weights or weights[ANCHOR].ndim != 4 or "cls_token" not in weights:
-        raise WeightsError("these weights hold no ViT with a class token (its patch_embed.proj.weight [D, C, p, p] and cls_token)")
-    found, here = tuple(weights[ANCHOR].shape), encoder[ANCHOR]
-    theirs, ours = sizes(weights, found), sizes(encoder, here)
-    wrong = [name for name in ours if theirs[name] != ours[name]]
-    if wrong and found[2] == found[3]:
-        theirs["patch-size"], ours["patch-size"] = found[2], here[2]
-        flags, now = (" ".join(f"--{name} {values[name]}" for name in wrong) for values in (theirs, ours))
-        heads = ", and the --heads they were trained with" if "width" in wrong else ""
+    found, here = tuple(weights[ANCHOR].shape) if ANCHOR in weights else (), encoder[ANCHOR]
+    if len(found) != 4 or found[2] != found[3] or "cls_token" not in weights:
+        raise WeightsError("these weights hold no ViT with square patches and a class token")
+    if (theirs := sizes(weights, found)) != (ours := sizes(encoder, here)):
+        wrong = [flag for flag in ours if theirs[flag] != ours[flag]]
+        flags, now = (" ".join(f"{flag} {values[flag]}" for flag in wrong) for values in (theirs, ours))
+        heads = ", and the --heads they were trained with" if "--width" in wrong else ""
         raise WeightsError(f"these weights fit {flags}, not {now}: give {flags}{heads}")
     if found[1] != here[1]:
         raise WeightsError(f"these weights are for images of {found[1]} channels, and the data's have {here[1]}")
@@ -262,14 +257,6 @@ def mismatch(weights, expected):
             return f"{name} is {list(found)}, here {list(shape)}"
     parts = {name.split(".")[0] for name in expected} | {"norm_pre", "reg_token", "dist_token"}
     return next((f"{name} has no place here" for name in weights if name.split(".")[0] in parts and name not in expected), "")
-
-
-def families(names):
-    """Names in short: by what stands before the first point."""
-    counts = {}
-    for name in names:
-        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + 1
-    return ", ".join(f"{family} ({count})" if count > 1 else family for family, count in counts.items())
 
 
 # ------------------------------------------------------------------------------------------------- positions
