@@ -112,7 +112,7 @@ def read_safetensors(path):
             if not whole_numbers(offsets, 2, size) or len(offsets) != 2:
                 raise WeightsError(f"{name} has the impossible place {offsets}")
             if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-                raise WeightsError(f"{name}: {dtype} of shape {shape} does not take the bytes from {offsets[0]} to {offsets[1]}")
+                raise WeightsError(f"{name}: {dtype} of shape {shape} does not take the bytes {offsets[0]} to {offsets[1]}")
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
             if start != end or stop > size - 8 - length:
@@ -215,7 +215,8 @@ def fit(weights, expected: dict[str, Shape]) -> tuple[dict[str, Tensor], Report]
     missing, unused = ([name for name in names if name not in taken] for names in (expected, weights))
     parts = [f"{sum(name in taken for name in encoder)} of {len(encoder)} encoder weights used"]
     if decoder:
-        parts.append(f"the decoder starts fresh: {problem}" if problem else f"{len(decoder)} of {len(decoder)} decoder weights used")
+        whole = f"{len(decoder)} of {len(decoder)} decoder weights used"
+        parts.append(f"the decoder starts fresh: {problem}" if problem else whole)
     if grids:
         parts.append(f"positions interpolated from {', '.join(sorted(set(grids.values())))}")
     if absent := [name for name in missing if not is_decoder(name)]:

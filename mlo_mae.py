@@ -1341,7 +1341,7 @@ def parse(argv):
         reading.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     exporting = commands.add_parser("export", help="a run's weights for timm or facebookresearch/mae")
     exporting.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    exporting.add_argument("--to", choices=list(EXPORTS), required=True, help="timm: encoder, safetensors; mae: with decoder, .pth")
+    exporting.add_argument("--to", choices=list(EXPORTS), required=True, help="timm: the encoder; mae: the decoder too")
     exporting.add_argument("--file", type=Path, help=f"where to (default in RUN: {', '.join(EXPORTS.values())})")
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["pretrain", *argv]
