@@ -461,6 +461,7 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
     (header({"a": entry(offsets=(0, 8, 16))}, bytes(8)), "impossible place"),
     (header({"a": entry(offsets=(0,))}, bytes(8)), "impossible place"),
     (header({"a": entry(offsets=(8, 16))}, bytes(8)), "lies outside the file"),
+    (header({"a": entry()}, bytes(4)), "lies outside the file"),
     (header({"a": entry(offsets=(8, 16))}, bytes(16)), "leaves a gap"),
     (header({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "overlaps"),
     (header({"a": entry(), "b": entry()}, bytes(8)), "overlaps"),
@@ -530,7 +531,7 @@ def deflated(raw):
     (torch_bytes({"a": torch.ones(1).expand(10**12)}), "a tensor claims more bytes"),
     (resized(torch_bytes({"a": torch.ones(200)}), b"K\xc8\x85", b"J\x00\x00\x00\x01\x85"), "cannot be read"),
     (torch_bytes({"a": torch.ones(200)}, zipped=False).replace(b"K\xc8\x85", b"J\x00\x00\x00\x01\x85"), "cannot be read"),
-    (deflated(torch_bytes({"a": torch.zeros(10**5)})), "compressed"),
+    (deflated(torch_bytes({"a": torch.zeros(10**5)})), "its records claim more bytes"),
     (torch_bytes({f"{prefix}.patch_embed.proj.weight": torch.ones(2) for prefix in "ab"}), "several encoders (a., b.)"),
     (torch_bytes(dict.fromkeys(["m.norm", "norm", "m.patch_embed.proj.weight"], torch.ones(1))), "with and without m."),
 ])  # fmt: skip
