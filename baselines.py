@@ -6,14 +6,15 @@ images apart.
 SemMAE (arXiv 2206.10207) hides patches by the part of the image that they belong to.
 
 (A) Parts are learned without labels on a *frozen* encoder (`PartLearner`, `learn_parts`). The class token is embedded
-    into N part tokens; each part token, multiplied with each patch token, gives the part's attention map; the maps are
+    into N part tokens; a part token multiplied with the patch tokens gives the part's attention map; the maps are
     blurred; a small decoder, modulated by the class token (AdaIN), draws the image from the maps alone; a diversity
     loss keeps the maps apart. A patch belongs to the part whose map is highest there.
 (B) Masks (`semantic_scores`) move, over the run, from a share of the patches inside every part to whole parts.
 
-The authors' code for (A) is not public. What the description leaves open is chosen here: the softmax runs over parts,
-so that each patch is divided among them and the highest map is a fair choice; the maps' diversity is one minus their
-mean cosine similarity; the decoder is three convolutions on the grid of patches. N = 7 is what their code for (B) has.
+The authors' code for (A) is not public. What the description leaves open is chosen here: each map is a softmax over
+patches, as in attention (with a softmax over parts, one or two parts take every image; with this one, most of them have
+patches); the diversity loss is the mean cosine similarity of the maps; the decoder is three convolutions on the grid of
+patches. N = 7 is what their code for (B) has.
 """
 
 from itertools import islice
@@ -60,10 +61,10 @@ class PartLearner(nn.Module):
         self.pixels = nn.Conv2d(CHANNELS, values, 1)
 
     def maps(self, tokens):
-        """Tokens [B, 1+L, D], CLS first -> the blurred share of each part in each patch [B, N, L]; they sum to 1 over N."""
+        """Tokens [B, 1+L, D], CLS first -> blurred attention maps of the parts [B, N, L], with a mean of about 1."""
         cls, patches = tokens[:, 0], tokens[:, 1:]
         parts = self.part_tokens(cls).unflatten(1, (-1, cls.shape[1]))  # [B, N, D]
-        return blur((parts @ patches.mT * cls.shape[1] ** -0.5).softmax(1))
+        return blur((parts @ patches.mT * cls.shape[1] ** -0.5).softmax(2) * patches.shape[1])
 
     def draw(self, maps, cls):
         """Maps [B, N, L] and class tokens [B, D] -> pixels [B, L, P]. What a part looks like comes from the class token,

@@ -1121,7 +1121,7 @@ def linear_probe(net, state, splits):
 
 @torch.no_grad()
 def draw_images(net, state, splits, path, count=8):
-    """Write a PNG: originals, p (semantic masks: parts), masked images, reconstructions, reconstructions with the visible patches pasted in.
+    """Write a PNG: originals, p (or SemMAE's parts), masked images, reconstructions, the same with the visible patches.
 
     The decoder predicts normalised patches; they are un-normalised here with each patch's own mean and deviation."""
     from matplotlib.figure import Figure
@@ -1336,8 +1336,8 @@ def frozen_encoder(cfg, splits, path):
         if found[name] != value:
             raise RunError(f"--parts-from {path}: its images have {found[name]} {name}, this run's {value}; "
                            f"give a run on the same images and patches")  # fmt: skip
-    encoder = Encoder(splits.image_size, cfg.patch_size, splits.channels, theirs["width"], theirs["depth"], theirs["heads"])
-    return frozen(encoder, content["model"], path)
+    shape = theirs["width"], theirs["depth"], theirs["heads"]
+    return frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["model"], path)
 
 
 def frozen(module, weights, path):
@@ -1365,9 +1365,9 @@ def read_parts(cfg, splits, path, device):
     """Parts from a run's parts.pt. Raises RunError."""
     content = read_tensors(path, PARTS_FORMAT)
     shape = content["encoder_shape"]
-    encoder = Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape)
+    encoder = frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["encoder"], path)
     learner = baselines.PartLearner(shape[0], cfg.parts, splits.channels * cfg.patch_size**2)
-    return Parts(frozen(encoder, content["encoder"], path).to(device), frozen(learner, content["learner"], path).to(device))
+    return Parts(encoder.to(device), frozen(learner, content["learner"], path).to(device))
 
 
 def open_run(run, device_name, **machine):
