@@ -128,7 +128,8 @@ def semantic_quota(counts, progress, hidden, generator):
         quota = lam * n_part * hidden/L  +  (1 - lam) * (parts filled one by one, in random order, up to `hidden`)
         lam = 1 - progress^2
 
-    The published lam, 1 - ((epoch+1)/800)^2, is this at the end of every epoch of its 800."""
+    The published lam, 1 - ((epoch+1)/800)^2, is this at the end of each of its 800 epochs; the authors' public code has
+    (1 + cos(pi progress))/2 in its place."""
     lam = 1 - progress**2
     within = counts * hidden / counts.sum(1, keepdim=True)
     order = torch.rand(counts.shape, generator=generator).argsort(1).to(counts.device)

@@ -538,12 +538,15 @@ def learned_parts(net, splits, device):
     def examples(stop):
         for batch in splits.train.stream(cfg.batch_size, seed):
             if stop:
-                print("stopped while parts were learned; start again", file=sys.stderr)
-                raise SystemExit(128 + stop[0])
+                return
             yield frozen_tokens(net, encoder, batch.images), gather_patches(batch.images, None, cfg.patch_size)
 
     with stop_signals() as stop:
-        return Parts(encoder, baselines.learn_parts(learner.to(device), examples(stop), cfg.parts_steps))
+        learner = baselines.learn_parts(learner.to(device), examples(stop), cfg.parts_steps)
+    if stop:
+        print("stopped while parts were learned; start again", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return Parts(encoder, learner)
 
 
 # ------------------------------------------------------------------------------------ the AdamW step and its pullback

@@ -138,7 +138,8 @@ def test_overlap_is_0_for_disjoint_maps_and_1_for_equal_ones():
     shape = torch.rand(2, 1, 16)
     assert overlap(shape * torch.tensor([1.0, 0.2, 0.01])[:, None]).item() == pytest.approx(1, abs=1e-6)
     maps = torch.rand(3, 4, 9, dtype=torch.float64)
-    pairs = [torch.cosine_similarity(row[i], row[j], dim=0) for row in maps for i, j in itertools.permutations(range(4), 2)]
+    order = list(itertools.permutations(range(4), 2))
+    pairs = [torch.cosine_similarity(row[i], row[j], dim=0) for row in maps for i, j in order]
     assert overlap(maps).item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-12)
 
 
@@ -209,7 +210,8 @@ def test_parts_are_the_clusters_of_a_toy_set(monkeypatch):
 
     def agreement():
         ids = learner.maps(tokens).argmax(1)
-        return max((torch.tensor(order)[ids] == regions).double().mean().item() for order in itertools.permutations(range(3)))
+        named = (torch.tensor(order)[ids] for order in itertools.permutations(range(3)))
+        return max((guess == regions).double().mean().item() for guess in named)
 
     before = agreement()
     learn_parts(learner, (clusters(16, number)[:2] for number in itertools.count()), 150)
@@ -291,11 +293,11 @@ def test_masks_go_to_whole_parts_and_follow_step_and_image(folder):
     net, _, splits = mlo_mae.open_run(folder / "semantic", "cpu")
     net.parts = mlo_mae.read_parts(net.cfg, splits, folder / "semantic" / "parts.pt", torch.device("cpu"))
     images = next(splits.train.ordered(48)).images
-    monitored = torch.arange(16).expand(48, -1) // 6  # parts as they should be used: 6, 6, 4 patches
-    net.parts = net.parts._replace(learner=KnownParts(monitored))
+    known = torch.arange(16).expand(48, -1) // 6  # parts as they should be used: 6, 6, 4 patches
+    net.parts = net.parts._replace(learner=KnownParts(known))
     for progress, cut in ((0.0, 3), (1.0, 1)):
         prob, keep, _, mask = mlo_mae.draw_masks(net, None, images, None, 0, 0, 7, progress=progress)
-        taken, n = counts(monitored, 3, mask), counts(monitored, 3)
+        taken, n = counts(known, 3, mask), counts(known, 3)
         assert keep.shape == (48, 4) and torch.equal(prob, torch.ones(48, 16)) and torch.equal(mask.sum(1), 12 * prob[:, 0])
         assert ((taken > 0) & (taken < n)).sum(1).max() <= cut
     assert ((taken == 0) | (taken == n)).sum(1).min() >= 2
@@ -343,7 +345,8 @@ def test_resumed_runs_end_with_the_same_weights(folder, tmp_path, monkeypatch):
     assert first == second
 
 
-def test_a_stop_during_part_learning_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("steps", [1, 5])  # of one step it finds the last one under way
+def test_a_stop_during_part_learning_leaves_nothing(folder, tmp_path, monkeypatch, capsys, steps):
     real = mlo_mae.frozen_tokens
 
     def interrupted(*arguments):
@@ -352,8 +355,9 @@ def test_a_stop_during_part_learning_leaves_nothing(folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(mlo_mae, "frozen_tokens", interrupted)
     with pytest.raises(SystemExit) as stop:
-        main(["pretrain", "--data", str(folder / "small.npz"), *FLAGS, *map(str, semantic(folder)), "--out", str(tmp_path / "run")])
+        pretrain(folder, tmp_path / "run", *semantic(folder), "--parts-steps", steps)
     assert stop.value.code == 130 and not (tmp_path / "run").exists()
+    assert "start again" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
