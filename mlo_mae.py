@@ -76,6 +76,7 @@ from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
+import baselines
 import data
 import interchange
 import kernels
@@ -117,10 +118,14 @@ class Config:
 
     init: str = flag("", "weights that encoder and decoder start from: a run, or a public .pth or .safetensors")
 
-    masking: Literal["learned", "random"] = flag("learned", "learned by the masking network, or random as in MAE")
+    masking: Literal["learned", "random", "semantic"] = flag("learned", "by T; random as in MAE; semantic as in SemMAE")
     mask_ratio: float = flag(0.75, "share of the patches that is hidden")
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what T reads: pixels, or detached embeddings")
     masking_width: int = flag(512, "hidden units of T")
+    parts_from: str = flag("", "semantic: the run, or its checkpoint, on whose frozen encoder parts are learned")
+    parts: int = flag(7, "semantic: parts of an image")
+    parts_steps: int = flag(300, "semantic: steps of part learning, before the run")
+    uniformity: float = flag(0.0, "weight of U-MAE's uniformity term in level 1 (U-MAE: 0.01)")
 
     head_norm: Literal["batch", "layer"] = flag("batch", "of the head's input; layer as published")
 
@@ -181,9 +186,11 @@ def check(cfg):
         need(heads > 0 and getattr(cfg, name) % heads == 0, f"{flags} is not a multiple of its {heads} heads")
         need(getattr(cfg, name) % 4 == 0, f"{flags} is not a multiple of 4, which sin-cos positions need")
     for name in ("patch_size", "width", "depth", "decoder_width", "decoder_depth", "masking_width", "epochs",
-                 "batch_size", "labelled_batch_size", "level1_steps", "head_steps", "log_every"):  # fmt: skip
+                 "batch_size", "labelled_batch_size", "level1_steps", "head_steps", "log_every",
+                 "parts_steps"):  # fmt: skip
         need(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("lr", "head_lr", "mask_lr", "weight_decay", "checkpoint_minutes", "images", "workers", "seed"):
+    for name in ("lr", "head_lr", "mask_lr", "weight_decay", "checkpoint_minutes", "images", "workers", "seed",
+                 "uniformity"):  # fmt: skip
         value = getattr(cfg, name)
         need(value >= 0 and math.isfinite(value), f"--{name.replace('_', '-')} must not be negative")
     for name in ("mask_ratio", "val_fraction"):
@@ -198,6 +205,13 @@ def check(cfg):
         cfg.hypergradient == "finite-difference" or not cfg.redraw_dropout,
         "--redraw-dropout goes with --hypergradient finite-difference alone",
     )
+    need(cfg.masking != "semantic" or cfg.parts_from, "--masking semantic learns parts on a pretrained encoder: "
+         "give --parts-from RUN, for instance a run of --masking random")  # fmt: skip
+    need(cfg.masking == "semantic" or not cfg.parts_from, "--parts-from goes with --masking semantic alone")
+    need(cfg.parts >= 2, "--parts must be at least 2")
+    need(cfg.uniformity == 0 or cfg.masking != "learned", "--uniformity goes with --masking random or semantic: "
+         "the hypergradient of learned masks does not hold its derivatives")  # fmt: skip
+    need(cfg.uniformity == 0 or cfg.batch_size >= 2, "--uniformity compares images: --batch-size must be at least 2")
 
 
 # ----------------------------------------------------------------------------------------------------- networks
@@ -382,6 +396,7 @@ class Networks:
     decoder: nn.Module
     head: nn.Module
     masking: nn.Module
+    parts: "Parts | None" = None  # for --masking semantic
 
     @property
     def patches(self):  # L
@@ -460,7 +475,7 @@ def generator(*keys):
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-MASKS, DROPOUT, REDRAWN, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA = range(6)  # purposes
+MASKS, DROPOUT, REDRAWN, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, PARTS = range(7)  # purposes
 
 
 def masking_probability(net, psi, images, encoder_params):
@@ -482,10 +497,15 @@ def autocast(net, device):
 
 def patch_errors(net, encoder_params, decoder_params, batch):
     """l of (2), [B, L]: mean squared error of each hidden patch's normalised pixels, 0 where the patch is visible."""
+    return errors_and_features(net, encoder_params, decoder_params, batch)[0]
+
+
+def errors_and_features(net, encoder_params, decoder_params, batch):
+    """l of (2), [B, L], and the CLS tokens of the masked images [B, D], which U-MAE's term compares."""
     with autocast(net, batch.images.device):
         tokens = call(net.encoder, encoder_params, batch.images, batch.keep)  # [B, 1+K, D]
         pred = call(net.decoder, decoder_params, tokens, batch.restore)  # [B, L, p*p*C]
-    return patch_loss(pred, batch.images, batch.mask)
+    return patch_loss(pred, batch.images, batch.mask), tokens[:, 0].to(encoder_params.dtype)
 
 
 def level1_loss(prob, mask, errors):
@@ -504,6 +524,53 @@ def draw_dropout(rate, shape, *keys):
     """Inverted dropout as a factor, 0 or 1/(1-rate). An explicit tensor, so that a loss is a function of its arguments
     and differences between two of its values are differences of parameters, not of dropout."""
     return (torch.rand(shape, generator=generator(*keys)) >= rate).float() / (1 - rate)
+
+
+# --------------------------------------------------------------------------------------- SemMAE's parts (a baseline)
+
+
+class Parts(NamedTuple):
+    """What gives each patch its part: a pretrained encoder that no longer changes, and what was learned on it."""
+
+    encoder: nn.Module
+    learner: baselines.PartLearner
+
+
+def part_ids(net, images):
+    """The part of each patch, [B, L] int64."""
+    return net.parts.learner.maps(frozen_tokens(net, net.parts.encoder, images)).argmax(1)
+
+
+@torch.no_grad()
+def frozen_tokens(net, encoder, images):
+    """Tokens [B, 1+L, D] of whole images, CLS first."""
+    with autocast(net, images.device):
+        return encoder(images).float()
+
+
+def learned_parts(net, splits, device):
+    """Parts, learned on the encoder of --parts-from and on the training images as level 1 sees them.
+
+    Raises RunError where that encoder does not see these images in these patches, SystemExit where a signal stops it."""
+    cfg = net.cfg
+    path = Path(cfg.parts_from)
+    encoder = frozen_encoder(cfg, splits, path / "checkpoint.pt" if path.is_dir() else path).to(device)
+    seed = generator(cfg.seed, PARTS).initial_seed()
+    torch.manual_seed(seed)
+    learner = baselines.PartLearner(encoder.pos_embed.shape[2], cfg.parts, splits.channels * cfg.patch_size**2)
+
+    def examples(stop):
+        for batch in splits.train.stream(cfg.batch_size, seed):
+            if stop:
+                return
+            yield frozen_tokens(net, encoder, batch.images), gather_patches(batch.images, None, cfg.patch_size)
+
+    with stop_signals() as stop:
+        learner = baselines.learn_parts(learner.to(device), examples(stop), cfg.parts_steps)
+    if stop:
+        print("stopped while parts were learned; start again", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return Parts(encoder, learner)
 
 
 # ------------------------------------------------------------------------------------ the AdamW step and its pullback
@@ -787,35 +854,42 @@ def schedule(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def draw_masks(net, psi, images, encoder_params, *keys):
+def draw_masks(net, psi, images, encoder_params, *keys, progress=1.0):
     """p [B, L], and the choice that follows from it (1): visible ids [B, K], restore ids [B, L], mask [B, L].
 
-    With --masking random, p is 1 and the choice is uniform: L1 is then MAE's loss."""
-    if net.cfg.masking == "random":
-        prob = torch.ones(len(images), net.patches, device=images.device)
-        score = torch.rand(prob.shape, generator=generator(*keys)).to(images.device)
-    else:
+    With --masking random, p is 1 and the choice is uniform: L1 is then MAE's loss. With semantic, p is 1 and the choice
+    is SemMAE's, where `progress`, the share of the run that is done, leads from a share of every part to whole parts."""
+    if net.cfg.masking == "learned":
         score = prob = masking_probability(net, psi, images, encoder_params)
+    else:
+        prob = torch.ones(len(images), net.patches, device=images.device)
+        if net.cfg.masking == "random":
+            score = torch.rand(prob.shape, generator=generator(*keys)).to(images.device)
+        else:
+            score = baselines.semantic_scores(part_ids(net, images), net.cfg.parts, progress,
+                                              net.patches - net.visible, generator(*keys))  # fmt: skip
     return prob, *select_patches(score, net.visible)
 
 
-def level1_step(net, theta, psi, images, rates, *keys):
+def level1_step(net, theta, psi, images, rates, *keys, progress=1.0):
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3).
 
     Returns theta' (Level), the Step that was made, L1, and the mean unweighted error of the hidden patches."""
     with torch.no_grad():
-        prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys)  # (1)
+        prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys, progress=progress)  # (1)
     step = Step(theta, None, rates, images, *choice)
     params = theta.params.detach().requires_grad_()
-    errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
+    errors, features = errors_and_features(net, params[: net.encoder_size], params[net.encoder_size :], step)
     loss = level1_loss(prob, step.mask, errors)  # (2)
+    if net.cfg.uniformity:
+        loss = loss + net.cfg.uniformity * baselines.uniformity(features)
     (gradient,) = torch.autograd.grad(loss, params)
     error = errors.detach().sum() / step.mask.sum()
     return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss.detach(), error  # (3)
 
 
 def outer_iteration(net, state, batches, total, decay, mask_rate):
-    """N level-1 steps, then (unless masks are random) K head steps and one step of T.
+    """N level-1 steps, then (if masks are learned) K head steps and one step of T.
 
     batches: iterators of data.Batch for levels 1, 2, 3; total: outer iterations of the whole run; decay: weight decay
     vectors of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr, [P3].
@@ -830,7 +904,8 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
         if cfg.unroll == "last":
             steps.clear()
         keys = (cfg.seed, MASKS, number)
-        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys)
+        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys,
+                                                progress=state.iteration / total)  # fmt: skip
         steps.append(step)
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
@@ -868,16 +943,21 @@ def pretrain(cfg, out, resume=False):
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
     if cfg.init and checkpoint is None:
         params = (starting_weights(net, params[0], cfg.init), *params[1:])
+    if cfg.masking == "semantic":
+        parts = out / "parts.pt"
+        net.parts = learned_parts(net, splits, device) if checkpoint is None else read_parts(cfg, splits, parts, device)
     out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     state = State(0, *(fresh_level(vector, device) for vector in params))
     if checkpoint is not None:
         state = restore(net, checkpoint, device)
+    elif cfg.masking == "semantic":
+        save_parts(net.parts, parts)
     truncate_metrics(out / "metrics.jsonl", state.iteration)
 
     decay = [decay_of(cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
     mask_rate = inverse_fan_in(net.masking).to(device)
-    total = math.ceil(cfg.epochs * len(splits.train) / (cfg.batch_size * cfg.level1_steps))
+    total = mask_updates(cfg, splits)
     batches = [
         split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=state.iteration * count)
         for split, size, purpose, count in (
@@ -911,7 +991,8 @@ def pretrain(cfg, out, resume=False):
             bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
             if line:
                 means = {name: float(np.mean([row[name] for row in window])) for name in window[0]}
-                masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask)
+                progress = state.iteration / total
+                masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask, progress)
                 epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
                 row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
                        "images_per_second": speed}  # fmt: skip
@@ -933,6 +1014,11 @@ def pretrain(cfg, out, resume=False):
     draw_images(net, state, splits, out / "masks.png")
     draw_curves(out)
     return summary
+
+
+def mask_updates(cfg, splits):
+    """Outer iterations of a whole run."""
+    return math.ceil(cfg.epochs * len(splits.train) / (cfg.batch_size * cfg.level1_steps))
 
 
 def read_losses(net, losses, state, out):
@@ -990,7 +1076,7 @@ def load_data(cfg, device):
 
 
 @torch.no_grad()
-def mask_statistics(net, state, images, objects, previous_mask):
+def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
     """How the masks of a fixed set of images stand, as {name: float}, and the masks [B, L] themselves.
 
     p_mean, p_std, p_entropy (bits): a saturated T has entropy 0. mask_churn: share of hidden patches that were visible
@@ -998,7 +1084,7 @@ def mask_statistics(net, state, images, objects, previous_mask):
     chance it is the mask ratio, and 1 where T ignores the image. object_hidden: how often a pixel of the object is
     hidden, as a ratio to chance (1 = T does not see objects). All dimensionless but the entropy."""
     prob, _, _, mask = draw_masks(net, state.psi.params, images, state.theta.params[: net.encoder_size],
-                                  net.cfg.seed, MASKS, state.iteration, 1)  # fmt: skip
+                                  net.cfg.seed, MASKS, state.iteration, 1, progress=progress)  # fmt: skip
     p = prob.double()
     entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)) / math.log(2)
     statistics = {"p_mean": p.mean(), "p_std": p.std(), "p_entropy": entropy.mean()}
@@ -1064,15 +1150,16 @@ def linear_probe(net, state, splits):
 
 @torch.no_grad()
 def draw_images(net, state, splits, path, count=8):
-    """Write a PNG: originals, p, masked images, reconstructions, reconstructions with the visible patches pasted in.
+    """Write a PNG: originals, p (or SemMAE's parts), masked images, reconstructions, the same with the visible patches.
 
     The decoder predicts normalised patches; they are un-normalised here with each patch's own mean and deviation."""
     from matplotlib.figure import Figure
 
     images = next(iter(splits.val.ordered(min(count, len(splits.val))))).images
     encoder_params, decoder_params = state.theta.params.tensor_split([net.encoder_size])
+    progress = state.iteration / mask_updates(net.cfg, splits)
     prob, keep, restore, mask = draw_masks(net, state.psi.params, images, encoder_params,
-                                           net.cfg.seed, MASKS, state.iteration, 1)  # fmt: skip
+                                           net.cfg.seed, MASKS, state.iteration, 1, progress=progress)  # fmt: skip
     with autocast(net, images.device):
         pred = call(net.decoder, decoder_params, call(net.encoder, encoder_params, images, keep), restore).float()
     size, grid = net.cfg.patch_size, int(net.patches**0.5)
@@ -1085,10 +1172,14 @@ def draw_images(net, state, splits, path, count=8):
         mean, std = (torch.tensor(value, device=pixels.device) for value in (splits.mean, splits.std))
         return (pixels * std + mean).clamp(0, 1).cpu().numpy()
 
-    colour, share = dict(cmap="gray", vmin=0, vmax=1), dict(cmap="magma", vmin=0, vmax=1)
+    colour = dict(cmap="gray", vmin=0, vmax=1)
+    if net.cfg.masking == "semantic":
+        name, values, style = "part", part_ids(net, images), dict(cmap="nipy_spectral", vmin=0, vmax=net.cfg.parts)
+    else:
+        name, values, style = "p(hide)", prob, dict(cmap="magma", vmin=0, vmax=1)
     rows = [
         ("image", picture(target), colour),
-        ("p(hide)", rearrange(prob, "b (h w) -> b h w", h=grid).cpu().numpy(), share),
+        (name, rearrange(values, "b (h w) -> b h w", h=grid).cpu().numpy(), style),
         ("visible", picture(target * (1 - hidden)), colour),  # hidden patches in the data set's mean colour
         ("reconstruction", picture(pred), colour),
         ("with visible", picture(target * (1 - hidden) + pred * hidden), colour),
@@ -1133,7 +1224,7 @@ def save_figure(figure, path):
 
 # ------------------------------------------------------------------------------------------------------ files
 
-FORMAT = "mlo-mae checkpoint 1"
+FORMAT, PARTS_FORMAT = "mlo-mae checkpoint 1", "mlo-mae parts 1"
 
 
 def write_whole(path, content):
@@ -1216,8 +1307,19 @@ def save_checkpoint(net, state, splits, path):
 
 
 def read_checkpoint(path):
-    """The content of a checkpoint, tensors on the CPU; nothing in the file is executed. Raises RunError for a file that
-    is absent, damaged (every record's CRC is checked), or not one of ours."""
+    """The content of a checkpoint, tensors on the CPU. Raises RunError as `read_tensors` does, and for a checkpoint of
+    another version."""
+    content = read_tensors(path, FORMAT)
+    fields = {field.name for field in dataclasses.fields(Config)}
+    if set(content["config"]) != fields:
+        other = ", ".join(sorted(fields ^ set(content["config"])))
+        raise RunError(f"{path} was written by another version of this program (settings that differ: {other})")
+    return content
+
+
+def read_tensors(path, kind):
+    """The content of a file that torch.save wrote, tensors on the CPU; nothing in the file is executed. Raises RunError
+    for a file that is absent, damaged (every record's CRC is checked), or not of this kind."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -1229,12 +1331,8 @@ def read_checkpoint(path):
         raise RunError(f"{path} cannot be read ({reason}); it is damaged or not a checkpoint of this program") from None
     if damaged:
         raise RunError(f"{path} is damaged: its record {damaged} fails its checksum; use a copy, or start again")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RunError(f"{path} is not a checkpoint of this program")
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if set(content["config"]) != fields:
-        other = ", ".join(sorted(fields ^ set(content["config"])))
-        raise RunError(f"{path} was written by another version of this program (settings that differ: {other})")
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise RunError(f"{path} is not a {kind.split()[1]} file of this program")
     return content
 
 
@@ -1254,6 +1352,51 @@ def restore(net, content, device):
 
     return State(content["iteration"], level("model", net.encoder, net.decoder), level("head", net.head),
                  level("masking", net.masking))  # fmt: skip
+
+
+def frozen_encoder(cfg, splits, path):
+    """The encoder of a run's checkpoint, for part learning; it may be of another size than this run's, but not see
+    other images or patches. Raises RunError."""
+    content = read_checkpoint(path)
+    theirs, facts = content["config"], content["data"]
+    wanted = {"pixels": splits.image_size, "channels": splits.channels, "pixels a patch": cfg.patch_size}
+    found = dict(zip(wanted, (facts["image_size"], facts["channels"], theirs["patch_size"])))
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise RunError(f"--parts-from {path}: its images have {found[name]} {name}, this run's {value}; "
+                           f"give a run on the same images and patches")  # fmt: skip
+    shape = theirs["width"], theirs["depth"], theirs["heads"]
+    return frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["model"], path)
+
+
+def frozen(module, weights, path):
+    """The module with these weights, of which there may be more than it has. Raises RunError where they do not fit."""
+    try:
+        module.load_state_dict({name: weights[name] for name in module.state_dict()})
+    except (KeyError, RuntimeError):
+        raise RunError(f"{path} is damaged: its weights do not fit its settings; use a copy, or start again") from None
+    return module.requires_grad_(False)
+
+
+def save_parts(parts, path):
+    """Write parts.pt: what masks need beside the checkpoint, so that the run needs --parts-from no longer."""
+    encoder = parts.encoder
+    content = {
+        "format": PARTS_FORMAT,
+        "encoder_shape": [encoder.pos_embed.shape[2], len(encoder.blocks), encoder.blocks[0].attn.heads],
+        "encoder": {name: tensor.cpu() for name, tensor in encoder.state_dict().items()},
+        "learner": {name: tensor.cpu() for name, tensor in parts.learner.state_dict().items()},
+    }
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def read_parts(cfg, splits, path, device):
+    """Parts from a run's parts.pt. Raises RunError."""
+    content = read_tensors(path, PARTS_FORMAT)
+    shape = content["encoder_shape"]
+    encoder = frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["encoder"], path)
+    learner = baselines.PartLearner(shape[0], cfg.parts, splits.channels * cfg.patch_size**2)
+    return Parts(encoder.to(device), frozen(learner, content["learner"], path).to(device))
 
 
 def open_run(run, device_name, **machine):
@@ -1364,6 +1507,8 @@ def run_command(arguments):
     net, state, splits = open_run(run, device, **arguments)
     if command == "probe":
         return {"verb": "probe", "run": str(run), **linear_probe(net, state, splits)}
+    if net.cfg.masking == "semantic":
+        net.parts = read_parts(net.cfg, splits, run / "parts.pt", choose_device(device))
     draw_images(net, state, splits, run / "masks.png")
     draw_curves(run)
     return {"verb": "show", "run": str(run), "pictures": [str(run / "masks.png"), str(run / "curves.png")]}

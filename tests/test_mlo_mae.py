@@ -253,7 +253,7 @@ def test_mask_statistics_of_known_masks(monkeypatch):
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(v, "cpu") for v in (theta, head, psi)))
     mask = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1.0]])
     prob = torch.tensor([[0.5, 0.5, 0.5, 0.5], [1.0, 0, 1, 1]])
-    monkeypatch.setattr(mlo_mae, "draw_masks", lambda *arguments: (prob, None, None, mask))
+    monkeypatch.setattr(mlo_mae, "draw_masks", lambda *arguments, **named: (prob, None, None, mask))
     objects = torch.zeros(2, 16, 16, dtype=torch.bool)
     objects[0, :8, :8] = True  # all visible
     objects[1, 8:, 8:12] = True  # all hidden
