@@ -26,7 +26,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory on a CPU, is chatty
 
@@ -94,14 +93,10 @@ def peak_memory(call, device):
     return result, peak
 
 
-def operations(function, *arguments, values=False):
-    """Floating-point operations of the matrix products of function(*arguments), on the plain operations that the counter
-    knows. Counted on tensors without values, so at no cost, unless the function needs their values."""
-    if not values:
-        arguments = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, arguments)
-    no_autocast = mock.patch.object(mlo_mae, "autocast", lambda *_: contextlib.nullcontext())  # it refuses "meta"
-    with no_autocast, kernels.use("reference"), FlopCounterMode(display=False) as counter:
-        function(*arguments)
+def operations(call):
+    """Floating-point operations of the matrix products of a call, on the plain operations that the counter knows."""
+    with kernels.use("reference"), FlopCounterMode(display=False) as counter:
+        call()
     return counter.get_total_flops()
 
 
@@ -288,20 +283,20 @@ def by_betty(net, theta, psi, head, given, steps):
     return mlo_mae.Result(found[0], None, None, None)
 
 
-def bound(net, method):
-    """One row's method as a function of the arguments of a form; it returns a mlo_mae.Result."""
+def bound(net, method, arguments):
+    """One row's method as a call without arguments; it returns a mlo_mae.Result."""
     net = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, **method.settings))
     form = by_betty if method.form == "betty" else mlo_mae.HYPERGRADIENTS[method.form]
-    return lambda theta, psi, head, given, steps: form(net, theta, psi, head, given, steps[-method.given :])
+    return functools.partial(form, net, *arguments[:4], arguments[4][-method.given :])
 
 
 def cost(net, arguments, methods, repeats, device):
     """({method: Result}, {method: peak bytes, operations, seconds}) of running every method."""
-    calls = {name: functools.partial(bound(net, method), *arguments) for name, method in methods.items()}
+    calls = {name: bound(net, method, arguments) for name, method in methods.items()}
     results, costs = {}, {}
     for name, call in calls.items():
         results[name], peak = peak_memory(call, device)  # also the warm-up
-        costs[name] = {"peak_bytes": peak, "flops": operations(call.func, *arguments, values=methods[name].form == "betty")}
+        costs[name] = {"peak_bytes": peak, "flops": operations(call)}
     for name, times in interleaved(lambda: calls, repeats, device).items():
         costs[name] |= quartiles(times)
     return results, costs
@@ -319,7 +314,7 @@ def run_hypergradient(options, device):
         cfg = Config(**{"head_norm": "layer"} | settings)  # as published
         net, single = problem(cfg, pixels, device)
         double = in_double(net, single)
-        precise = {name: bound(net, method)(*double).hypergradient for name, method in METHODS.items()}
+        precise = {name: bound(net, method, double)().hypergradient for name, method in METHODS.items()}
         judges = {method.judged: precise[name] for name, method in METHODS.items() if method.form == "unrolled"}
         results, costs = cost(net, single, METHODS, options.repeats, device)
         found = []
@@ -615,45 +610,45 @@ def run_kernels(options, device):
 TRAINING_IMAGES = {"shapes": 6000, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}  # level 3's included
 
 
-def parts_of(net):
-    """{name: function of the arguments of a form}: what a mask update is compared with, itself, and the parts of an
-    outer iteration. Directions and cotangents are stand-ins of the right shape: no time depends on their values."""
-    split, plain = net.encoder_size, dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, masking="random"))
+def parts_of(net, theta, psi, head, given, steps):
+    """{name: call}: what a mask update is compared with, itself, and the parts of an outer iteration. Directions and
+    cotangents are stand-ins of the right shape: no time depends on their values."""
+    split, step = net.encoder_size, steps[-1]
+    plain = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, masking="random"))
 
     def level1(net):
-        return lambda theta, psi, head, given, steps: mlo_mae.level1_step(
-            net, theta, psi, steps[-1].images, steps[-1].rates, 0, 0)  # fmt: skip
+        return mlo_mae.level1_step(net, theta, psi, step.images, step.rates, 0, 0)
 
-    def step_of_masks(psi, gradient):
-        level = Level(psi.detach(), gradient, gradient.square(), 3)
+    def step_of_masks(gradient):
+        level = Level(psi, gradient, gradient.square(), 3)
         return mlo_mae.adamw(level, gradient, Rates(1e-3, torch.zeros_like(gradient)))
 
-    def mask_update(theta, psi, head, given, steps):
-        result = mlo_mae.HYPERGRADIENTS[net.cfg.hypergradient](net, theta, psi, head, given, steps[-1:])
-        return step_of_masks(psi, result.hypergradient)
+    def mask_update():
+        form = mlo_mae.HYPERGRADIENTS[net.cfg.hypergradient]
+        return step_of_masks(form(net, theta, psi, head, given, [step]).hypergradient)
 
-    def encoder_pass(theta, psi, head, given, steps):
+    def encoder_pass():
         params = theta.params[:split].detach().requires_grad_()
         return torch.autograd.grad(mlo_mae.upper_levels(net, params, head, given)[0], params)
 
-    def pullback(theta, psi, head, given, steps):
-        step = steps[-1]
+    def pullback():
         cotangent = (step.gradient[:split],) * 3
         return mlo_mae.adamw_pullback(step.theta, step.gradient, step.rates, net.cfg.update_jacobian, cotangent)
 
-    def forward_mode(theta, psi, head, given, steps):
-        return mlo_mae.directional_errors(net, steps[-1], steps[-1].gradient[:split])
-
-    def masking(theta, psi, head, given, steps):
-        psi, step = psi.detach().requires_grad_(), steps[-1]
-        prob = mlo_mae.masking_probability(net, psi, step.images, step.theta.params[:split])
-        return step_of_masks(psi, torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, prob.detach()), psi)[0])
+    def masking():
+        wanted = psi.detach().requires_grad_()
+        prob = mlo_mae.masking_probability(net, wanted, step.images, step.theta.params[:split])
+        return step_of_masks(torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, prob.detach()), wanted)[0])
 
     return {
-        "plain MAE step": level1(plain), "mask update": mask_update, "level-1 step": level1(net),
-        "levels 2 and 3: encoder": encoder_pass, "AdamW's Jacobian": pullback, "jvp of the autoencoder": forward_mode,
+        "plain MAE step": lambda: level1(plain),
+        "mask update": mask_update,
+        "level-1 step": lambda: level1(net),
+        "levels 2 and 3: encoder": encoder_pass,
+        "AdamW's Jacobian": pullback,
+        "jvp of the autoencoder": lambda: mlo_mae.directional_errors(net, step, step.gradient[:split]),
         "T: backward and step": masking,
-    }  # fmt: skip
+    }
 
 
 def run_step(options, device):
@@ -677,44 +672,40 @@ def run_step(options, device):
     def batches():
         return [next(streams[0]) for _ in range(cfg.level1_steps)], next(streams[1]), next(streams[2])
 
-    functions = parts_of(net)
-    calls = {"outer iteration": whole, "data": batches}
-    calls |= {name: functools.partial(function, *arguments) for name, function in functions.items()}
+    parts = parts_of(net, *arguments)
+    calls = {"outer iteration": whole, "data": batches} | parts
     triton = device.type == "cuda" and "triton" in sys.modules
     if triton:
-        calls["outer iteration, kernels off"] = functools.partial(whole, "reference")
-    # How often an outer iteration makes a part: 0 for itself and for what it is only compared with.
-    times = dict.fromkeys(["data", *list(functions)[3:]], 1) | {"level-1 step": cfg.level1_steps}
-    counts = {name: operations(function, *arguments) for name, function in functions.items()}
-    counts |= dict.fromkeys([name for name in calls if "outer" in name], sum(times.get(name, 0) * counts[name] for name in counts))
-    peaks = {name: peak_memory(call, device)[1] for name, call in calls.items()}  # also the warm-up
-    spent = {name: quartiles(found) for name, found in interleaved(lambda: calls, options.repeats, device).items()}
-    ceiling, total = ceilings(device, DTYPES[cfg.precision])["flops"], spent["outer iteration"]["seconds"]
-    rows = []
-    for name in calls:
-        flops, once, each = counts.get(name, 0), spent[name]["seconds"], times.get(name, 0)
-        rows.append({"part": name, "peak_bytes": peaks[name], **spent[name], "times": each, "flops": flops,
-                     "share_of_time": each * once / total, "share_of_flops": each * flops / counts["outer iteration"],
-                     "share_of_peak": flops / once / ceiling})  # fmt: skip
-    ratios = {"time": spent["mask update"]["seconds"] / spent["plain MAE step"]["seconds"],
-              "operation": counts["mask update"] / counts["plain MAE step"]}  # fmt: skip
+        calls["outer iteration, kernels off"] = lambda: whole("reference")
+    rows = {name: {"part": name, "peak_bytes": peak_memory(call, device)[1]} for name, call in calls.items()}  # the warm-up too
+    for name, times in interleaved(lambda: calls, options.repeats, device).items():
+        rows[name] |= quartiles(times)
+    once = dict.fromkeys(["data", *list(parts)[2:]], 1) | {"level-1 step": cfg.level1_steps}
+    for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
+        row |= {"times": once.get(name, 0), "flops": operations(calls[name])}
+    ceiling = ceilings(device, DTYPES[cfg.precision])["flops"]
+    total, update, plain = (rows[name] for name in ("outer iteration", "mask update", "plain MAE step"))
+    for row in rows.values():
+        row["share_of_time"] = row["times"] * row["seconds"] / total["seconds"]
+        row["share_of_flops"] = row["times"] * row["flops"] / total["flops"]
+        row["share_of_peak"] = row["flops"] / row["seconds"] / ceiling
+    time_ratio, operation_ratio = (update[name] / plain[name] for name in ("seconds", "flops"))
     updates = math.ceil(cfg.epochs * TRAINING_IMAGES[cfg.data] * (1 - cfg.val_fraction) / (batch * cfg.level1_steps))
     summary = {
         "preset": cfg.preset, "precision": cfg.precision, "batch_size": batch, "labelled_batch_size": labelled,
-        "images_per_second": batch * cfg.level1_steps / total, "peak_bytes": peaks["outer iteration"],
-        "time_ratio": ratios["time"], "operation_ratio": ratios["operation"],
-        "overhead": ratios["time"] / ratios["operation"], "peak_flops": ceiling,
-        "updates": updates, "hours": updates * total / 3600,
+        "images_per_second": batch * cfg.level1_steps / total["seconds"], "peak_bytes": total["peak_bytes"],
+        "time_ratio": time_ratio, "operation_ratio": operation_ratio, "overhead": time_ratio / operation_ratio,
+        "peak_flops": ceiling, "updates": updates, "hours": updates * total["seconds"] / 3600,
     }  # fmt: skip
     lines = [["part", "times", "ms", "MiB", "GFLOP", "of peak", "of the time", "of the operations"]]
-    for row in rows:
+    for row in rows.values():
         work, peak = (f"{row['flops'] / 1e9:.3g}", f"{100 * row['share_of_peak']:.0f}%") if row["flops"] else "--"
         shares = [f"{100 * row[f'share_of_{name}']:.0f}%" if row["times"] else "-" for name in ("time", "flops")]
         lines.append([row["part"], str(row["times"] or "-"), *shown_cost(row), work, peak, *shares])
     text = [
         "", f"{cfg.preset}: width {cfg.width}, depth {cfg.depth}, {net.patches} patches, batches of {batch} and twice "
         f"{labelled}, {cfg.level1_steps} level-1 steps a mask update, {cfg.precision}", "", table(lines), "",
-        f"A mask update takes {ratios['time']:.2f}x the time of a plain MAE step and {ratios['operation']:.2f}x its "
+        f"A mask update takes {time_ratio:.2f}x the time of a plain MAE step and {operation_ratio:.2f}x its "
         f"operations: {summary['overhead']:.2f}x the floor. {summary['images_per_second']:.0f} images a second.",
         f"{updates} mask updates, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
         + (" (decoding of image files not included)." if cfg.data == "imagenet" else "."),
@@ -727,7 +718,7 @@ def run_step(options, device):
         with profile(activities=activities) as record:
             whole()
         record.export_chrome_trace(str(options.profile))
-    return {"rows": rows, "summary": summary}, text, []
+    return {"rows": list(rows.values()), "summary": summary}, text, []
 
 
 # --------------------------------------------------------------------------------------------------- command line
