@@ -1,6 +1,6 @@
 """Benchmarks of MLO-MAE: what is exact, what it costs, and what it could cost at best.
 
-    python bench.py hypergradient    # every form of dL3/dpsi against autograd: error, time, memory, operations
+    python bench.py hypergradient    # every form of dL3/dpsi (and Betty's, where it is installed) against autograd
     python bench.py kernels          # each kernel against the best that PyTorch offers
     python bench.py step             # one outer iteration, its parts, and its floor
 
