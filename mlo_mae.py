@@ -121,7 +121,10 @@ class Config:
     masking: Literal["learned", "random", "semantic"] = flag("learned", "by T; random as in MAE; semantic as in SemMAE")
     mask_ratio: float = flag(0.75, "share of the patches that is hidden")
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what T reads: pixels, or detached embeddings")
-    masking_width: int = flag(512, "hidden units of T")
+    masking_network: Literal["shared", "mlp"] = flag("shared", "T: one small network for every position, or the paper's")
+    masking_width: int = flag(64, "hidden units of T")
+    mask_noise: float = flag(1.0, "scale of the Gumbel noise on T's logits when masks are drawn (0: the highest p, as published)")
+    mask_start: float = flag(0.4, "share of the run with random masks before T is trained and used (0: none, as published)")
     parts_from: str = flag("", "semantic: the run, or its checkpoint, on whose frozen encoder parts are learned")
     parts: int = flag(7, "semantic: parts of an image")
     parts_steps: int = flag(300, "semantic: steps of part learning, before the run")
@@ -156,7 +159,7 @@ class Config:
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
 CIFAR = dict(
     image_size=32, patch_size=2, width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16,
-    head_norm="layer", epochs=200, batch_size=128, labelled_batch_size=128, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
+    head_norm="layer", masking_network="mlp", masking_width=512, mask_noise=0.0, mask_start=0.0, epochs=200, batch_size=128, labelled_batch_size=128, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
 )  # fmt: skip
 IMAGENET = CIFAR | dict(
     data="imagenet", image_size=224, patch_size=16, epochs=50, batch_size=256, labelled_batch_size=256, lr=1.5e-4, head_lr=5e-4,
@@ -189,14 +192,14 @@ def check(cfg):
                  "batch_size", "labelled_batch_size", "level1_steps", "head_steps", "log_every",
                  "parts_steps"):  # fmt: skip
         need(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("lr", "head_lr", "mask_lr", "weight_decay", "checkpoint_minutes", "images", "workers", "seed",
+    for name in ("lr", "head_lr", "mask_lr", "mask_noise", "weight_decay", "checkpoint_minutes", "images", "workers", "seed",
                  "uniformity"):  # fmt: skip
         value = getattr(cfg, name)
         need(value >= 0 and math.isfinite(value), f"--{name.replace('_', '-')} must not be negative")
     for name in ("mask_ratio", "val_fraction"):
         need(0 < getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
-    for name in ("warmup", "dropout"):
-        need(0 <= getattr(cfg, name) < 1, f"--{name} must be at least 0 and below 1")
+    for name in ("warmup", "dropout", "mask_start"):
+        need(0 <= getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1")
     need(
         cfg.hypergradient != "finite-difference" or (cfg.unroll == "last" and cfg.head_steps == 1),
         "--hypergradient finite-difference, as published, goes with --unroll last and --head-steps 1",
@@ -364,8 +367,30 @@ class MaskingNetwork(nn.Module):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x):  # [B, inputs] -> p [B, L]
+    def forward(self, x):  # [B, C, H, W] -> p [B, L]
+        x = x.flatten(1)
         return self.fc2(F.relu(self.fc1(F.layer_norm(x, x.shape[1:])))).sigmoid()
+
+
+class SharedMaskingNetwork(nn.Module):
+    """T as one small network for every position: it reads a patch and the eight around it. Each image then gives it as
+    many examples as it has patches, where the paper's T learns every position by itself.
+
+    An image's logits have mean 0, since only comparing its patches matters: AdamW makes level 1 blind to a common
+    factor of p. The last layer starts at 0: p = 1/2 throughout, which is MAE's loss.
+    """
+
+    def __init__(self, channels, patch, width):
+        super().__init__()
+        self.window = nn.Conv2d(channels, width, 3 * patch, stride=patch, padding=patch)
+        self.fc = nn.Conv2d(width, 1, 1, bias=False)
+        nn.init.normal_(self.window.weight, std=self.window.weight[0].numel() ** -0.5)
+        nn.init.zeros_(self.window.bias)
+        nn.init.zeros_(self.fc.weight)
+
+    def forward(self, x):  # [B, C, H, W] -> p [B, L]
+        logits = self.fc(F.relu(self.window(F.layer_norm(x, x.shape[1:])))).flatten(1)
+        return (logits - logits.mean(1, keepdim=True)).sigmoid()
 
 
 def initialise_linear(module):
@@ -438,8 +463,11 @@ def build(cfg, image_size, channels, classes):
     decoder = Decoder(image_size, cfg.patch_size, channels, cfg.width, cfg.decoder_width, cfg.decoder_depth,
                       cfg.decoder_heads)  # fmt: skip
     head = Head(cfg.width, classes, cfg.head_norm)
-    inputs = channels * image_size**2 if cfg.masking_input == "pixels" else patches * cfg.width
-    masking = MaskingNetwork(inputs, cfg.masking_width, patches)
+    channels, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)  # of what T reads
+    if cfg.masking_network == "shared":
+        masking = SharedMaskingNetwork(channels, cell, cfg.masking_width)
+    else:
+        masking = MaskingNetwork(patches * cell**2 * channels, cfg.masking_width, patches)
     theta = torch.cat([parameters_to_vector(net.parameters()) for net in (encoder, decoder)]).detach()
     phi, psi = (parameters_to_vector(net.parameters()).detach() for net in (head, masking))
     return Networks(cfg, *(net.to("meta") for net in (encoder, decoder, head, masking))), (theta, phi, psi)
@@ -486,8 +514,9 @@ def masking_probability(net, psi, images, encoder_params):
         embedding = {name: piece.detach() for name, piece in unflatten(net.encoder, encoder_params).items()}
         proj = {name.removeprefix("patch_embed."): piece for name, piece in embedding.items() if "patch_embed" in name}
         patches = gather_patches(images, None, net.cfg.patch_size)
-        inputs = functional_call(net.encoder.patch_embed, proj, (patches,)) + embedding["pos_embed"][:, 1:]
-    return call(net.masking, psi, inputs.flatten(1))
+        inputs = functional_call(net.encoder.patch_embed, proj, (patches,)) + embedding["pos_embed"][:, 1:]  # [B, L, D]
+        inputs = inputs.mT.unflatten(2, (int(net.patches**0.5), -1))  # [B, D, H/p, W/p]
+    return call(net.masking, psi, inputs)
 
 
 def autocast(net, device):
@@ -843,7 +872,7 @@ def decay_of(cfg, *modules):
 def inverse_fan_in(module):
     """1/fan-in for each weight, 1 for each bias, [P]: AdamW moves every weight by about its learning rate, and a unit
     that sums fan-in of them by fan-in times that; this scale makes --mask-lr the most a unit moves in one step."""
-    scales = [torch.full((p.numel(),), 1 / p.shape[1] if p.ndim == 2 else 1.0) for p in module.parameters()]
+    scales = [torch.full((p.numel(),), 1 / p[0].numel() if p.ndim > 1 else 1.0) for p in module.parameters()]
     return torch.cat(scales)
 
 
@@ -854,20 +883,27 @@ def schedule(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
+def learned_by(cfg, progress):
+    """Whether T chooses the masks, and is trained, at this share of the run."""
+    return cfg.masking == "learned" and progress >= cfg.mask_start
+
+
 def draw_masks(net, psi, images, encoder_params, *keys, progress=1.0):
     """p [B, L], and the choice that follows from it (1): visible ids [B, K], restore ids [B, L], mask [B, L].
 
-    With --masking random, p is 1 and the choice is uniform: L1 is then MAE's loss. With semantic, p is 1 and the choice
-    is SemMAE's, where `progress`, the share of the run that is done, leads from a share of every part to whole parts."""
-    if net.cfg.masking == "learned":
+    With --masking random, and before --mask-start, p is 1 and the choice is uniform: L1 is then MAE's loss. With semantic,
+    p is 1 and the choice is SemMAE's. `progress` is the share of the run that is done."""
+    cfg, rng = net.cfg, generator(*keys)
+    prob = torch.ones(len(images), net.patches, device=images.device)
+    if cfg.masking == "semantic":
+        score = baselines.semantic_scores(part_ids(net, images), cfg.parts, progress, net.patches - net.visible, rng)
+    elif learned_by(cfg, progress):
         score = prob = masking_probability(net, psi, images, encoder_params)
+        if cfg.mask_noise:  # the highest of logit + Gumbel noise are a draw without replacement, each patch by its odds
+            uniform = torch.rand(prob.shape, generator=rng).clamp(1e-9, 1 - 1e-7).to(prob)
+            score = prob.logit(1e-6) - cfg.mask_noise * (-uniform.log()).log()
     else:
-        prob = torch.ones(len(images), net.patches, device=images.device)
-        if net.cfg.masking == "random":
-            score = torch.rand(prob.shape, generator=generator(*keys)).to(images.device)
-        else:
-            score = baselines.semantic_scores(part_ids(net, images), net.cfg.parts, progress,
-                                              net.patches - net.visible, generator(*keys))  # fmt: skip
+        score = torch.rand(prob.shape, generator=rng).to(images.device)
     return prob, *select_patches(score, net.visible)
 
 
@@ -895,7 +931,7 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
     vectors of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr, [P3].
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, theta, head, psi, steps = net.cfg, state.theta, state.head, state.psi, []
-    warmup = cfg.warmup * total
+    warmup, progress = cfg.warmup * total, state.iteration / total
 
     for n in range(cfg.level1_steps):
         number = state.iteration * cfg.level1_steps + n
@@ -904,12 +940,11 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
         if cfg.unroll == "last":
             steps.clear()
         keys = (cfg.seed, MASKS, number)
-        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys,
-                                                progress=state.iteration / total)  # fmt: skip
+        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, progress=progress)
         steps.append(step)
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
-    if cfg.masking == "learned":
+    if learned_by(cfg, progress):
         level2, level3 = next(batches[1]), next(batches[2])
         relative = schedule(state.iteration, total, warmup)
         dropout, redrawn = (
@@ -958,12 +993,13 @@ def pretrain(cfg, out, resume=False):
     decay = [decay_of(cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
     mask_rate = inverse_fan_in(net.masking).to(device)
     total = mask_updates(cfg, splits)
+    mask_steps = sum(learned_by(cfg, n / total) for n in range(state.iteration))  # steps that T has made
     batches = [
-        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=state.iteration * count)
-        for split, size, purpose, count in (
-            (splits.train, cfg.batch_size, LEVEL1_DATA, cfg.level1_steps),
-            (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, 1),
-            (splits.val, cfg.labelled_batch_size, LEVEL3_DATA, 1),
+        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=used)
+        for split, size, purpose, used in (
+            (splits.train, cfg.batch_size, LEVEL1_DATA, state.iteration * cfg.level1_steps),
+            (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, mask_steps),
+            (splits.val, cfg.labelled_batch_size, LEVEL3_DATA, mask_steps),
         )
     ]
     watched = next(iter(splits.val.ordered(min(256, len(splits.val))))).images  # the same images at every evaluation
@@ -990,7 +1026,7 @@ def pretrain(cfg, out, resume=False):
                      for level in (1, 2, 3) if f"level{level}_loss" in window[-1]}  # fmt: skip
             bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
             if line:
-                means = {name: float(np.mean([row[name] for row in window])) for name in window[0]}
+                means = {name: float(np.mean([row[name] for row in window if name in row])) for name in window[-1]}
                 progress = state.iteration / total
                 masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask, progress)
                 epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
@@ -1023,8 +1059,8 @@ def mask_updates(cfg, splits):
 
 def read_losses(net, losses, state, out):
     """A list of {name: scalar on the device} as floats, in one transfer. Raises RunError at the first non-finite one."""
-    values = torch.stack([torch.stack(list(row.values())) for row in losses]).tolist()
-    rows = [dict(zip(losses[0], row)) for row in values]
+    values = iter(torch.stack([value for row in losses for value in row.values()]).tolist())
+    rows = [{name: next(values) for name in row} for row in losses]
     for number, row in enumerate(rows):
         for name, value in row.items():
             if not math.isfinite(value):
