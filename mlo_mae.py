@@ -1058,7 +1058,7 @@ def sgd_probes(train, labels, classes, epochs=90, warmup=10, batch_size=1024):
     solver = torch.optim.SGD([weight, bias], momentum=0.9, lr=1.0)
     batch_size = min(batch_size, len(labels))
     steps, scale = epochs * len(labels) // batch_size, torch.tensor(rates)[:, None, None]
-    for step, indices in zip(range(steps), data.index_batches(len(labels), batch_size, seed=0, start=0)):
+    for step, (_, indices) in zip(range(steps), data.index_batches(len(labels), batch_size, seed=0, start=0)):
         # All rates learn in one pass: their probes share no parameter, so the sum of their losses trains each alone.
         logits = norm(train[indices]) @ weight + bias  # [R, B, classes]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[indices].repeat(len(rates)), reduction="sum") / batch_size
