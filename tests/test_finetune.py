@@ -303,10 +303,12 @@ def test_distortions_are_pillows(distortion):
         image = Image.fromarray(image.permute(1, 2, 0).byte().numpy())
         expected = torch.from_numpy(np.array(pillow(distortion, image, s))).permute(2, 0, 1).float()
         assert not torch.equal(expected, torch.from_numpy(np.array(image)).permute(2, 0, 1).float())
-        # Pillow truncates to whole levels, does not fade into the grey at the border, and keeps border pixels unsmoothed.
+        # Pillow cuts blends to whole levels, and keeps border pixels unsmoothed and, where images are warped, unmixed with grey.
+        warped = distortion in ("rotate", "shear-x", "shear-y", "translate-x", "translate-y")
+        blended = distortion in ("auto-contrast", "colour", "contrast", "brightness", "sharpness")
         inside = slice(1, -1) if distortion == "sharpness" else slice(None)
-        far = (found - expected)[:, inside, inside].abs() > 2
-        assert far.double().mean() < (0.08 if distortion in ("rotate", "shear-x", "shear-y", "translate-x", "translate-y") else 1e-9)
+        far = (found - expected)[:, inside, inside].abs() > (2 if warped or blended else 0)
+        assert far.double().mean() < (0.08 if warped else 1e-9)
 
 
 def test_rand_augment_leaves_a_quarter_alone_and_repeats(given):
