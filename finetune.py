@@ -6,11 +6,9 @@
     python mlo_mae.py finetune --from-scratch --data FILE.npz  # the same without a run
 
 The training split teaches. After each epoch the validation split is read, and the weights that do best on it are kept;
-those are tested once, at the end. Levels 2 and 3 of pretraining read the same labels, so nothing new is used.
-
-Unlike pretraining, which differentiates through its steps, this is ordinary training: a module with its own
-parameters, and torch's AdamW. Read on in this order: recipes, the classifier, augmentation, layer-wise learning
-rates, the loop, files, command line.
+those are tested once, at the end. Unlike pretraining, which differentiates through its steps, this is ordinary training:
+a module with parameters of its own, and torch's AdamW. In this order: recipes, the classifier, augmentation, layer-wise
+learning rates and the loop, files, command line.
 """
 
 import contextlib
@@ -276,8 +274,8 @@ def layer_groups(model, recipe):
     tokens, positions and patch embedding are layer 0, block i is layer i + 1, norm and head depth + 1 (as MAE)."""
     top, groups = len(model.blocks) + 1, {}
     for name, parameter in model.named_parameters():
-        part = name.split(".")
-        layer = int(part[1]) + 1 if part[0] == "blocks" else 0 if part[0] in ("cls_token", "pos_embed", "patch_embed") else top
+        part, *rest = name.split(".")
+        layer = int(rest[0]) + 1 if part == "blocks" else 0 if part in ("cls_token", "pos_embed", "patch_embed") else top
         decay = recipe.weight_decay if mlo_mae.decays(name, parameter) else 0.0
         fresh = {"params": [], "scale": recipe.layer_decay ** (top - layer), "weight_decay": decay}
         groups.setdefault((layer, decay > 0), fresh)["params"].append(parameter)
@@ -312,7 +310,7 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
     model = start(net, theta, splits, recipe)
     optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, 0.999))
     step, seconds, best = 0, 0.0, {"val_top1": -1.0}
-    loss_sum = torch.zeros((), device=splits.train.mean.device)  # of the epoch so far; read seldom, as that waits for the device
+    loss_sum = torch.zeros((), device=splits.train.mean.device)  # of this epoch; read seldom: that waits for the device
     if checkpoint:
         step, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
         loss_sum += checkpoint["loss_sum"]
@@ -331,14 +329,12 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
     with bar, mlo_mae.stop_signals() if out else contextlib.nullcontext([]) as stop:
         while step < total:
             images, targets = augment(next(batches), recipe, splits.train, classes, step)
-            scales = None
-            if recipe.drop_path:
-                scales = drop_path(recipe.drop_path, net.cfg.depth, len(images), recipe.seed, DROP_PATH, step).to(images.device)
+            scales = drop_path(recipe.drop_path, net.cfg.depth, len(images), recipe.seed, DROP_PATH, step).to(images.device)
+            for group in optimizer.param_groups:
+                group["lr"] = group["scale"] * learning_rate(recipe, step, per_epoch)
             loss = F.cross_entropy(model(images, scales), targets)
             optimizer.zero_grad()
             loss.backward()
-            for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * learning_rate(recipe, step, per_epoch)
             optimizer.step()
             loss_sum += loss.detach()
             step += 1
@@ -350,18 +346,16 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
                 continue
             if not loss_sum.isfinite() or not all(parameter.isfinite().all() for parameter in model.parameters()):
                 kept = f"{out} holds the last good state, if any; " if out else ""
-                raise RunError(f"the loss or a weight is not finite in epoch {math.ceil(step / per_epoch)}, by step {step}; "
-                               f"{kept}lower --lr")  # fmt: skip
+                raise RunError(f"the loss or a weight is not finite by step {step}; {kept}lower --lr")
             if not within:
                 val_top1, train_loss = evaluate(model, splits.val)["top1"], loss_sum.item() / per_epoch
                 if val_top1 > best["val_top1"]:
                     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
                     best = {"val_top1": val_top1, "epoch": epoch, "model": weights}
                 bar.set_postfix(loss=f"{train_loss:.3f}", val=f"{val_top1:.1%}")
-                row = {"iteration": step, "epoch": epoch, "lr": optimizer.param_groups[-1]["lr"], "train_loss": train_loss,
-                       "val_top1": val_top1}  # fmt: skip
                 loss_sum.zero_()
                 if out:
+                    row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, "val_top1": val_top1}
                     with open(out / "metrics.jsonl", "a") as file:
                         file.write(json.dumps(row) + "\n")
             if due:
@@ -395,9 +389,7 @@ FORMAT = "mlo-mae fine-tuning 1"  # of checkpoint.pt: the state to resume from, 
 
 def describe(net, splits, recipe):
     """What a fine-tuning depends on, for its files."""
-    facts = {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
-             "mean": list(splits.mean), "std": list(splits.std)}  # fmt: skip
-    return {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(net.cfg), "data": facts}
+    return {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(net.cfg), "data": mlo_mae.data_facts(splits)}
 
 
 def find_checkpoint(net, splits, recipe, out, resume):

@@ -996,7 +996,7 @@ def mask_statistics(net, state, images, objects, previous_mask):
 
 
 @torch.no_grad()
-def features(net, state, split, pooling):
+def features(net, state, split, pooling="cls"):
     """Features [N, D] of `encode` and labels [N] of a whole split, without augmentation, on the CPU."""
     encoder_params = state.theta.params[: net.encoder_size]
     pairs = [(encode(net, encoder_params, batch.images, pooling).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
@@ -1052,26 +1052,27 @@ def sgd_probes(train, labels, classes, epochs=90, warmup=10, batch_size=1024):
 
     Where MAE has LARS at one rate and batches of 16,384 cropped images, here SGD with momentum 0.9 has several rates."""
     rates = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+    scale, batch_size = torch.tensor(rates)[:, None, None], min(batch_size, len(labels))
+    steps = epochs * len(labels) // batch_size
     norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
-    weight = torch.zeros(len(rates), train.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(len(rates), 1, classes, requires_grad=True)
-    solver = torch.optim.SGD([weight, bias], momentum=0.9, lr=1.0)
-    batch_size = min(batch_size, len(labels))
-    steps, scale = epochs * len(labels) // batch_size, torch.tensor(rates)[:, None, None]
+    weight = torch.zeros(len(rates), 1 + train.shape[1], classes, requires_grad=True)  # the bias comes first
+    velocity = torch.zeros_like(weight)
+
+    def normed(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
+        return F.pad(norm(inputs), (1, 0), value=1.0)
+
     for step, (_, indices) in zip(range(steps), data.index_batches(len(labels), batch_size, seed=0, start=0)):
         # All rates learn in one pass: their probes share no parameter, so the sum of their losses trains each alone.
-        logits = norm(train[indices]) @ weight + bias  # [R, B, classes]
+        logits = normed(train[indices]) @ weight  # [R, B, classes]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[indices].repeat(len(rates)), reduction="sum") / batch_size
-        solver.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in (weight, bias):
-                parameter.grad *= schedule(step, steps, warmup * steps / epochs) * scale
-        solver.step()
+        velocity = 0.9 * velocity + torch.autograd.grad(loss, weight)[0]
+        lr = schedule(step, steps, warmup * steps / epochs) * scale
+        weight = (weight - lr * velocity).detach().requires_grad_()
     norm.eval()
+    weight = weight.detach()
 
     def probe(number):
-        return lambda inputs: (norm(inputs) @ weight[number] + bias[number]).detach()
+        return lambda inputs: normed(inputs) @ weight[number]
 
     return {rate: probe(number) for number, rate in enumerate(rates)}
 
@@ -1211,6 +1212,12 @@ def truncate_metrics(path, iteration):
     write_whole(path, "".join(kept).encode())
 
 
+def data_facts(splits):
+    """What a checkpoint says about the data."""
+    return {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
+            "mean": list(splits.mean), "std": list(splits.std)}  # fmt: skip
+
+
 def save_checkpoint(net, state, splits, path):
     """Write the whole state with public parameter names, whole or not at all. Raises RunError if a weight is not
     finite, and leaves the checkpoint before it in place."""
@@ -1227,8 +1234,7 @@ def save_checkpoint(net, state, splits, path):
     content = {
         "format": FORMAT,
         "config": dataclasses.asdict(net.cfg),
-        "data": {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
-                 "mean": list(splits.mean), "std": list(splits.std)},
+        "data": data_facts(splits),
         "iteration": state.iteration,
         "moments": {name: {"m": level.m.cpu(), "v": level.v.cpu(), "t": level.t} for name, level in levels.items()},
     } | {part: {name: tensor.cpu().clone() for name, tensor in tensors.items()} for part, tensors in named.items()}  # fmt: skip
