@@ -42,7 +42,7 @@ class Recipe:
     from_scratch: bool = flag(False, "start from fresh weights of --seed: the baseline without pretraining")
     epochs: int = flag(10, "passes over the training images")
     batch_size: int = flag(64, "images a step")
-    lr: float = flag(1e-3, "peak learning rate of the head, for this batch size (MAE's blr x batch / 256)")
+    lr: float = flag(2e-3, "peak learning rate of the head, for this batch size (MAE's blr x batch / 256)")
     min_lr: float = flag(0.0, "learning rate at the end of its cosine")
     warmup_epochs: float = flag(1.0, "epochs over which the learning rate rises")
     layer_decay: float = flag(0.75, "each layer's learning rate, as a share of that of the layer above")
