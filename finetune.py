@@ -428,7 +428,8 @@ def add_command(commands):
 
 
 def starting_point(run, recipe, settings):
-    """(Networks, theta [P1], Splits) of a run, or of `settings` alone where there is no run to start from."""
+    """(Networks, theta [P1], Splits) of a run, or of `settings` alone where there is none: here, and nowhere else, it is
+    decided which weights and images a fine-tuning starts from. Raises RunError and data.DataError."""
     if run is not None:
         own = sorted(settings.keys() - mlo_mae.MACHINE_FIELDS)
         if own:
