@@ -1051,7 +1051,7 @@ def sgd_probes(train, labels, classes, epochs=90, warmup=10, batch_size=1024):
     90 epochs, 10 of warmup, cosine, no weight decay: {learning rate: features -> logits}.
 
     Where MAE has LARS at one rate and batches of 16,384 cropped images, here SGD with momentum 0.9 has several rates."""
-    rates = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+    rates = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
     scale, batch_size = torch.tensor(rates)[:, None, None], min(batch_size, len(labels))
     steps = epochs * len(labels) // batch_size
     norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)

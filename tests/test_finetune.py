@@ -579,7 +579,7 @@ def test_the_sgd_probe_is_batch_norm_and_a_linear_layer():
     torch.manual_seed(0)
     train, labels, new = 3 + 2 * torch.randn(40, 5), torch.randint(3, (40,)), 3 + 2 * torch.randn(9, 5)
     probes = mlo_mae.sgd_probes(train, labels, 3, epochs=4, warmup=1, batch_size=16)
-    for rate in (1e-3, 0.1, 1.0):
+    for rate in (3e-3, 0.1, 1.0):
         norm, linear = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6), torch.nn.Linear(5, 3)
         torch.nn.init.zeros_(linear.weight)
         torch.nn.init.zeros_(linear.bias)
