@@ -47,6 +47,7 @@ pictures, files, command line.
     python mlo_mae.py                                        # built-in images: pretrain, probe, pictures
     python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
     python mlo_mae.py probe RUN
+    python mlo_mae.py finetune RUN                           # finetune.py
     python mlo_mae.py show RUN
     python mlo_mae.py export RUN --to timm
 """
@@ -280,9 +281,11 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
 
-    def forward(self, x):  # [B, N, D]
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, scale=None):  # [B, N, D], factors of the two branches [2, B, 1, 1] (None: 1)
+        mixed = self.attn(self.norm1(x))
+        x = x + (mixed if scale is None else scale[0] * mixed)
+        widened = self.mlp(self.norm2(x))
+        return x + (widened if scale is None else scale[1] * widened)
 
 
 class Encoder(nn.Module):
@@ -298,14 +301,16 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.blocks.apply(initialise_linear)
 
-    def forward(self, images, keep=None):
-        """[B, C, H, W] and the visible patches [B, K] (None: all L) -> tokens [B, 1+K, D], CLS first."""
+    def forward(self, images, keep=None, scales=None):
+        """[B, C, H, W] and the visible patches [B, K] (None: all L) -> tokens [B, 1+K, D], CLS first.
+
+        scales [depth, 2, B, 1, 1] are factors of the residual branches: fine-tuning's drop path (None: 1)."""
         x = self.patch_embed(gather_patches(images, keep, self.patch))  # [B, K, D]
         x = x + (self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep])
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+K, D]
-        for block in self.blocks:
-            x = block(x)
+        for block, scale in zip(self.blocks, [None] * len(self.blocks) if scales is None else scales):
+            x = block(x, scale)
         return self.norm(x)
 
 
@@ -542,11 +547,11 @@ def level1_loss(prob, mask, errors):
     return (mask * prob * errors).sum() / mask.sum()
 
 
-def encode(net, encoder_params, images):
-    """The features z of whole images, [B, D]: the CLS token after the last norm."""
+def encode(net, encoder_params, images, pooling="cls"):
+    """The features z of whole images, [B, D]: after the last norm, the CLS token, or the mean of the patches' tokens."""
     with autocast(net, images.device):
         tokens = call(net.encoder, encoder_params, images)
-    return tokens[:, 0].to(encoder_params.dtype)
+    return (tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)).to(encoder_params.dtype)
 
 
 def draw_dropout(rate, shape, *keys):
@@ -859,14 +864,15 @@ def fresh_level(params, device):
     return Level(params.to(device), torch.zeros_like(params, device=device), torch.zeros_like(params, device=device), 0)
 
 
+def decays(name, parameter):
+    """Whether weight decay acts on a parameter: not on biases, norms, tokens and positions."""
+    return name.endswith("weight") and parameter.ndim >= 2
+
+
 def decay_of(cfg, *modules):
-    """Weight decay of each parameter, [P]: none on biases, norms, tokens and positions."""
-    decayed = [
-        torch.full((p.numel(),), cfg.weight_decay if name.endswith("weight") and p.ndim >= 2 else 0.0)
-        for module in modules
-        for name, p in module.named_parameters()
-    ]
-    return torch.cat(decayed)
+    """Weight decay of each parameter, [P]."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    return torch.cat([torch.full((p.numel(),), cfg.weight_decay if decays(name, p) else 0.0) for name, p in named])
 
 
 def inverse_fan_in(module):
@@ -1138,47 +1144,88 @@ def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
 
 
 @torch.no_grad()
-def features(net, state, split):
-    """CLS features [N, D] and labels [N] of a whole split, without augmentation, on the CPU."""
+def features(net, state, split, pooling="cls"):
+    """Features [N, D] of `encode` and labels [N] of a whole split, without augmentation, on the CPU."""
     encoder_params = state.theta.params[: net.encoder_size]
-    pairs = [(encode(net, encoder_params, batch.images).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
+    pairs = [(encode(net, encoder_params, batch.images, pooling).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
     return (torch.cat(column) for column in zip(*pairs))
 
 
-def linear_probe(net, state, splits):
-    """Multinomial logistic regression on frozen, standardised features (levels 1 and 2's images train it).
+def linear_probe(net, state, splits, recipe="lbfgs", pooling="cls"):
+    """Multinomial logistic regression on frozen features (levels 1 and 2's images train it); PROBES holds the recipes.
 
-    The weight decay is chosen on the validation split; the test split is then read once.
-    Returns {"test_accuracy", "val_accuracy": shares, "weight_decay"}."""
-    train, train_labels = features(net, state, splits.train)
+    Each recipe fits several probes; one is chosen on the validation split, and the test split is then read once.
+    Returns {"test_accuracy", "val_accuracy": shares, and the name of what the probes differ in: its chosen value}."""
+    differ_in, fit = PROBES[recipe]
+    probes = fit(*features(net, state, splits.train, pooling), len(splits.class_names))
+
+    def accuracy(probe, inputs, labels):
+        return (probe(inputs).argmax(1) == labels).double().mean().item()
+
+    val = tuple(features(net, state, splits.val, pooling))
+    val_accuracy = {value: accuracy(probe, *val) for value, probe in probes.items()}
+    best = max(val_accuracy, key=val_accuracy.get)
+    test_accuracy = accuracy(probes[best], *features(net, state, splits.test, pooling))
+    return {"test_accuracy": test_accuracy, "val_accuracy": val_accuracy[best], differ_in: best}
+
+
+def lbfgs_probes(train, labels, classes):
+    """L-BFGS on standardised features [N, D] and labels [N], to convergence: {weight decay: features -> logits}."""
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
 
     def standardised(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
         return F.pad((inputs - mean) / std, (1, 0), value=1.0)
 
     def fit(weight_decay):
-        weight = torch.zeros(1 + train.shape[1], len(splits.class_names), requires_grad=True)
+        weight = torch.zeros(1 + train.shape[1], classes, requires_grad=True)
         inputs = standardised(train)
         solver = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
         def objective():
             solver.zero_grad()
-            loss = F.cross_entropy(inputs @ weight, train_labels) + 0.5 * weight_decay * weight[1:].square().sum()
+            loss = F.cross_entropy(inputs @ weight, labels) + 0.5 * weight_decay * weight[1:].square().sum()
             loss.backward()
             return loss
 
         solver.step(objective)
-        return weight.detach()
+        weight = weight.detach()
+        return lambda inputs: standardised(inputs) @ weight
 
-    def accuracy(weight, inputs, labels):
-        return ((standardised(inputs) @ weight).argmax(1) == labels).double().mean().item()
+    return {decay: fit(decay) for decay in (1e-4, 1e-3, 1e-2, 1e-1)}
 
-    fitted = {decay: fit(decay) for decay in (1e-4, 1e-3, 1e-2, 1e-1)}
-    val = tuple(features(net, state, splits.val))
-    val_accuracy = {decay: accuracy(weight, *val) for decay, weight in fitted.items()}
-    best = max(val_accuracy, key=val_accuracy.get)
-    test_accuracy = accuracy(fitted[best], *features(net, state, splits.test))
-    return {"test_accuracy": test_accuracy, "val_accuracy": val_accuracy[best], "weight_decay": best}
+
+def sgd_probes(train, labels, classes, epochs=90, warmup=10, batch_size=1024):
+    """MAE's probe (arXiv 2111.06377) on features [N, D] and labels [N]: BatchNorm without affine, then linear;
+    90 epochs, 10 of warmup, cosine, no weight decay: {learning rate: features -> logits}.
+
+    Where MAE has LARS at one rate and batches of 16,384 cropped images, here SGD with momentum 0.9 has several rates."""
+    rates = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+    scale, batch_size = torch.tensor(rates)[:, None, None], min(batch_size, len(labels))
+    steps = epochs * len(labels) // batch_size
+    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
+    weight = torch.zeros(len(rates), 1 + train.shape[1], classes, requires_grad=True)  # the bias comes first
+    velocity = torch.zeros_like(weight)
+
+    def normed(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
+        return F.pad(norm(inputs), (1, 0), value=1.0)
+
+    for step, (_, indices) in zip(range(steps), data.index_batches(len(labels), batch_size, seed=0, start=0)):
+        # All rates learn in one pass: their probes share no parameter, so the sum of their losses trains each alone.
+        logits = normed(train[indices]) @ weight  # [R, B, classes]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[indices].repeat(len(rates)), reduction="sum") / batch_size
+        velocity = 0.9 * velocity + torch.autograd.grad(loss, weight)[0]
+        lr = schedule(step, steps, warmup * steps / epochs) * scale
+        weight = (weight - lr * velocity).detach().requires_grad_()
+    norm.eval()
+    weight = weight.detach()
+
+    def probe(number):
+        return lambda inputs: normed(inputs) @ weight[number]
+
+    return {rate: probe(number) for number, rate in enumerate(rates)}
+
+
+PROBES = {"lbfgs": ("weight_decay", lbfgs_probes), "mae": ("learning_rate", sgd_probes)}
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -1318,6 +1365,12 @@ def truncate_metrics(path, iteration):
     write_whole(path, "".join(kept).encode())
 
 
+def data_facts(splits):
+    """What a checkpoint says about the data."""
+    return {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
+            "mean": list(splits.mean), "std": list(splits.std)}  # fmt: skip
+
+
 def save_checkpoint(net, state, splits, path):
     """Write the whole state with public parameter names, whole or not at all. Raises RunError if a weight is not
     finite, and leaves the checkpoint before it in place."""
@@ -1334,28 +1387,16 @@ def save_checkpoint(net, state, splits, path):
     content = {
         "format": FORMAT,
         "config": dataclasses.asdict(net.cfg),
-        "data": {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
-                 "mean": list(splits.mean), "std": list(splits.std)},
+        "data": data_facts(splits),
         "iteration": state.iteration,
         "moments": {name: {"m": level.m.cpu(), "v": level.v.cpu(), "t": level.t} for name, level in levels.items()},
     } | {part: {name: tensor.cpu().clone() for name, tensor in tensors.items()} for part, tensors in named.items()}  # fmt: skip
     write_whole(path, lambda file: torch.save(content, file))
 
 
-def read_checkpoint(path):
-    """The content of a checkpoint, tensors on the CPU. Raises RunError as `read_tensors` does, and for a checkpoint of
-    another version."""
-    content = read_tensors(path, FORMAT)
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if set(content["config"]) != fields:
-        other = ", ".join(sorted(fields ^ set(content["config"])))
-        raise RunError(f"{path} was written by another version of this program (settings that differ: {other})")
-    return content
-
-
-def read_tensors(path, kind):
-    """The content of a file that torch.save wrote, tensors on the CPU; nothing in the file is executed. Raises RunError
-    for a file that is absent, damaged (every record's CRC is checked), or not of this kind."""
+def read_saved(path, kind):
+    """What `torch.save` wrote with "format": kind, tensors on the CPU; nothing in the file is executed. Raises RunError
+    for a file that is absent, damaged (every record's CRC is checked), or not of that kind."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
@@ -1368,7 +1409,17 @@ def read_tensors(path, kind):
     if damaged:
         raise RunError(f"{path} is damaged: its record {damaged} fails its checksum; use a copy, or start again")
     if not isinstance(content, dict) or content.get("format") != kind:
-        raise RunError(f"{path} is not a {kind.split()[1]} file of this program")
+        raise RunError(f"{path} is not a checkpoint of this program, or not one of this kind ({kind})")
+    return content
+
+
+def read_checkpoint(path):
+    """The content of a run's checkpoint. Raises RunError as `read_saved`, and for one of another version."""
+    content = read_saved(path, FORMAT)
+    fields = {field.name for field in dataclasses.fields(Config)}
+    if set(content["config"]) != fields:
+        other = ", ".join(sorted(fields ^ set(content["config"])))
+        raise RunError(f"{path} was written by another version of this program (settings that differ: {other})")
     return content
 
 
@@ -1428,7 +1479,7 @@ def save_parts(parts, path):
 
 def read_parts(cfg, splits, path, device):
     """Parts from a run's parts.pt. Raises RunError."""
-    content = read_tensors(path, PARTS_FORMAT)
+    content = read_saved(path, PARTS_FORMAT)
     shape = content["encoder_shape"]
     encoder = frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["encoder"], path)
     learner = baselines.PartLearner(shape[0], cfg.parts, splits.channels * cfg.patch_size**2)
@@ -1493,13 +1544,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"mlo_mae: {message}; see {self.prog} --help\n")
 
 
-def parse(argv):
-    """Arguments, with the command first; without one, pretrain."""
-    parser = Parser(prog="mlo_mae.py", description=__doc__.splitlines()[0],
-                    epilog="without a command: pretrain; its flags are listed by pretrain --help")  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | probe | show | export")
-    pretraining = commands.add_parser("pretrain", help="pretrain, probe, write pictures")
-    for field in dataclasses.fields(Config):
+def add_flags(parser, fields):
+    """A flag for each of these dataclass fields; one that the user leaves out is absent from the arguments."""
+    for field in fields:
         name, options = "--" + field.name.replace("_", "-"), {"help": field.metadata["help"], "default": argparse.SUPPRESS}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -1510,7 +1557,18 @@ def parse(argv):
         else:
             options |= {"type": field.type, "metavar": field.type.__name__}
         options["help"] += f" (default {field.default})"
-        pretraining.add_argument(name, **options)
+        parser.add_argument(name, **options)
+
+
+def parse(argv):
+    """Arguments, with the command first; without one, pretrain."""
+    import finetune  # which imports this module
+
+    parser = Parser(prog="mlo_mae.py", description=__doc__.splitlines()[0],
+                    epilog="without a command: pretrain; its flags are listed by pretrain --help")  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | probe | finetune | show | export")
+    pretraining = commands.add_parser("pretrain", help="pretrain, probe, write pictures")
+    add_flags(pretraining, dataclasses.fields(Config))
     pretraining.add_argument("--out", type=Path, help="folder of the run (default runs/<preset>-<masking>-<seed>)")
     pretraining.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
     for command, purpose in (("probe", "linear probe of a run"), ("show", "pictures of a run: masks.png, curves.png")):
@@ -1518,10 +1576,16 @@ def parse(argv):
         reading.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
         reading.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
         reading.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+        if command == "probe":
+            reading.add_argument("--recipe", choices=list(PROBES), default="lbfgs", help="lbfgs: to convergence, weight decay "
+                                 "chosen on validation; mae: MAE's, by SGD, learning rate chosen on validation (default lbfgs)")
+            reading.add_argument("--pooling", choices=["cls", "mean"], default="cls",
+                                 help="CLS token, or mean of the patches' tokens (default cls)")  # fmt: skip
     exporting = commands.add_parser("export", help="a run's weights for timm or facebookresearch/mae")
     exporting.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     exporting.add_argument("--to", choices=list(EXPORTS), required=True, help="timm: the encoder; mae: the decoder too")
     exporting.add_argument("--file", type=Path, help=f"where to (default in RUN: {', '.join(EXPORTS.values())})")
+    finetune.add_command(commands)
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["pretrain", *argv]
     return vars(parser.parse_args(argv))
@@ -1539,12 +1603,14 @@ def run_command(arguments):
         return pretrain(cfg, out or Path("runs") / f"{cfg.preset}-{cfg.masking}-{cfg.seed}", resume)
     if command == "export":
         return export(**arguments)
+    if command == "finetune":
+        import finetune
+
+        return finetune.run_command(**arguments)
     run, device = arguments.pop("run"), arguments.pop("device")
+    how = {name: arguments.pop(name) for name in ("recipe", "pooling") if name in arguments}
     net, state, splits = open_run(run, device, **arguments)
     if command == "probe":
-        return {"verb": "probe", "run": str(run), **linear_probe(net, state, splits)}
-    if net.cfg.masking == "semantic":
-        net.parts = read_parts(net.cfg, splits, run / "parts.pt", choose_device(device))
     draw_images(net, state, splits, run / "masks.png")
     draw_curves(run)
     return {"verb": "show", "run": str(run), "pictures": [str(run / "masks.png"), str(run / "curves.png")]}
@@ -1567,4 +1633,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import mlo_mae  # so that finetune.py, which imports it too, meets the same classes
+
+    sys.exit(mlo_mae.main())

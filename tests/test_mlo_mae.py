@@ -299,7 +299,7 @@ def test_probe_repeats_and_beats_chance(run, capsys):
     out, summary, _ = run
     assert main(["probe", str(out), "--device", "cpu"]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again == {"verb": "probe", "run": str(out), **summary["probe"]}
+    assert again == {"verb": "probe", "run": str(out), "recipe": "lbfgs", "pooling": "cls", **summary["probe"]}
     assert again["test_accuracy"] > 0.8  # two classes that differ in brightness left and right
 
 
