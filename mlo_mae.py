@@ -1604,13 +1604,14 @@ def run_command(arguments):
     if command == "export":
         return export(**arguments)
     if command == "finetune":
-        import finetune
+        import finetune  # which imports this module
 
         return finetune.run_command(**arguments)
     run, device = arguments.pop("run"), arguments.pop("device")
     how = {name: arguments.pop(name) for name in ("recipe", "pooling") if name in arguments}
     net, state, splits = open_run(run, device, **arguments)
     if command == "probe":
+        return {"verb": "probe", "run": str(run), **how, **linear_probe(net, state, splits, **how)}
     draw_images(net, state, splits, run / "masks.png")
     draw_curves(run)
     return {"verb": "show", "run": str(run), "pictures": [str(run / "masks.png"), str(run / "curves.png")]}
