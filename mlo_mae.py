@@ -1124,7 +1124,8 @@ def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
     p_mean, p_std, p_entropy (bits): a saturated T has entropy 0. mask_churn: share of hidden patches that were visible
     at the last evaluation; a frozen T has 0. mask_overlap: share of hidden patches that two images have in common; by
     chance it is the mask ratio, and 1 where T ignores the image. object_hidden: how often a pixel of the object is
-    hidden, as a ratio to chance (1 = T does not see objects). All dimensionless but the entropy."""
+    hidden, as a ratio to chance (1 = T does not see objects); object_weight: p there, as a ratio to the mean of p. All
+    dimensionless but the entropy."""
     prob, _, _, mask = draw_masks(net, state.psi.params, images, state.theta.params[: net.encoder_size],
                                   net.cfg.seed, MASKS, state.iteration, 1, progress=progress)  # fmt: skip
     p = prob.double()
@@ -1140,6 +1141,7 @@ def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
         size = net.cfg.patch_size
         share = rearrange(objects.float(), "b (h p) (w q) -> b (h w) (p q)", p=size, q=size).mean(-1)  # [B, L]
         statistics["object_hidden"] = (mask * share).sum() / share.sum() / (hidden / net.patches)
+        statistics["object_weight"] = (prob * share).sum() / share.sum() / prob.mean()
     return {name: float(value) for name, value in statistics.items()}, mask
 
 
@@ -1285,7 +1287,7 @@ def draw_curves(out):
     panels = [
         ("losses", ["level1_loss", "reconstruction_error", "level2_loss", "level3_loss"]),
         ("masks", ["p_mean", "p_std", "p_entropy", "mask_churn", "mask_overlap"]),
-        ("object patches hidden, ratio to chance", ["object_hidden"]),
+        ("object patches: hidden and weighted, ratio to chance", ["object_hidden", "object_weight"]),
     ]
     panels = [(title, [name for name in names if name in rows[-1]]) for title, names in panels]
     panels = [(title, names) for title, names in panels if names]
@@ -1618,10 +1620,13 @@ def run_command(arguments):
 
 
 def main(argv=None):
-    """Exit status 0, or 2 after one line for what the user can mend."""
+    return reported("mlo_mae", lambda: run_command(parse(sys.argv[1:] if argv is None else argv)))
+
+
+def reported(program, work):
+    """Print what work() returns as one line of JSON. Exit status 0, or 2 after one line for what the user can mend."""
     try:
-        summary = run_command(parse(sys.argv[1:] if argv is None else argv))
-        print(json.dumps(summary, separators=(",", ":")))
+        print(json.dumps(work(), separators=(",", ":")))
         return 0
     except (RunError, data.DataError, interchange.WeightsError) as error:
         message = str(error)
@@ -1629,7 +1634,7 @@ def main(argv=None):
         message = f"out of memory: {str(error).splitlines()[0]} Lower --batch-size"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    print(f"mlo_mae: {message}", file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
     return 2
 
 
