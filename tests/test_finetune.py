@@ -569,7 +569,7 @@ def test_a_public_encoder_is_fine_tuned(public, npz, tmp_path, capsys, monkeypat
 def test_public_encoders_that_do_not_fit(public, npz, tmp_path, capsys):
     _, file, other = public
     begin = ["finetune", file, *flags(dict(SIZES, data=npz)), "--out", tmp_path / "bad"]
-    refused([*begin, "--depth", 3], capsys, file, "--depth 2")
+    refused([*begin, "--depth", 3], capsys, "these weights fit --depth 2")
     refused([*begin, "--from-scratch"], capsys, "--from-scratch")
     refused(["finetune", tmp_path / "absent.pth", *begin[2:]], capsys, "absent.pth does not exist")
     refused(["finetune", npz, *begin[2:]], capsys, npz)
