@@ -201,7 +201,7 @@ def problem(cfg, size, device, count=2, warm=4):
 
     `warm` outer iterations are really made, so that weights, moments and the head are not initial ones; then `count`
     level-1 steps, which the hypergradient is to explain."""
-    cfg = dataclasses.replace(cfg, warmup=0.0)
+    cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0)  # masks are T's from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
     decay, mask_rate = decays(net, device), mlo_mae.inverse_fan_in(net.masking).to(device)
@@ -691,11 +691,12 @@ def run_step(options, device):
         row["share_of_peak"] = row["flops"] / row["seconds"] / ceiling
     time_ratio, operation_ratio = (update[name] / plain[name] for name in ("seconds", "flops"))
     updates = math.ceil(cfg.epochs * TRAINING_IMAGES[cfg.data] * (1 - cfg.val_fraction) / (batch * cfg.level1_steps))
+    pace = (1 - cfg.mask_start) * total["seconds"] + cfg.mask_start * cfg.level1_steps * plain["seconds"]  # an update, on average
     summary = {
         "preset": cfg.preset, "precision": cfg.precision, "batch_size": batch, "labelled_batch_size": labelled,
         "images_per_second": batch * cfg.level1_steps / total["seconds"], "peak_bytes": total["peak_bytes"],
         "time_ratio": time_ratio, "operation_ratio": operation_ratio, "overhead": time_ratio / operation_ratio,
-        "peak_flops": ceiling, "updates": updates, "hours": updates * total["seconds"] / 3600,
+        "peak_flops": ceiling, "updates": updates, "hours": updates * pace / 3600,
     }  # fmt: skip
     lines = [["part", "times", "ms", "MiB", "GFLOP", "of peak", "of the time", "of the operations"]]
     for row in rows.values():
@@ -708,6 +709,7 @@ def run_step(options, device):
         f"A mask update takes {time_ratio:.2f}x the time of a plain MAE step and {operation_ratio:.2f}x its "
         f"operations: {summary['overhead']:.2f}x the floor. {summary['images_per_second']:.0f} images a second.",
         f"{updates} mask updates, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
+        + (f", the first {100 * cfg.mask_start:.0f} % of them plain MAE steps" if cfg.mask_start else "")
         + (" (decoding of image files not included)." if cfg.data == "imagenet" else "."),
         f"Peak: a large matrix product's {ceiling / 1e9:.3g} GFLOP/s. Parts are timed apart."
         + ("" if triton else " No Triton on this device: kernels are off."),
