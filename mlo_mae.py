@@ -99,7 +99,7 @@ def flag(default, meaning):
 class Config:
     """One run. Every field is a command-line flag; a preset fills in a paper's values and flags override it."""
 
-    preset: str = flag("shapes", "shapes, cifar10, cifar100, imagenet, imagenet-large")
+    preset: str = flag("shapes", "settings that the other flags override")
 
     data: str = flag("shapes", "shapes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg")
     data_dir: str = flag("data", "where cifar10 and cifar100 lie, or are downloaded to")
@@ -125,7 +125,7 @@ class Config:
     masking_network: Literal["shared", "mlp"] = flag("shared", "T: one small network for every position, or the paper's")
     masking_width: int = flag(64, "hidden units of T")
     mask_noise: float = flag(1.0, "scale of the Gumbel noise on T's logits when masks are drawn (0: the highest p, as published)")
-    mask_start: float = flag(0.4, "share of the run with random masks before T is trained and used (0: none, as published)")
+    mask_start: float = flag(0.5, "share of the run with random masks before T is trained and used (0: none, as published)")
     parts_from: str = flag("", "semantic: the run, or its checkpoint, on whose frozen encoder parts are learned")
     parts: int = flag(7, "semantic: parts of an image")
     parts_steps: int = flag(300, "semantic: steps of part learning, before the run")
@@ -138,14 +138,14 @@ class Config:
     unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask")
     redraw_dropout: bool = flag(False, "redraw dropout between finite differences, as the published code does")
 
-    epochs: int = flag(13, "passes of level 1 over its training images")
-    batch_size: int = flag(128, "images a step of level 1")
+    epochs: int = flag(12, "passes of level 1 over its training images")
+    batch_size: int = flag(32, "images a step of level 1")
     labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each")
-    level1_steps: int = flag(2, "encoder and decoder steps a mask update")
-    head_steps: int = flag(1, "head steps a mask update, on one batch")
+    level1_steps: int = flag(8, "encoder and decoder steps a mask update")
+    head_steps: int = flag(10, "head steps a mask update, on one batch")
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder")
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head")
-    mask_lr: float = flag(0.05, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)")
+    mask_lr: float = flag(0.1, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)")
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none")
     warmup: float = flag(0.05, "share of the run over which the learning rates rise, before their cosine to 0")
     dropout: float = flag(0.1, "in the head")
@@ -160,7 +160,8 @@ class Config:
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
 CIFAR = dict(
     image_size=32, patch_size=2, width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16,
-    head_norm="layer", masking_network="mlp", masking_width=512, mask_noise=0.0, mask_start=0.0, epochs=200, batch_size=128, labelled_batch_size=128, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
+    masking_network="mlp", masking_width=512, mask_noise=0.0, mask_start=0.0, mask_lr=0.05, head_norm="layer", epochs=200,
+    batch_size=128, labelled_batch_size=128, level1_steps=2, head_steps=1, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
 )  # fmt: skip
 IMAGENET = CIFAR | dict(
     data="imagenet", image_size=224, patch_size=16, epochs=50, batch_size=256, labelled_batch_size=256, lr=1.5e-4, head_lr=5e-4,
@@ -170,6 +171,9 @@ PRESETS = {
     "shapes": {},
     "cifar10": CIFAR | dict(data="cifar10"),
     "cifar100": CIFAR | dict(data="cifar100"),
+    "cifar100-paper": CIFAR | dict(  # as published, noise included
+        data="cifar100", masking_input="embeddings", hypergradient="finite-difference", redraw_dropout=True,
+        update_jacobian="identity"),  # fmt: skip
     "imagenet": IMAGENET,
     "imagenet-large": IMAGENET | dict(width=1024, depth=24, heads=16),
 }
@@ -396,7 +400,7 @@ class SharedMaskingNetwork(nn.Module):
         nn.init.zeros_(self.fc.weight)
 
     def forward(self, x):  # [B, C, H, W] -> p [B, L]
-        logits = self.fc(F.relu(self.window(F.layer_norm(x, x.shape[1:])))).flatten(1)
+        logits = self.fc(F.gelu(self.window(F.layer_norm(x, x.shape[1:])))).flatten(1)
         return (logits - logits.mean(1, keepdim=True)).sigmoid()
 
 
