@@ -146,7 +146,10 @@ def shown_cost(row):
 LIMIT = {"float32": 1e-4, "float64": 1e-12}  # relative error of `exact` that its dtype allows
 NOISE = 0.5  # cosine with the truth below which a direction is called noise
 
-# Image size in pixels, and settings of Config. "small" is the default run of mlo_mae.py.
+# T, head and steps as published, with which finite differences go too; batches of levels 1, and 2 and 3, where a size has none.
+PUBLISHED = dict(head_norm="layer", masking_network="mlp", masking_width=512, mask_noise=0.0, level1_steps=2, head_steps=1,
+                 batch_size=128, labelled_batch_size=64)  # fmt: skip
+# Image size in pixels, and settings of Config. "small" has the networks of mlo_mae.py's default run.
 SIZES = {
     "tiny": (16, dict(width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2, masking_width=64,
                       batch_size=16, labelled_batch_size=16)),
@@ -311,7 +314,7 @@ def run_hypergradient(options, device):
     rows, text = [], []
     for size in options.sizes or ["tiny", "small", "medium"] + ["vit-b/2"] * (device.type == "cuda"):
         pixels, settings = SIZES[size]
-        cfg = Config(**{"head_norm": "layer"} | settings)  # as published
+        cfg = Config(**PUBLISHED | settings)
         net, single = problem(cfg, pixels, device)
         double = in_double(net, single)
         precise = {name: bound(net, method, double)().hypergradient for name, method in METHODS.items()}
@@ -381,7 +384,7 @@ def growth(device, repeats):
         for value in values:
             changed = {"depth": {"depth": value}, "batch": {"batch_size": value, "labelled_batch_size": value}}
             steps = value if along == "unrolled steps" else 1
-            cfg = Config(**settings | {"patch_size": 2} | changed.get(along, {}))
+            cfg = Config(**PUBLISHED | settings | {"patch_size": 2} | changed.get(along, {}))
             net, arguments = problem(cfg, pixels, device, steps, warm=1)
             methods = {form: Method(form, form, {}, steps, steps) for form in FORMS}
             costs = cost(net, arguments, methods, repeats, device)[1]

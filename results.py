@@ -123,10 +123,10 @@ def grid(name, methods, seeds, out, data_dir, workers, threads):
 
 
 def t_quantile(freedom, share=0.975):
-    """Student's t quantile, by summing its density (no closed form; numpy has none)."""
-    x = np.linspace(-200, 200, 4_000_001)
-    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    return float(x[np.searchsorted(np.cumsum(density) / density.sum(), share)])
+    """Student's t quantile: t = sqrt(freedom) tan(angle), where the angle's density is proportional to cos^(freedom - 1)."""
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 1_000_001)[1:-1]
+    below = np.cumsum(np.cos(angle) ** (freedom - 1))
+    return float(np.sqrt(freedom) * np.tan(angle[np.searchsorted(below / below[-1], share)]))
 
 
 def spread(values):
