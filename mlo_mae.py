@@ -68,11 +68,13 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import numpy as np
 import torch
 import torch.autograd.forward_ad as fwAD
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 import data
@@ -126,8 +128,9 @@ class Config:
     redraw_dropout: bool = flag(False, "redraw dropout between finite differences, as the published code does")
 
     epochs: int = flag(13, "passes of level 1 over its training images")
-    batch_size: int = flag(128, "images a step of level 1")
-    labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each")
+    batch_size: int = flag(128, "images a step of level 1, over all processes")
+    labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each, over all processes")
+    accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result")
     level1_steps: int = flag(2, "encoder and decoder steps a mask update")
     head_steps: int = flag(1, "head steps a mask update, on one batch")
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder")
@@ -161,7 +164,7 @@ PRESETS = {
     "imagenet-large": IMAGENET | dict(width=1024, depth=24, heads=16),
 }
 # What may change when a run is resumed, since the result does not depend on it.
-MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes"}
+MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes", "accumulate"}
 
 
 def check(cfg):
@@ -194,6 +197,128 @@ def check(cfg):
         cfg.hypergradient == "finite-difference" or not cfg.redraw_dropout,
         "--redraw-dropout goes with --hypergradient finite-difference alone",
     )
+    need(
+        cfg.hypergradient in ("exact", "first-order") or world() == cfg.accumulate == 1,
+        f"--hypergradient {cfg.hypergradient} goes with one process and --accumulate 1",
+    )
+    parts = world() * cfg.accumulate
+    need(
+        cfg.batch_size % parts == 0 and cfg.labelled_batch_size % world() == 0,
+        f"--batch-size {cfg.batch_size} and --labelled-batch-size {cfg.labelled_batch_size} do not divide evenly: the first "
+        f"must be a multiple of {parts} (processes x --accumulate), the second of {world()} (processes)",
+    )
+
+
+# --------------------------------------------------------------------------------------------- several processes
+# `torchrun --nproc_per_node=N mlo_mae.py ...` runs this script N times. Every process holds the same weights and works
+# on its share of each batch; below is all that they say to each other. With one process, each function does nothing.
+
+
+def join():
+    """Join the processes that torchrun started, if it did. Raises RunError where this machine has too few GPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        with exchange():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        if gpus:
+            if local_rank >= gpus:
+                raise RunError(f"{gpus} GPUs here, but process number {local_rank} (from 0); lower --nproc_per_node")
+            torch.cuda.set_device(local_rank)
+
+
+def leave():
+    """End what `join` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this is. Number 0 writes all files, and shows how the run goes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(count):
+    """The slice of a batch of `count` that this process works on."""
+    return slice(rank() * count // world(), (rank() + 1) * count // world())
+
+
+@contextlib.contextmanager
+def exchange():
+    """Around whatever the processes do together. Raises RunError where one of them has ended or cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise RunError(f"the exchange with another process failed ({reason}); continue with --resume") from None
+
+
+def summed(tensor):
+    """The sum of a tensor over processes, in place."""
+    if world() > 1:
+        with exchange():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def average(tensor):
+    """The mean of a tensor over processes, in place."""
+    return summed(tensor).div_(world())
+
+
+def gather(rows):
+    """The rows [B, ...] of all processes, in order, [world * B, ...]; derivatives reach this process's own alone."""
+    if world() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world())]
+    with exchange():
+        dist.all_gather(parts, rows.detach().contiguous())
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
+def agree(*flags):
+    """The largest value of each flag over processes, so that all look, save and stop after the same iteration."""
+    values = torch.tensor(flags, dtype=torch.int64)  # on the CPU: a GPU would have to be waited for
+    if world() > 1:
+        with exchange():
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def as_first(state):
+    """The State of process 0, which alone reads a run's folder."""
+    if world() > 1:
+        levels = (state.theta, state.head, state.psi)
+        counts = torch.tensor([state.iteration, *(level.t for level in levels)])
+        with exchange():
+            for tensor in (counts, *(tensor for level in levels for tensor in level[:3])):
+                dist.broadcast(tensor, 0)
+        iteration, *steps = counts.tolist()
+        state = State(iteration, *(level._replace(t=t) for level, t in zip(levels, steps)))
+    return state
+
+
+def first_before_others(function):
+    """function(), in process 0 before the others: it may download what they then find."""
+    if rank() > 0:
+        agree(0)
+    result = function()
+    if rank() == 0:
+        agree(0)
+    return result
+
+
+def first_to_fail():
+    """Whether no other process has failed before this one, and said why."""
+    try:
+        return world() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # process 0, which keeps the count, is gone
+        return True
 
 
 # ----------------------------------------------------------------------------------------------------- networks
@@ -476,6 +601,14 @@ def encode(net, encoder_params, images):
     return tokens[:, 0].to(encoder_params.dtype)
 
 
+def encode_in_parts(net, encoder_params, images):
+    """`encode`, with the activations of one of --accumulate parts held at a time: the backward pass makes them again."""
+    if net.cfg.accumulate == 1:
+        return encode(net, encoder_params, images)
+    parts = images.chunk(net.cfg.accumulate)
+    return torch.cat([recomputed(encode, net, encoder_params, part, use_reentrant=False) for part in parts])
+
+
 def draw_dropout(rate, shape, *keys):
     """Inverted dropout as a factor, 0 or 1/(1-rate). An explicit tensor, so that a loss is a function of its arguments
     and differences between two of its values are differences of parameters, not of dropout."""
@@ -555,12 +688,18 @@ class Step(NamedTuple):
     mask: Tensor  # [B, L] 1 = hidden
 
 
-class Labelled(NamedTuple):
-    """What levels 2 and 3 see in one outer iteration."""
+def parts_of(net, step):
+    """A Step's batch in --accumulate parts of the same size, as Steps."""
+    pieces = zip(*(tensor.chunk(net.cfg.accumulate) for tensor in (step.images, step.keep, step.restore, step.mask)))
+    return [Step(step.theta, step.gradient, step.rates, *piece) for piece in pieces]
 
-    images2: Tensor  # [B, C, H, W] training images
+
+class Labelled(NamedTuple):
+    """What levels 2 and 3 see in one outer iteration: this process's images, and the rest for those of all processes."""
+
+    images2: Tensor  # [B / processes, C, H, W] training images
     labels2: Tensor  # [B]
-    images3: Tensor  # [B, C, H, W] validation images
+    images3: Tensor  # [B / processes, C, H, W] validation images
     labels3: Tensor  # [B]
     dropout: Tensor  # [head_steps, B, D] factors of level 2's dropout
     redrawn: Tensor  # [2, B, D] fresh ones, for finite differences as published
@@ -590,7 +729,8 @@ def upper_levels(net, encoder_params, head, given, through_head=True):
     through_head=False holds phi' constant: L3 then sees E' through its own features alone.
     Returns L3, phi', and L2 before the first head step."""
     images = torch.cat([given.images2, given.images3])
-    features2, features3 = encode(net, encoder_params, images).split([len(given.images2), len(given.images3)])
+    features = encode_in_parts(net, encoder_params, images).split([len(given.images2), len(given.images3)])
+    features2, features3 = map(gather, features)  # the head is small: every process has it see the whole batch
     features2 = features2 if through_head else features2.detach()
     head, losses = head._replace(params=head.params.detach().requires_grad_()), []
     for dropout in given.dropout:
@@ -608,7 +748,7 @@ def exact(net, theta, psi, head, given, steps, through_head=True):
     split, jacobian = net.encoder_size, net.cfg.update_jacobian
     encoder_params = theta.params[:split].detach().requires_grad_()
     loss3, head, loss2 = upper_levels(net, encoder_params, head, given, through_head)
-    (v,) = torch.autograd.grad(loss3, encoder_params)  # (7): D has no part in L3, so v covers E alone
+    v = summed(torch.autograd.grad(loss3, encoder_params)[0])  # (7): D has no part in L3, so v covers E alone
     cotangent, hypergradient = of_params(v), torch.zeros_like(psi)
     for number, step in reversed(list(enumerate(steps))):
         cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent)  # (8)
@@ -621,7 +761,7 @@ def exact(net, theta, psi, head, given, steps, through_head=True):
             d, hessian_c = errors_and_hessian(net, step, prob.detach(), F.pad(c, (0, len(of_theta) - len(c))))  # (9)
             cotangent = (of_theta + hessian_c, *of_moments)  # (13)
         hypergradient += torch.autograd.grad(level1_loss(prob, step.mask, d), wanted)[0]  # (10)
-    return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
+    return Result(average(hypergradient), detached(head), loss2.detach(), loss3.detach())
 
 
 def directional_errors(net, step, direction):
@@ -629,23 +769,28 @@ def directional_errors(net, step, direction):
     parameters of theta; the rest, if any, is constant."""
     params, split, n = step.theta.params, net.encoder_size, len(direction)
 
-    def errors(moving):
-        return patch_errors(net, moving[:split], (moving if n > split else params)[split:], step)
+    def errors(part):
+        return lambda moving: patch_errors(net, moving[:split], (moving if n > split else params)[split:], part)
 
     with torch.no_grad():
-        return jvp(errors, (params[:n],), (direction,))[1]
+        return torch.cat([jvp(errors(part), (params[:n],), (direction,))[1] for part in parts_of(net, step)])
 
 
 def errors_and_hessian(net, step, prob, direction):
     """d of (9), [B, L], and H c of (13), [P]: how errors and dL1/dtheta change along `direction` [P], in one pass."""
 
-    def loss(params):
-        errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
-        return level1_loss(prob, step.mask, errors), errors
+    def loss(params, part, prob):
+        errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], part)
+        return level1_loss(prob, part.mask, errors) / net.cfg.accumulate, errors
 
+    parts, hessian_c, d = zip(parts_of(net, step), prob.chunk(net.cfg.accumulate)), torch.zeros_like(direction), []
     with kernels.use("reference"), torch.no_grad():  # the plain operations have derivatives of every order
-        hessian_c, d = jvp(grad(loss, has_aux=True), (step.theta.params,), (direction,))[1]
-    return d, hessian_c
+        for part in parts:
+            gradient = grad(lambda params: loss(params, *part), has_aux=True)
+            of_gradient, of_errors = jvp(gradient, (step.theta.params,), (direction,))[1]
+            hessian_c += of_gradient
+            d.append(of_errors)
+    return torch.cat(d), average(hessian_c)
 
 
 def first_order(net, theta, psi, head, given, steps):
@@ -769,7 +914,8 @@ def draw_masks(net, psi, images, encoder_params, *keys):
     With --masking random, p is 1 and the choice is uniform: L1 is then MAE's loss."""
     if net.cfg.masking == "random":
         prob = torch.ones(len(images), net.patches, device=images.device)
-        score = torch.rand(prob.shape, generator=generator(*keys)).to(images.device)
+        joined = torch.rand(world() * len(images), net.patches, generator=generator(*keys))  # whatever the number of processes
+        score = joined[share(len(joined))].to(images.device)
     else:
         score = prob = masking_probability(net, psi, images, encoder_params)
     return prob, *select_patches(score, net.visible)
@@ -778,16 +924,21 @@ def draw_masks(net, psi, images, encoder_params, *keys):
 def level1_step(net, theta, psi, images, rates, *keys):
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3).
 
-    Returns theta' (Level), the Step that was made, L1, and the mean unweighted error of the hidden patches."""
+    Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
+    hidden patches. Every image hides as many patches, so L1 is the mean over parts of a batch, as is its gradient."""
     with torch.no_grad():
         prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys)  # (1)
     step = Step(theta, None, rates, images, *choice)
     params = theta.params.detach().requires_grad_()
-    errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
-    loss = level1_loss(prob, step.mask, errors)  # (2)
-    (gradient,) = torch.autograd.grad(loss, params)
-    error = errors.detach().sum() / step.mask.sum()
-    return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss.detach(), error  # (3)
+    gradient, losses = torch.zeros_like(params), []
+    for part, some in zip(parts_of(net, step), prob.chunk(net.cfg.accumulate)):
+        errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], part)
+        loss = level1_loss(some, part.mask, errors)  # (2)
+        gradient += torch.autograd.grad(loss / net.cfg.accumulate, params)[0]
+        losses.append((loss.detach(), errors.detach().sum() / part.mask.sum()))
+    gradient = average(gradient)
+    loss, error = (sum(column) / len(column) for column in zip(*losses))
+    return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss, error  # (3)
 
 
 def outer_iteration(net, state, batches, total, decay, mask_rate):
@@ -817,8 +968,8 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
             draw_dropout(cfg.dropout, (count, cfg.labelled_batch_size, cfg.width), cfg.seed, purpose, state.iteration)
             for count, purpose in ((cfg.head_steps, DROPOUT), (2, REDRAWN))
         )
-        given = Labelled(*level2, *level3, dropout.to(images.device), redrawn.to(images.device),
-                         Rates(cfg.head_lr * relative, decay[1]))  # fmt: skip
+        given = Labelled(level2.images, gather(level2.labels), level3.images, gather(level3.labels),
+                         dropout.to(images.device), redrawn.to(images.device), Rates(cfg.head_lr * relative, decay[1]))  # fmt: skip
         result = HYPERGRADIENTS[cfg.hypergradient](net, theta, psi.params, head, given, steps)
         head = result.head
         # The hypergradient's scale follows the levels below it; eps must stay below any of its elements.
@@ -835,25 +986,28 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
 def pretrain(cfg, out, resume=False):
     """Pretrain, probe, and write the run's folder `out` (README, "A run"); with `resume`, continue what is there.
 
-    Returns a summary (the command line's last line). Raises RunError or data.DataError for what the user can mend, and
-    SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
+    Of several processes (see `join`) the first alone reads and writes the folder. Returns a summary (the command line's
+    last line; None in the other processes). Raises RunError or data.DataError for what the user can mend, and SystemExit
+    (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(cfg)
-    device = choose_device(cfg.device)
-    checkpoint = find_checkpoint(cfg, out, resume)
-    splits = load_data(cfg, device)
+    device, writer, processes = choose_device(cfg.device), rank() == 0, world()
+    checkpoint = find_checkpoint(cfg, out, resume) if writer else None
+    splits = first_before_others(lambda: load_data(cfg, device))
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
-    write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     state = State(0, *(fresh_level(vector, device) for vector in params))
     if checkpoint is not None:
         state = restore(net, checkpoint, device)
-    truncate_metrics(out / "metrics.jsonl", state.iteration)
+    if writer:
+        out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
+        write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
+        truncate_metrics(out / "metrics.jsonl", state.iteration)
+    state = as_first(state)
 
     decay = [decay_of(cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
     mask_rate = inverse_fan_in(net.masking).to(device)
     total = math.ceil(cfg.epochs * len(splits.train) / (cfg.batch_size * cfg.level1_steps))
     batches = [
-        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=state.iteration * count)
+        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=state.iteration * count, part=share(size))
         for split, size, purpose, count in (
             (splits.train, cfg.batch_size, LEVEL1_DATA, cfg.level1_steps),
             (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, 1),
@@ -864,18 +1018,20 @@ def pretrain(cfg, out, resume=False):
     objects = getattr(splits.val, "objects", None)
     objects = None if objects is None else objects[: len(watched)]
 
-    previous_mask, losses, window = None, [], []  # losses still on the device, losses since the last metrics line
+    stop, previous_mask, losses, window = 0, None, [], []  # losses still on the device, losses since the last metrics line
     looked = saved = logged = time.monotonic()
-    bar = tqdm(total=total, initial=state.iteration, desc=f"{cfg.preset} {cfg.masking}", unit="update", mininterval=1)
-    with bar, stop_signals() as stop:
+    bar = tqdm(total=total, initial=state.iteration, desc=f"{cfg.preset} {cfg.masking}", unit="update", mininterval=1,
+               disable=not writer)  # fmt: skip
+    with bar, stop_signals() as received:
         while state.iteration < total:
             state, new = outer_iteration(net, state, batches, total, decay, mask_rate)
             losses.append(new)
             bar.update()
             now = time.monotonic()
-            due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total or bool(stop)
+            due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total
+            look, due, stop = agree(now - looked > 1, due, received[0] if received else 0)
             line = state.iteration % cfg.log_every == 0 or state.iteration == total
-            if not (due or line or now - looked > 1):
+            if not (due or line or look or stop):
                 continue  # reading a loss waits for the device
             window += read_losses(net, losses, state, out)
             losses, looked = [], now
@@ -889,19 +1045,26 @@ def pretrain(cfg, out, resume=False):
                 epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
                 row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
                        "images_per_second": speed}  # fmt: skip
-                with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                if writer:
+                    with open(out / "metrics.jsonl", "a") as file:
+                        file.write(json.dumps(row) + "\n")
                 window, logged = [], time.monotonic()
-            if due:
-                save_checkpoint(net, state, splits, out / "checkpoint.pt")
+            if due or stop:
+                if writer:
+                    save_checkpoint(net, state, splits, out / "checkpoint.pt")
                 saved = time.monotonic()
-                if stop:  # only here: a stop that comes later than `due` waits for the next checkpoint, one iteration on
-                    break
+            if stop:
+                break
+    leave()
     if stop and state.iteration < total:
-        print(f"stopped at update {state.iteration} of {total}; continue with --resume", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
+        if writer:
+            print(f"stopped at update {state.iteration} of {total}; continue with --resume", file=sys.stderr)
+        raise SystemExit(128 + stop)
+    if not writer:
+        return None
 
-    summary = {"verb": "pretrain", "run": str(out), "updates": total, **read_metrics(out / "metrics.jsonl")[-1]}
+    summary = {"verb": "pretrain", "run": str(out), "updates": total, "processes": processes,
+               **read_metrics(out / "metrics.jsonl")[-1]}  # fmt: skip
     summary["probe"] = linear_probe(net, state, splits)
     write_whole(out / "probe.json", json.dumps(summary["probe"]).encode())
     draw_images(net, state, splits, out / "masks.png")
@@ -910,8 +1073,8 @@ def pretrain(cfg, out, resume=False):
 
 
 def read_losses(net, losses, state, out):
-    """A list of {name: scalar on the device} as floats, in one transfer. Raises RunError at the first non-finite one."""
-    values = torch.stack([torch.stack(list(row.values())) for row in losses]).tolist()
+    """A list of {name: scalar on the device} as floats, means over processes, in one transfer. Raises RunError at the first non-finite one."""
+    values = average(torch.stack([torch.stack(list(row.values())) for row in losses])).tolist()
     rows = [dict(zip(losses[0], row)) for row in values]
     for number, row in enumerate(rows):
         for name, value in row.items():
@@ -950,6 +1113,8 @@ def choose_device(name):
     if not available.get(name.split(":")[0], False):
         have = ", ".join(kind for kind, here in available.items() if here)
         raise RunError(f"--device {name} is not available here; this machine has: {have}")
+    if world() > 1 and name not in ("cpu", "cuda"):
+        raise RunError(f"--device {name} does not go with several processes; choose cpu or cuda (each its own GPU)")
     return torch.device(name)
 
 
@@ -1249,7 +1414,7 @@ def open_run(run, device_name, **machine):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"mlo_mae: {message}; see {self.prog} --help\n")
+        raise RunError(f"{message}; see {self.prog} --help")
 
 
 def parse(argv):
@@ -1285,6 +1450,8 @@ def parse(argv):
 def run_command(arguments):
     """Run one command; returns what its last line reports."""
     command = arguments.pop("command")
+    if command != "pretrain" and world() > 1:
+        raise RunError(f"{command} runs as one process; start it without torchrun")
     if command == "pretrain":
         out, resume = arguments.pop("out"), arguments.pop("resume")
         if resume and out and (out / "config.json").exists():
@@ -1302,10 +1469,12 @@ def run_command(arguments):
 
 
 def main(argv=None):
-    """Exit status 0, or 2 after one line for what the user can mend."""
+    """Exit status 0, or 2 after one line, whatever the number of processes, for what the user can mend."""
     try:
+        join()
         summary = run_command(parse(sys.argv[1:] if argv is None else argv))
-        print(json.dumps(summary, separators=(",", ":")))
+        if summary is not None:
+            print(json.dumps(summary, separators=(",", ":")))
         return 0
     except (RunError, data.DataError) as error:
         message = str(error)
@@ -1313,7 +1482,8 @@ def main(argv=None):
         message = f"out of memory: {str(error).splitlines()[0]} Lower --batch-size"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    print(f"mlo_mae: {message}", file=sys.stderr)
+    if first_to_fail():
+        print(f"mlo_mae: {message}", file=sys.stderr)
     return 2
 
 
