@@ -77,6 +77,12 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
 import data
 import kernels
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
@@ -167,6 +173,9 @@ PRESETS = {
 MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes", "accumulate"}
 
 
+MAX_WEIGHTS = 2**31
+
+
 def check(cfg):
     """Raise RunError for a configuration that cannot run, naming the flag to change."""
 
@@ -180,11 +189,13 @@ def check(cfg):
         need(heads > 0 and getattr(cfg, name) % heads == 0, f"{flags} is not a multiple of its {heads} heads")
         need(getattr(cfg, name) % 4 == 0, f"{flags} is not a multiple of 4, which sin-cos positions need")
     for name in ("patch_size", "width", "depth", "decoder_width", "decoder_depth", "masking_width", "epochs",
-                 "batch_size", "labelled_batch_size", "level1_steps", "head_steps", "log_every"):  # fmt: skip
-        need(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+                 "batch_size", "labelled_batch_size", "accumulate", "level1_steps", "head_steps", "log_every"):  # fmt: skip
+        most = 1000 if "depth" in name else 65536  # a damaged file must not ask for all of the memory
+        need(1 <= getattr(cfg, name) <= most, f"--{name.replace('_', '-')} must be at least 1 and at most {most}")
     for name in ("lr", "head_lr", "mask_lr", "weight_decay", "checkpoint_minutes", "images", "workers", "seed"):
         value = getattr(cfg, name)
         need(value >= 0 and math.isfinite(value), f"--{name.replace('_', '-')} must not be negative")
+    need(cfg.seed < 2**63 and cfg.workers <= 1024, "--seed must be below 2^63, and --workers at most 1024")
     for name in ("mask_ratio", "val_fraction"):
         need(0 < getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
     for name in ("warmup", "dropout"):
@@ -218,8 +229,12 @@ def join():
     """Join the processes that torchrun started, if it did. Raises RunError where this machine has too few GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"  # machines may count differently
         with exchange():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+            store, number, count = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(life, store)  # else processes started again find the addresses of those before them
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=count)
         if gpus:
             if local_rank >= gpus:
                 raise RunError(f"{gpus} GPUs here, but process number {local_rank} (from 0); lower --nproc_per_node")
@@ -539,12 +554,16 @@ def build(cfg, image_size, channels, classes):
     patches = (image_size // cfg.patch_size) ** 2
     if not 0 < int(patches * (1 - cfg.mask_ratio)) < patches:
         raise RunError(f"--mask-ratio {cfg.mask_ratio} of {patches} patches leaves none visible or none hidden")
+    inputs = channels * image_size**2 if cfg.masking_input == "pixels" else patches * cfg.width
+    weights = (12 * (cfg.depth * cfg.width**2 + cfg.decoder_depth * cfg.decoder_width**2) + inputs * cfg.masking_width
+               + patches * (cfg.width + cfg.decoder_width + cfg.masking_width))  # fmt: skip
+    if weights > MAX_WEIGHTS:
+        raise RunError(f"a model of {weights:.1e} weights is too large; lower --width, --depth or --masking-width")
     torch.manual_seed(cfg.seed)
     encoder = Encoder(image_size, cfg.patch_size, channels, cfg.width, cfg.depth, cfg.heads)
     decoder = Decoder(image_size, cfg.patch_size, channels, cfg.width, cfg.decoder_width, cfg.decoder_depth,
                       cfg.decoder_heads)  # fmt: skip
     head = Head(cfg.width, classes, cfg.head_norm)
-    inputs = channels * image_size**2 if cfg.masking_input == "pixels" else patches * cfg.width
     masking = MaskingNetwork(inputs, cfg.masking_width, patches)
     theta = torch.cat([parameters_to_vector(net.parameters()) for net in (encoder, decoder)]).detach()
     phi, psi = (parameters_to_vector(net.parameters()).detach() for net in (head, masking))
@@ -999,6 +1018,7 @@ def pretrain(cfg, out, resume=False):
         state = restore(net, checkpoint, device)
     if writer:
         out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
+        claim(out)
         write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
         truncate_metrics(out / "metrics.jsonl", state.iteration)
     state = as_first(state)
@@ -1046,8 +1066,7 @@ def pretrain(cfg, out, resume=False):
                 row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
                        "images_per_second": speed}  # fmt: skip
                 if writer:
-                    with open(out / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    append_line(out / "metrics.jsonl", json.dumps(row))
                 window, logged = [], time.monotonic()
             if due or stop:
                 if writer:
@@ -1275,20 +1294,54 @@ def save_figure(figure, path):
 FORMAT = "mlo-mae checkpoint 1"
 
 
-def write_whole(path, content):
-    """Write bytes, or what a function writes to an open file: to a temporary name, to disk, then in place at once."""
+def write_whole(path, content, previous=None):
+    """Write bytes, or what a function writes to an open file: to a temporary name, to disk, then in place at once. What
+    was in place before goes to `previous`, if given. Raises RunError where it cannot be written; `path` is then as it was."""
     temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        content(file) if callable(content) else file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritable(path, error) from None
+
+
+def append_line(path, line):
+    """Add a line to a file. Raises RunError where it cannot be written."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path, error):
+    """The RunError for a full disk or a folder without permission to write."""
+    cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises RuntimeError in place of OSError
+    reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+    return RunError(f"{path} cannot be written ({reason}); what was there before is intact: mend that, then --resume")
+
+
+def claim(out):
+    """Keep a run's folder to this process as long as it lives: the lock ends with it, however it ends. Raises RunError
+    where another process has it."""
+    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        raise RunError(f"another process is at work in {out}; wait until it ends, or choose another --out") from None
 
 
 def find_checkpoint(cfg, out, resume):
     """What there is to resume: None, or a checkpoint. Raises RunError where a run is there already, or is not this one."""
-    if resume and (out / "checkpoint.pt").exists():
-        checkpoint = read_checkpoint(out / "checkpoint.pt")
+    if resume and any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
+        checkpoint = newest_checkpoint(out)
         for name, value in dataclasses.asdict(cfg).items():
             if name not in MACHINE_FIELDS and checkpoint["config"][name] != value:
                 raise RunError(f"{out} was started with --{name.replace('_', '-')} {checkpoint['config'][name]}, "
@@ -1299,33 +1352,63 @@ def find_checkpoint(cfg, out, resume):
     return None
 
 
+def newest_checkpoint(out):
+    """The content of a run's checkpoint or, where that is absent or damaged, of the one before it, saying so."""
+    previous = out / "checkpoint.previous.pt"
+    try:
+        return read_checkpoint(out / "checkpoint.pt")
+    except RunError as error:
+        if not previous.exists():
+            raise
+        content = read_checkpoint(previous)
+        print(f"mlo_mae: {error}; going on from {previous}, mask update {content['iteration']}", file=sys.stderr)
+        return content
+
+
+def check_settings(settings):
+    """Raise ValueError where a file's settings are not a Config's: other names, or values of other types."""
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    if not isinstance(settings, dict) or set(settings) != set(fields):
+        differ = set(fields) ^ set(settings) if isinstance(settings, dict) else "all of them"
+        raise ValueError(f"settings that differ: {', '.join(sorted(map(str, differ)))[:200]}")
+    for name, kind in fields.items():
+        value = settings[name]
+        if not (value in get_args(kind) if get_origin(kind) is Literal else type(value) in (kind, *[int] * (kind is float))):
+            raise ValueError(f"{name} is {value!r:.80}")
+        if kind is float:
+            float(value)  # an integer may be too long
+    if settings["preset"] not in PRESETS:
+        raise ValueError(f"preset is {settings['preset']!r:.80}")
+
+
 def read_config(path):
     """The settings in a run's config.json. Raises RunError where they are not this program's."""
     try:
         settings = json.loads(path.read_text())
-        Config(**settings)
+        check_settings(settings)
         return settings
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise RunError(f"{path} is damaged or of another version ({error}); give all flags, and another --out") from None
 
 
 def read_metrics(path):
-    """The lines of metrics.jsonl. Raises RunError where it is absent, empty or damaged."""
+    """The lines of metrics.jsonl, {name: number}. Raises RunError where it is absent, empty or damaged."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows[0]["epoch"]
+        if not rows or any("epoch" not in row or not all(math.isfinite(value) for value in row.values()) for row in rows):
+            raise ValueError
         return rows
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise RunError(f"{path} is absent, empty or damaged, so there are no curves to draw") from None
 
 
 def truncate_metrics(path, iteration):
     """Drop the lines after `iteration`, which a resumed run writes again, and a line cut short by a crash."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RunError(f"{path} is damaged; move it away and resume again: the run starts a new one") from None
     write_whole(path, "".join(kept).encode())
 
@@ -1351,7 +1434,7 @@ def save_checkpoint(net, state, splits, path):
         "iteration": state.iteration,
         "moments": {name: {"m": level.m.cpu(), "v": level.v.cpu(), "t": level.t} for name, level in levels.items()},
     } | {part: {name: tensor.cpu().clone() for name, tensor in tensors.items()} for part, tensors in named.items()}  # fmt: skip
-    write_whole(path, lambda file: torch.save(content, file))
+    write_whole(path, lambda file: torch.save(content, file), previous=path.with_name("checkpoint.previous.pt"))
 
 
 def read_checkpoint(path):
@@ -1359,6 +1442,8 @@ def read_checkpoint(path):
     is absent, damaged (every record's CRC is checked), or not one of ours."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its records claim more than the file holds")
             damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -1370,11 +1455,37 @@ def read_checkpoint(path):
         raise RunError(f"{path} is damaged: its record {damaged} fails its checksum; use a copy, or start again")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RunError(f"{path} is not a checkpoint of this program")
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if set(content["config"]) != fields:
-        other = ", ".join(sorted(fields ^ set(content["config"])))
-        raise RunError(f"{path} was written by another version of this program (settings that differ: {other})")
+    try:
+        check_settings(content.get("config"))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"{path} was written by another version of this program ({error})") from None
+    if not is_whole(content):
+        raise RunError(f"{path} is damaged: it does not hold what this program writes; use a copy, or start again")
     return content
+
+
+def is_whole(content):
+    """Whether a checkpoint's content is of the kinds that `save_checkpoint` writes; `restore` checks names and shapes."""
+
+    def tensors(values):
+        return all(type(value) is Tensor and (value.dtype, value.layout, value.device.type)
+                   == (torch.float32, torch.strided, "cpu") for value in values)  # fmt: skip
+
+    def count(value):
+        return type(value) is int and 0 <= value < 2**48
+
+    try:
+        facts, parts = content["data"], ("model", "head", "masking")
+        moments = [content["moments"][part] for part in parts]
+        return (
+            all(type(value) is dict for value in (facts, *moments, *(content[part] for part in parts)))
+            and count(content["iteration"]) and all(count(moment["t"]) for moment in moments)
+            and tensors(moment[name] for moment in moments for name in "mv")
+            and tensors(value for part in parts for value in content[part].values())
+            and count(facts["image_size"]) and facts["channels"] in (1, 3) and all(type(x) is str for x in facts["class_names"])
+        )  # fmt: skip
+    except (KeyError, TypeError, IndexError):  # something else stands where a dict should
+        return False
 
 
 def restore(net, content, device):
@@ -1389,6 +1500,8 @@ def restore(net, content, device):
             raise RunError(f"the checkpoint's {part} does not fit: {wrong} is {found.get(wrong, 'missing')}, "
                            f"expected {expected.get(wrong, 'nothing')}")  # fmt: skip
         params = torch.cat([tensors[name].reshape(-1) for name in expected])
+        if not params.shape == moments["m"].shape == moments["v"].shape:
+            raise RunError(f"the checkpoint's moments of {part} do not fit its {len(params)} weights")
         return Level(params.to(device), moments["m"].to(device), moments["v"].to(device), moments["t"])
 
     return State(content["iteration"], level("model", net.encoder, net.decoder), level("head", net.head),
@@ -1397,16 +1510,19 @@ def restore(net, content, device):
 
 def open_run(run, device_name, **machine):
     """(Networks, State, Splits) of a run's checkpoint; `machine` overrides fields of its configuration."""
-    content = read_checkpoint(run / "checkpoint.pt")
-    cfg = dataclasses.replace(Config(**content["config"]), **machine)
+    content = newest_checkpoint(run)
+    cfg, facts = dataclasses.replace(Config(**content["config"]), **machine), content["data"]
+    check(cfg)
+    if cfg.image_size not in (0, facts["image_size"]):
+        raise RunError(f"{run} holds a checkpoint of images of {facts['image_size']} pixels, but --image-size {cfg.image_size}")
     device = choose_device(device_name)
+    net, _ = build(cfg, facts["image_size"], facts["channels"], len(facts["class_names"]))
+    state = restore(net, content, device)  # before the data, whose size a damaged file could make absurd
     splits = load_data(cfg, device)
-    facts = content["data"]
     if (splits.image_size, splits.channels, list(splits.class_names)) != (
             facts["image_size"], facts["channels"], facts["class_names"]):  # fmt: skip
         raise RunError(f"{cfg.data} is not the data that {run} was trained on: sizes or class names differ")
-    net, _ = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    return net, restore(net, content, device), splits
+    return net, state, splits
 
 
 # ----------------------------------------------------------------------------------------------- command line

@@ -280,7 +280,7 @@ def run(npz, tmp_path_factory):
 def test_a_run_leaves_its_files_and_ends_with_json(run):
     out, summary, stderr = run
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "probe.json", "masks.png", "curves.png"}  # fmt: skip
+        "config.json", "metrics.jsonl", "checkpoint.pt", "probe.json", "masks.png", "curves.png", "lock"}  # fmt: skip
     for name in ("masks.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
