@@ -137,6 +137,7 @@ class Config:
     batch_size: int = flag(128, "images a step of level 1, over all processes")
     labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each, over all processes")
     accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result")
+    checkpoint_activations: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     level1_steps: int = flag(2, "encoder and decoder steps a mask update")
     head_steps: int = flag(1, "head steps a mask update, on one batch")
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder")
@@ -170,7 +171,7 @@ PRESETS = {
     "imagenet-large": IMAGENET | dict(width=1024, depth=24, heads=16),
 }
 # What may change when a run is resumed, since the result does not depend on it.
-MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes", "accumulate"}
+MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes", "accumulate", "checkpoint_activations"}
 
 
 MAX_WEIGHTS = 2**31
@@ -211,6 +212,10 @@ def check(cfg):
     need(
         cfg.hypergradient in ("exact", "first-order") or world() == cfg.accumulate == 1,
         f"--hypergradient {cfg.hypergradient} goes with one process and --accumulate 1",
+    )
+    need(
+        not cfg.checkpoint_activations or cfg.hypergradient in ("exact", "first-order") and cfg.unroll == "last",
+        "--checkpoint-activations goes with --hypergradient exact or first-order, and --unroll last",
     )
     parts = world() * cfg.accumulate
     need(
@@ -404,8 +409,21 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def through(blocks, x, recompute):
+    """x [B, N, D] through the blocks; with `recompute`, a block keeps its input alone for the backward pass."""
+    for block in blocks:
+        if recompute and torch.is_grad_enabled():
+            # Its parameters are arguments, since `call` has taken them out of the module by the time of the backward pass.
+            x = recomputed(functional_call, block, dict(block.named_parameters()), (x,), use_reentrant=False)
+        else:
+            x = block(x)
+    return x
+
+
 class Encoder(nn.Module):
     """ViT that sees the visible patches alone (MAE, section 3), or all of them."""
+
+    recompute = False  # --checkpoint-activations
 
     def __init__(self, image_size, patch, channels, width, depth, heads):
         super().__init__()
@@ -423,13 +441,13 @@ class Encoder(nn.Module):
         x = x + (self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep])
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+K, D]
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return self.norm(through(self.blocks, x, self.recompute))
 
 
 class Decoder(nn.Module):
     """Reconstructs every patch's pixels from the tokens of the visible ones."""
+
+    recompute = False  # --checkpoint-activations
 
     def __init__(self, image_size, patch, channels, encoder_width, width, depth, heads):
         super().__init__()
@@ -445,8 +463,7 @@ class Decoder(nn.Module):
         """[B, 1+K, D] and each patch's place in the shuffled order [B, L] -> pixels [B, L, p*p*C]."""
         x = self.decoder_embed(tokens)
         x = scatter_tokens(x, self.mask_token, self.decoder_pos_embed, restore)  # [B, 1+L, D]
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = through(self.decoder_blocks, x, self.recompute)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
 
@@ -563,6 +580,7 @@ def build(cfg, image_size, channels, classes):
     encoder = Encoder(image_size, cfg.patch_size, channels, cfg.width, cfg.depth, cfg.heads)
     decoder = Decoder(image_size, cfg.patch_size, channels, cfg.width, cfg.decoder_width, cfg.decoder_depth,
                       cfg.decoder_heads)  # fmt: skip
+    encoder.recompute = decoder.recompute = cfg.checkpoint_activations
     head = Head(cfg.width, classes, cfg.head_norm)
     masking = MaskingNetwork(inputs, cfg.masking_width, patches)
     theta = torch.cat([parameters_to_vector(net.parameters()) for net in (encoder, decoder)]).detach()
@@ -1374,11 +1392,11 @@ def check_settings(settings):
     for name, kind in fields.items():
         value = settings[name]
         if not (value in get_args(kind) if get_origin(kind) is Literal else type(value) in (kind, *[int] * (kind is float))):
-            raise ValueError(f"{name} is {value!r:.80}")
+            raise ValueError(f"{name} is {' '.join(repr(value).split())[:80]}")
         if kind is float:
             float(value)  # an integer may be too long
     if settings["preset"] not in PRESETS:
-        raise ValueError(f"preset is {settings['preset']!r:.80}")
+        raise ValueError(f"preset is {settings['preset'][:80]!r}")
 
 
 def read_config(path):
@@ -1482,7 +1500,8 @@ def is_whole(content):
             and count(content["iteration"]) and all(count(moment["t"]) for moment in moments)
             and tensors(moment[name] for moment in moments for name in "mv")
             and tensors(value for part in parts for value in content[part].values())
-            and count(facts["image_size"]) and facts["channels"] in (1, 3) and all(type(x) is str for x in facts["class_names"])
+            and count(facts["image_size"]) and count(facts["channels"]) and facts["channels"] in (1, 3)
+            and all(type(x) is str for x in facts["class_names"])
         )  # fmt: skip
     except (KeyError, TypeError, IndexError):  # something else stands where a dict should
         return False

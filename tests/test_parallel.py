@@ -3,6 +3,7 @@
 Two processes are started once; they run `everything` below, which leaves its results in files."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -29,19 +30,16 @@ TINY = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder
 CASES = {
     "learned": {},
     "random": dict(masking="random"),
-    "head norm over the batch": dict(head_norm="batch", head_steps=2),
-    "parts": dict(accumulate=2),
-    "parts, head norm over the batch, embeddings": dict(accumulate=3, head_norm="batch", masking_input="embeddings"),
-    "all steps": dict(unroll="full"),
+    "head norm over the batch, parts, embeddings": dict(head_norm="batch", head_steps=2, accumulate=3, masking_input="embeddings"),
     "all steps, parts": dict(unroll="full", accumulate=2),
-    "first order": dict(hypergradient="first-order"),
 }
-ITERATIONS = 3
+ITERATIONS = 2
 FLAGS = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "1", "--heads", "2", "--decoder-width", "8",
          "--decoder-depth", "1", "--decoder-heads", "2", "--masking-width", "8", "--batch-size", "16", "--epochs", "10",
          "--labelled-batch-size", "8", "--log-every", "2", "--device", "cpu", "--checkpoint-minutes", "0"]  # fmt: skip
 
 
+@functools.cache
 def train(dtype, **settings):
     """T's first gradient (a tenth of it), and all parameters and moments after a few outer iterations from moments as training leaves them."""
     cfg = dataclasses.replace(TINY, **settings)
@@ -204,13 +202,13 @@ def relative_error(found, judge):
 def test_two_processes_compute_what_one_computes(folder, case, dtype):
     judge = train(dtype, **CASES[case])
     first, second = (torch.load(folder / f"numbers-{number}.pt")[case, dtype] for number in range(2))
+    assert (case == "random") != bool(judge["T's gradient"].norm() > 1e-9)  # a zero would agree with anything
     bound = 1e-12 if dtype == torch.float64 else 1e-6
-    gradient_bound = bound if dtype == torch.float64 else 1e-5  # AdamW's Jacobian is a difference: it loses a digit
-    learned = "random" not in case
-    assert learned == bool(judge["T's gradient"].norm() > 1e-9)  # a zero would agree with anything
     for name in judge:
         assert torch.equal(first[name], second[name]), name  # the processes do not drift apart
-        assert relative_error(first[name], judge[name]) < (gradient_bound if name == "T's gradient" else bound), name
+        # In float32 one process alone is off by more than that in T's gradient; two must not be off by more.
+        rounding = relative_error(judge[name], train(torch.float64, **CASES[case])[name]) if dtype == torch.float32 else 0
+        assert relative_error(first[name], judge[name]) < max(bound, 2 * rounding), name
 
 
 def weights(run):
@@ -266,14 +264,13 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(folder, 
 # -------------------------------------------------------------------------------------------------- parts of a batch
 
 
-@pytest.mark.parametrize("settings", [
-    {}, dict(head_norm="batch", head_steps=2), dict(unroll="full"), dict(masking="random"), dict(hypergradient="first-order"),
-])  # fmt: skip
-def test_the_result_does_not_depend_on_the_parts(settings):
-    judge = train(torch.float64, **settings)
-    for parts in (2, 3, 12):
-        found = train(torch.float64, **settings, accumulate=parts)
-        assert max(relative_error(found[name], judge[name]) for name in judge) < 1e-12
+@pytest.mark.parametrize("less_memory", [dict(accumulate=2), dict(accumulate=12), dict(checkpoint_activations=True)])
+@pytest.mark.parametrize("settings", [{}, dict(head_norm="batch", head_steps=2), dict(unroll="full")])
+def test_the_result_does_not_depend_on_what_is_held(settings, less_memory):
+    if settings.get("unroll") and "accumulate" not in less_memory:
+        pytest.skip("refused")
+    judge, found = train(torch.float64, **settings), train(torch.float64, **settings, **less_memory)
+    assert max(relative_error(found[name], judge[name]) for name in judge) < 1e-12
 
 
 def test_parts_bound_what_is_held_at_once(monkeypatch):
@@ -289,17 +286,17 @@ def test_parts_bound_what_is_held_at_once(monkeypatch):
     train(torch.float32, unroll="full", accumulate=4)
     assert max(sizes) == 4  # 12 / 4 images of level 1, 2 * 8 / 4 of levels 2 and 3
     held = []
-    for parts in (1, 4):
+    for settings in ({}, dict(accumulate=4), dict(checkpoint_activations=True)):
         held.append(0)
 
         def pack(tensor):
             held[-1] = held[-1] + tensor.numel()
             return tensor
 
-        net, (theta, _, _) = build(dataclasses.replace(TINY, accumulate=parts), 16, 3, 5)
+        net, (theta, _, _) = build(dataclasses.replace(TINY, **settings), 16, 3, 5)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             mlo_mae.encode_in_parts(net, theta[: net.encoder_size].requires_grad_(), torch.zeros(16, 3, 16, 16))
-    assert held[1] < held[0] / 4
+    assert held[1] < held[0] / 4 and held[2] < held[0] / 2
 
 
 def test_shares_of_a_stream_make_up_its_batches(tmp_path):
