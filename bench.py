@@ -1,6 +1,6 @@
 """Benchmarks of MLO-MAE: what is exact, what it costs, and what it could cost at best.
 
-    python bench.py hypergradient    # every form of dL3/dpsi against autograd: error, time, memory, operations
+    python bench.py hypergradient    # every form of dL3/dpsi (and Betty's, where it is installed) against autograd
     python bench.py kernels          # each kernel against the best that PyTorch offers
     python bench.py step             # one outer iteration, its parts, and its floor
 
@@ -12,8 +12,10 @@ Exit status: 0; 1 where a result is further from the truth than it may be; 2 for
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
+import logging
 import math
 import os
 import platform
@@ -24,10 +26,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts memory on a CPU, is chatty
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -38,6 +40,9 @@ import data
 import kernels
 import mlo_mae
 from mlo_mae import Config, Level, Rates, RunError
+
+with contextlib.suppress(ImportError):  # the engine under the published code (PyPI: betty-ml), a row where it is installed
+    import betty.configs, betty.engine, betty.problems  # noqa: E401
 
 # ------------------------------------------------------------------------------------------------------ measuring
 
@@ -53,20 +58,21 @@ def seconds(call, device):
     return time.perf_counter() - start
 
 
-def interleaved(calls, repeats, device):
-    """{name: [seconds]} of calls made in turn, so that a disturbance of the machine falls on all of them alike."""
-    times = {name: [] for name in calls}
+def interleaved(fresh, repeats, device):
+    """{name: [seconds]} of the calls {name: function} that `fresh` returns, made in turn, so that a disturbance of the
+    machine falls on all of them alike. `fresh` is called before each round, outside the timing, to draw new inputs."""
+    times = {}
     for repeat in range(repeats):
+        calls = fresh()
         for name in list(calls)[:: -1 if repeat % 2 else 1]:
-            times[name].append(seconds(calls[name], device))
+            times.setdefault(name, []).append(seconds(calls[name], device))
     return times
 
 
 def quartiles(values):
     """{"seconds": median, "seconds_q1", "seconds_q3"}."""
-    places = torch.tensor([0.5, 0.25, 0.75], dtype=torch.float64)
-    found = torch.tensor(values, dtype=torch.float64).quantile(places)
-    return dict(zip(("seconds", "seconds_q1", "seconds_q3"), found.tolist()))
+    median, q1, q3 = np.quantile(values, (0.5, 0.25, 0.75)).tolist()
+    return {"seconds": median, "seconds_q1": q1, "seconds_q3": q3}
 
 
 def peak_memory(call, device):
@@ -87,14 +93,10 @@ def peak_memory(call, device):
     return result, peak
 
 
-def operations(function, arguments):
-    """Floating-point operations of the matrix products of function(arguments), on the plain operations that the counter
-    knows. Counted on tensors without values, so at no cost."""
-    counter = FlopCounterMode(display=False)
-    without_values = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, arguments)
-    no_autocast = mock.patch.object(mlo_mae, "autocast", lambda *_: contextlib.nullcontext())  # it refuses "meta"
-    with no_autocast, kernels.use("reference"), counter:
-        function(without_values)
+def operations(call):
+    """Floating-point operations of the matrix products of a call, on the plain operations that the counter knows."""
+    with kernels.use("reference"), FlopCounterMode(display=False) as counter:
+        call()
     return counter.get_total_flops()
 
 
@@ -107,8 +109,8 @@ def ceilings(device, dtype):
     for kind in {dtype, torch.float32}:  # a CPU may well be slower in bfloat16
         a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
         calls[kind], work[kind] = (lambda a=a, b=b: a @ b), 2 * side**3
-    interleaved(calls, 2, device)
-    rates = {name: work[name] / min(times) for name, times in interleaved(calls, 5, device).items()}
+    interleaved(lambda: calls, 2, device)
+    rates = {name: work[name] / min(times) for name, times in interleaved(lambda: calls, 5, device).items()}
     return {"bytes": rates.pop("bytes"), "flops": max(rates.values())}
 
 
@@ -133,16 +135,15 @@ def table(rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def shown_time(row):
-    """Milliseconds: median [first quartile, third]."""
+def shown_cost(row):
+    """Milliseconds as median [first quartile, third], and MiB."""
     median, q1, q3 = (f"{1e3 * row[name]:.4g}" for name in ("seconds", "seconds_q1", "seconds_q3"))
-    return f"{median} [{q1}, {q3}]"
+    return f"{median} [{q1}, {q3}]", f"{row['peak_bytes'] / 2**20:.1f}"
 
 
 # -------------------------------------------------------------------------------------------------- hypergradient
 
-LIMIT = {"float32": 1e-4, "float64": 1e-12}  # relative error of `exact` that its dtype allows; in float32 also twice
-# autograd's own, since rounding of an ill-conditioned problem (batch normalisation of few features) is no form's fault
+LIMIT = {"float32": 1e-4, "float64": 1e-12}  # relative error of `exact` that its dtype allows
 NOISE = 0.5  # cosine with the truth below which a direction is called noise
 
 # Image size in pixels, and settings of Config. "small" is the default run of mlo_mae.py.
@@ -159,7 +160,7 @@ class Method(NamedTuple):
     """One row: a form of the hypergradient, the settings it runs with, and how many level-1 steps it is to explain."""
 
     label: str
-    form: str  # a key of mlo_mae.HYPERGRADIENTS
+    form: str  # a key of mlo_mae.HYPERGRADIENTS, or "betty"
     settings: dict = {}  # of Config
     judged: int = 1  # level-1 steps that the judge unrolls
     given: int = 1  # level-1 steps that the form is given
@@ -178,6 +179,8 @@ METHODS = {
     "unrolled-2": Method("two steps: unrolled autograd", "unrolled", {}, 2, 2),
     "last-of-2": Method("two steps: exact, of the last alone", "exact", {}, 2, 1),
 }
+if "betty.problems" in sys.modules:
+    METHODS["betty"] = Method("Betty's finite differences, dU/dg = -1", "betty")
 
 
 def random_batches(cfg, size, count, device):
@@ -238,21 +241,63 @@ def in_double(net, arguments):
     return theta, psi, head, given, made
 
 
-def bound(net, method):
-    """One row's method as a function of the arguments of a form; it returns a mlo_mae.Result."""
+def by_betty(net, theta, psi, head, given, steps):
+    """The hypergradient as Betty's engine computes it on our networks, losses, masks, dropout and AdamW steps; the engine
+    is entered where the level-1 step has been made. Takes what the forms of mlo_mae do; of the Result, only the
+    hypergradient is there.
+
+    Betty puts -1 for dU/dg, takes central differences around the parameters after the steps, and follows the path from
+    L3 through the head and the path past it one after the other, each with its own differences at level 1."""
+    logging.getLogger("betty").disabled = True  # it reports on stdout
+    head_before, step, split, found = head, steps[-1], net.encoder_size, []
+    theta, phi, psi = (torch.nn.Parameter(x) for x in (theta.params.clone(), head.params.clone(), psi))  # T stays put
+
+    def loss1(_):
+        prob = mlo_mae.masking_probability(net, psi, step.images, theta[:split])
+        return mlo_mae.level1_loss(prob, step.mask, mlo_mae.patch_errors(net, theta[:split], theta[split:], step))
+
+    def loss2(_):
+        features = mlo_mae.encode(net, theta[:split], given.images2)
+        return mlo_mae.level2_loss(net, phi, features, given.labels2, given.dropout[0])
+
+    def loss3(_):
+        return mlo_mae.level3_loss(net, phi, mlo_mae.encode(net, theta[:split], given.images3), given.labels3)
+
+    def head_step():
+        phi.data = mlo_mae.adamw(head_before, phi.grad, given.rates).params
+
+    def level(name, params, loss, update):
+        module = torch.nn.ParameterList([params])
+        module.to = lambda _: module  # Betty would choose the device
+        optimizer = torch.optim.SGD([params], lr=0)  # a stand-in: Betty rebuilds AdamW with arguments that torch now refuses
+        made = betty.problems.ImplicitProblem(name, betty.configs.Config(retain_graph=True), module, optimizer)
+        made.get_batch, made.training_step, made.custom_optimizer_step = tuple, loss, update
+        return made
+
+    pretrain, finetune = level("pretrain", theta, loss1, None), level("finetune", phi, loss2, head_step)
+    mask = level("mask", psi, loss3, lambda: found.append(psi.grad))
+    above, below = {pretrain: [finetune, mask], finetune: [mask]}, {mask: [pretrain]}
+    betty.engine.Engine([pretrain, finetune, mask], betty.configs.EngineConfig(), {"l2u": above, "u2l": below})
+    mask.ready[mask.children.index(pretrain)], finetune.ready[0] = True, True  # as Betty sets them after a level-1 step
+    finetune.step_normal()  # and then it calls this, which calls T's
+    return mlo_mae.Result(found[0], None, None, None)
+
+
+def bound(net, method, arguments):
+    """One row's method as a call without arguments; it returns a mlo_mae.Result."""
     net = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, **method.settings))
-    return lambda arguments: mlo_mae.HYPERGRADIENTS[method.form](net, *arguments[:4], arguments[4][-method.given :])
+    form = by_betty if method.form == "betty" else mlo_mae.HYPERGRADIENTS[method.form]
+    return functools.partial(form, net, *arguments[:4], arguments[4][-method.given :])
 
 
 def cost(net, arguments, methods, repeats, device):
     """({method: Result}, {method: peak bytes, operations, seconds}) of running every method."""
-    functions = {name: bound(net, method) for name, method in methods.items()}
-    calls = {name: (lambda function=function: function(arguments)) for name, function in functions.items()}
+    calls = {name: bound(net, method, arguments) for name, method in methods.items()}
     results, costs = {}, {}
     for name, call in calls.items():
         results[name], peak = peak_memory(call, device)  # also the warm-up
-        costs[name] = {"peak_bytes": peak, "flops": operations(functions[name], arguments)}
-    for name, times in interleaved(calls, repeats, device).items():
+        costs[name] = {"peak_bytes": peak, "flops": operations(call)}
+    for name, times in interleaved(lambda: calls, repeats, device).items():
         costs[name] |= quartiles(times)
     return results, costs
 
@@ -269,16 +314,15 @@ def run_hypergradient(options, device):
         cfg = Config(**{"head_norm": "layer"} | settings)  # as published
         net, single = problem(cfg, pixels, device)
         double = in_double(net, single)
-        judge_of = {method.judged: name for name, method in METHODS.items() if method.form == "unrolled"}
-        judges = {count: bound(net, METHODS[name])(double).hypergradient for count, name in judge_of.items()}
+        precise = {name: bound(net, method, double)().hypergradient for name, method in METHODS.items()}
+        judges = {method.judged: precise[name] for name, method in METHODS.items() if method.form == "unrolled"}
         results, costs = cost(net, single, METHODS, options.repeats, device)
         found = []
         for name, method in METHODS.items():
-            judge, result = judges[method.judged], results[name].hypergradient
-            precise = judge if method.form == "unrolled" else bound(net, method)(double).hypergradient
+            judge, result = judges[method.judged], results[name].hypergradient.double()
             row = {"size": size, "method": name, "error_float32": relative_error(result, judge),
-                   "error_float64": relative_error(precise, judge),
-                   "cosine": float(F.cosine_similarity(result.double(), judge, dim=0))}  # fmt: skip
+                   "error_float64": relative_error(precise[name], judge),
+                   "cosine": float(F.cosine_similarity(result, judge, dim=0))}  # fmt: skip
             row |= {f"allowed_{dtype}": limit for dtype, limit in LIMIT.items()}
             exact = all(row[f"error_{dtype}"] <= row[f"allowed_{dtype}"] for dtype in LIMIT)
             row["verdict"] = "exact" if exact else "approximate" if row["cosine"] >= NOISE else "noise"
@@ -287,11 +331,16 @@ def run_hypergradient(options, device):
                 f"and twice {cfg.labelled_batch_size}", "", *hypergradient_text(found)]  # fmt: skip
         print("\n".join(part), flush=True)
         rows, text = rows + found, text + part
-    text += ["", "Error: |h - judge| / |judge|; the judge is autograd through the same steps in float64 (two steps: through "
-             f"both). Exact: within {LIMIT['float64']:.0e} of it in float64, and within {LIMIT['float32']:.0e} in float32. "
-             f"Noise: cosine below {NOISE}. Cosine, ms (median [quartiles] of "
-             f"{options.repeats}), MiB (the most held at once) and GFLOP (matrix products) are float32's."]  # fmt: skip
-    print("\n" + text[-1])
+    note = ("Error: |h - judge| / |judge|; the judge is autograd through the same steps in float64 (two steps: through both). "
+            f"Exact: within {LIMIT['float64']:.0e} of it in float64, and within {LIMIT['float32']:.0e} in float32. Noise: "
+            f"cosine below {NOISE}. Cosine, ms (median [quartiles] of {options.repeats}), MiB (the most held at once) and GFLOP "
+            "(matrix products) are float32's.")  # fmt: skip
+    if "betty" in METHODS:
+        note += (f" Betty {betty.__version__} runs our networks, batches, masks and AdamW steps, with dropout held. Its "
+                 "own are dU/dg = -1, differences around the parameters after the steps, and a pass of level 1 for each of "
+                 "two paths. Its MiB include a copy of the parameters, which it overwrites.")  # fmt: skip
+    print("\n" + note)
+    text += ["", note]
     wrong = [f"{row['method']} at {row['size']} in {dtype}: relative error {row['error_' + dtype]:.1e}, "
              f"allowed {row['allowed_' + dtype]:.0e}"
              for row in rows if row["method"] in ("exact", "exact-2")
@@ -311,7 +360,7 @@ def hypergradient_text(rows):
         lines.append([
             method.label, f"{row['error_float32']:.1e}",
             "judge" if method.form == "unrolled" else f"{row['error_float64']:.1e}", f"{row['cosine']:.4f}",
-            row["verdict"], shown_time(row), f"{row['peak_bytes'] / 2**20:.1f}", f"{row['flops'] / 1e9:.3g}",
+            row["verdict"], *shown_cost(row), f"{row['flops'] / 1e9:.3g}",
         ])  # fmt: skip
     ours, *rivals = (row for row in rows if row["method"] in ("exact", "unrolled", "finite-difference"))
     ratios = ["{:.2f}x the time, {:.2f}x the memory and {:.2f}x the operations of {}".format(
@@ -342,30 +391,22 @@ def growth(device, repeats):
 
 def draw(rows, grown, path):
     """Write the picture: error against time, one point a method, at the largest size; and how cost grows."""
+    import matplotlib
     from matplotlib.figure import Figure
 
     size = rows[-1]["size"]
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.1])
-    axis = left.subplots()
-    colours = {"exact": "#1a7f4b", "approximate": "#d9822b", "noise": "#b3262a"}
-    points = [(1e3 * row["seconds"], row["error_float32"], row) for row in rows if row["size"] == size]
-    bottom, top = min(y for _, y, _ in points) / 100, 3 * max(y for _, y, _ in points)
-    decade, free = 290 / math.log10(top / bottom), math.inf  # points of height; the height below which no label is yet
-    for x, y, row in sorted(points, key=lambda point: -point[1]):
-        colour, exact, method = colours[row["verdict"]], row["verdict"] == "exact", METHODS[row["method"]]
-        axis.scatter(x, y, s=60, color=colour, marker="os"[method.judged - 1], zorder=3)
-        up = 1 if method.form == "unrolled" else -1  # labels apart, since exact and the judge agree
-        height = decade * math.log10(y / bottom)
-        free = min(height, free - 11)
-        axis.annotate(method.label, (x, y), (2, 8 * up) if exact else (8, free - height), textcoords="offset points", fontsize=8,
-                      rotation=50 * up * exact, color=colour, va={1: "bottom", -1: "top"}[up] if exact else "center")  # fmt: skip
-    axis.axhspan(bottom, LIMIT["float32"], color=colours["exact"], alpha=0.07, lw=0)
-    axis.text(0, LIMIT["float32"], "  what float32 allows", va="top", fontsize=8, color=colours["exact"])
-    axis.set(yscale="log", xlim=(0, 1.5 * max(x for x, _, _ in points)), ylim=(bottom, top), xlabel="milliseconds",
-             ylabel="relative error, judged by autograd in float64")  # fmt: skip
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    axis, colours = left.subplots(), matplotlib.colormaps["tab20"].colors
+    for row, colour in zip([row for row in rows if row["size"] == size], colours):
+        method = METHODS[row["method"]]
+        axis.scatter(1e3 * row["seconds"], row["error_float32"], s=70, color=colour, marker="os"[method.judged - 1],
+                     label=method.label, zorder=3)  # fmt: skip
+    axis.axhspan(1e-8, LIMIT["float32"], color="green", alpha=0.07, lw=0, label="what float32 allows")
+    axis.set(yscale="log", xlabel="milliseconds", ylabel="relative error, judged by autograd in float64")
+    axis.set_xlim(left=0)
     axis.set_title(f"Error against cost ({size}, float32; squares: two level-1 steps)", fontsize=11)
-    axis.spines[["top", "right"]].set_visible(False)
+    left.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     panels = right.subplots(2, 3, sharex="col")
     for column, along in enumerate(dict.fromkeys(row["along"] for row in grown)):
         for line, (name, unit, scale) in enumerate((("seconds", "ms", 1e3), ("peak_bytes", "MiB", 2**-20))):
@@ -457,19 +498,32 @@ def pinned(backend):
     return rival
 
 
-def prepared(direction, function, wrap, tensors, variables, others):
-    """A call that runs one direction and returns its results; for a backward, the forward is made here. `others`: the
-    cotangent of the result, or the tangents of the variables. `wrap` compiles, or does nothing."""
-    moving, constants = tensors[:variables], tensors[variables:]
+def drawn(case, direction):
+    """New inputs of a case (the variables drawn anew, the images of the rest shuffled), and what goes with them: the
+    cotangent of the result, or the tangents of the variables."""
+    variables, fixed = case.tensors[: case.variables], case.tensors[case.variables :]
+    tensors = *map(torch.randn_like, variables), *(x[torch.randperm(len(x))] for x in fixed)
+    if direction == "backward":
+        return tensors, torch.randn_like(case.eager(*tensors))
+    return tensors, tuple(map(torch.randn_like, variables))
+
+
+def maker(direction, function, wrap, count):
+    """A function of what `drawn` returns: it makes a call that runs one direction and returns its results; for a backward,
+    it makes the forward. `count` of the tensors are variables. `wrap` compiles, or does nothing."""
     if direction == "jvp":
-        pushed = wrap(lambda *moving: torch.func.jvp(lambda *x: function(*x, *constants), moving, tuple(others)))
-        return torch.no_grad()(lambda: pushed(*moving))
+        pushed = wrap(lambda moving, fixed, tangents: torch.func.jvp(lambda *x: function(*x, *fixed), moving, tangents))
+        return lambda tensors, tangents: torch.no_grad()(lambda: pushed(tensors[:count], tensors[count:], tangents))
     function = wrap(function)
     if direction == "forward":
-        return torch.no_grad()(lambda: function(*tensors))
-    moving = [x.detach().requires_grad_() for x in moving]
-    result = function(*moving, *constants)
-    return lambda: torch.autograd.grad(result, moving, others.to(result.dtype), retain_graph=True)
+        return lambda tensors, _: torch.no_grad()(lambda: function(*tensors))
+
+    def backward(tensors, cotangent):
+        moving = [x.detach().requires_grad_() for x in tensors[:count]]
+        result = function(*moving, *tensors[count:])
+        return lambda: torch.autograd.grad(result, moving, cotangent.to(result.dtype), retain_graph=True)
+
+    return backward
 
 
 def compiled(function):
@@ -480,30 +534,38 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
+def repeat(call, count):
+    for _ in range(count):
+        call()
+
+
 def compare(case, direction, compiles, repeats, device):
     """([one row an implementation, ours first], what is wrong with ours or None)."""
-    others = [torch.randn_like(x) for x in case.tensors[: case.variables]]
-    if direction == "backward":
-        others = torch.randn_like(case.eager(*case.tensors))
     candidates = {"ours": case.ours, "eager": case.eager} | ({"compile": case.eager} if compiles else {})
     if case.kernel == "attention":
         candidates |= {name: pinned(SDPA[name]) for name in (["SDPA math"] if direction == "jvp" else SDPA)}
-    judge = prepared(direction, case.eager, lambda f: f, to_double(case.tensors), case.variables, to_double(others))()
-    errors, calls, counts = {}, {}, {}
+    inputs, eager = drawn(case, direction), lambda function: function
+    judge = maker(direction, case.eager, eager, case.variables)(*to_double(inputs))()
+    errors, makers, counts = {}, {}, {}
     for name, function in candidates.items():
         try:
-            wrap = compiled if name == "compile" else lambda f: f
-            call = prepared(direction, function, wrap, case.tensors, case.variables, others)
+            make = maker(direction, function, compiled if name == "compile" else eager, case.variables)
+            call = make(*inputs)
             errors[name] = max(map(relative_error, tree_leaves(call()), map(torch.Tensor.double, tree_leaves(judge))))
             once = min(seconds(call, device) for _ in range(3))
         except Exception:
             if name in ("ours", "eager"):
                 raise
             continue  # rivals refuse, or run out of memory, in many ways
-        counts[name] = max(1, min(50, int(2e-3 / once)))  # so many that the clock does not matter
-        calls[name] = lambda call=call, count=counts[name]: [call() for _ in range(count)]
-    times = {name: [t / counts[name] for t in found] for name, found in interleaved(calls, repeats, device).items()}
-    rows = [{"implementation": name, "error": errors.get(name, math.nan), **quartiles(times.get(name, [math.nan]))}
+        makers[name], counts[name] = make, max(1, min(50, int(2e-3 / once)))  # so many that the clock does not matter
+
+    def fresh():
+        inputs = drawn(case, direction)
+        return {name: functools.partial(repeat, make(*inputs), counts[name]) for name, make in makers.items()}
+
+    times = interleaved(fresh, repeats, device)
+    rows = [{"implementation": name, "error": errors.get(name, math.nan),
+             **quartiles([t / counts[name] for t in times[name]] if name in times else [math.nan])}
             for name in candidates]  # fmt: skip
     if errors["ours"] <= 2 * errors["eager"]:
         return rows, None
@@ -535,7 +597,7 @@ def run_kernels(options, device):
                 lines.append([*what.values(), *(f"{1e3 * t:.3g}" if math.isfinite(t) else "-" for t in shown),
                               "WRONG" if error else f"{ours['speedup']:.2f}", f"{ours['rate'] / 1e9:.3g} {unit}",
                               f"{100 * ours['share_of_ceiling']:.0f}%"])  # fmt: skip
-    note = ("ms: medians of calls in a row on the same tensors. Speedup: over the best rival. Rate: of the bytes that must move "
+    note = ("ms: medians of calls in a row, on new inputs each time. Speedup: over the best rival. Rate: of the bytes that must move "
             "(attention: operations), beside a large copy's (a large matrix product's). -: refused, out of memory, or not run.")  # fmt: skip
     note += "" if gpu else f" No GPU here: ours IS the reference path, at batch {batch}."
     text = ["", table(lines), "", note]
@@ -548,54 +610,43 @@ def run_kernels(options, device):
 TRAINING_IMAGES = {"shapes": 6000, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}  # level 3's included
 
 
-def parts_of(net):
-    """{name: function of the arguments of a form}: what a mask update is compared with, itself, and the parts of an
-    outer iteration. Directions and cotangents are stand-ins of the right shape: no time depends on their values."""
-    split, plain = net.encoder_size, dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, masking="random"))
+def parts_of(net, theta, psi, head, given, steps):
+    """{name: call}: what a mask update is compared with, itself, and the parts of an outer iteration. Directions and
+    cotangents are stand-ins of the right shape: no time depends on their values."""
+    split, step = net.encoder_size, steps[-1]
+    plain = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, masking="random"))
 
-    def step_of_masks(psi, gradient):
-        level = Level(psi.detach(), gradient, gradient.square(), 3)
-        return mlo_mae.adamw(level, gradient, Rates(1e-3, torch.zeros_like(gradient)))
-
-    def mask_update(arguments):
-        theta, psi, head, given, steps = arguments
-        result = mlo_mae.HYPERGRADIENTS[net.cfg.hypergradient](net, theta, psi, head, given, steps[-1:])
-        return step_of_masks(psi, result.hypergradient)
-
-    def level1(net, arguments):
-        theta, psi, _, _, (*_, step) = arguments
+    def level1(net):
         return mlo_mae.level1_step(net, theta, psi, step.images, step.rates, 0, 0)
 
-    def encoder_pass(arguments):
-        theta, _, head, given, _ = arguments
+    def step_of_masks(gradient):
+        level = Level(psi, gradient, gradient.square(), 3)
+        return mlo_mae.adamw(level, gradient, Rates(1e-3, torch.zeros_like(gradient)))
+
+    def mask_update():
+        form = mlo_mae.HYPERGRADIENTS[net.cfg.hypergradient]
+        return step_of_masks(form(net, theta, psi, head, given, [step]).hypergradient)
+
+    def encoder_pass():
         params = theta.params[:split].detach().requires_grad_()
         return torch.autograd.grad(mlo_mae.upper_levels(net, params, head, given)[0], params)
 
-    def pullback(arguments):
-        step = arguments[-1][-1]
+    def pullback():
         cotangent = (step.gradient[:split],) * 3
         return mlo_mae.adamw_pullback(step.theta, step.gradient, step.rates, net.cfg.update_jacobian, cotangent)
 
-    def forward_mode(arguments):
-        step = arguments[-1][-1]
-        params = step.theta.params
-        with torch.no_grad():
-            return torch.func.jvp(lambda moving: mlo_mae.patch_errors(net, moving, params[split:], step),
-                                  (params[:split],), (step.gradient[:split],))  # fmt: skip
-
-    def masking(arguments):
-        _, psi, _, _, (*_, step) = arguments
-        psi = psi.detach().requires_grad_()
-        prob = mlo_mae.masking_probability(net, psi, step.images, step.theta.params[:split])
-        return step_of_masks(psi, torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, prob.detach()), psi)[0])
+    def masking():
+        wanted = psi.detach().requires_grad_()
+        prob = mlo_mae.masking_probability(net, wanted, step.images, step.theta.params[:split])
+        return step_of_masks(torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, prob.detach()), wanted)[0])
 
     return {
-        "plain MAE step": lambda arguments: level1(plain, arguments),
+        "plain MAE step": lambda: level1(plain),
         "mask update": mask_update,
-        "level-1 step": lambda arguments: level1(net, arguments),
+        "level-1 step": lambda: level1(net),
         "levels 2 and 3: encoder": encoder_pass,
         "AdamW's Jacobian": pullback,
-        "jvp of the autoencoder": forward_mode,
+        "jvp of the autoencoder": lambda: mlo_mae.directional_errors(net, step, step.gradient[:split]),
         "T: backward and step": masking,
     }
 
@@ -621,47 +672,40 @@ def run_step(options, device):
     def batches():
         return [next(streams[0]) for _ in range(cfg.level1_steps)], next(streams[1]), next(streams[2])
 
-    functions = parts_of(net)
-    calls = {"outer iteration": whole, "data": batches}
-    calls |= {name: (lambda function=function: function(arguments)) for name, function in functions.items()}
+    parts = parts_of(net, *arguments)
+    calls = {"outer iteration": whole, "data": batches} | parts
     triton = device.type == "cuda" and "triton" in sys.modules
     if triton:
         calls["outer iteration, kernels off"] = lambda: whole("reference")
-    rows = {name: {"part": name, "peak_bytes": peak_memory(call, device)[1]} for name, call in calls.items()}
-    for name, times in interleaved(calls, options.repeats, device).items():
+    rows = {name: {"part": name, "peak_bytes": peak_memory(call, device)[1]} for name, call in calls.items()}  # the warm-up too
+    for name, times in interleaved(lambda: calls, options.repeats, device).items():
         rows[name] |= quartiles(times)
-    once = dict.fromkeys(["data", *list(functions)[3:]], 1) | {"level-1 step": cfg.level1_steps}
+    once = dict.fromkeys(["data", *list(parts)[2:]], 1) | {"level-1 step": cfg.level1_steps}
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
-        row |= {"times": once.get(name, 0), "flops": operations(functions[name], arguments) if name in functions else 0}
-    flops = sum(row["times"] * row["flops"] for row in rows.values())
-    rows["outer iteration"]["flops"] = rows.get("outer iteration, kernels off", {})["flops"] = flops
+        row |= {"times": once.get(name, 0), "flops": operations(calls[name])}
     ceiling = ceilings(device, DTYPES[cfg.precision])["flops"]
     total, update, plain = (rows[name] for name in ("outer iteration", "mask update", "plain MAE step"))
     for row in rows.values():
         row["share_of_time"] = row["times"] * row["seconds"] / total["seconds"]
-        row["share_of_flops"] = row["times"] * row["flops"] / flops
+        row["share_of_flops"] = row["times"] * row["flops"] / total["flops"]
         row["share_of_peak"] = row["flops"] / row["seconds"] / ceiling
-    ratios = {name: update[name] / plain[name] for name in ("seconds", "flops")}
+    time_ratio, operation_ratio = (update[name] / plain[name] for name in ("seconds", "flops"))
     updates = math.ceil(cfg.epochs * TRAINING_IMAGES[cfg.data] * (1 - cfg.val_fraction) / (batch * cfg.level1_steps))
     summary = {
         "preset": cfg.preset, "precision": cfg.precision, "batch_size": batch, "labelled_batch_size": labelled,
         "images_per_second": batch * cfg.level1_steps / total["seconds"], "peak_bytes": total["peak_bytes"],
-        "time_ratio": ratios["seconds"], "operation_ratio": ratios["flops"],
-        "overhead": ratios["seconds"] / ratios["flops"], "peak_flops": ceiling,
-        "updates": updates, "hours": updates * total["seconds"] / 3600,
+        "time_ratio": time_ratio, "operation_ratio": operation_ratio, "overhead": time_ratio / operation_ratio,
+        "peak_flops": ceiling, "updates": updates, "hours": updates * total["seconds"] / 3600,
     }  # fmt: skip
-    lines = [["part", "times", "ms", "of the time", "GFLOP", "of the operations", "of peak", "MiB"]]
+    lines = [["part", "times", "ms", "MiB", "GFLOP", "of peak", "of the time", "of the operations"]]
     for row in rows.values():
-        time_share, flop_share, peak_share = (f"{100 * row[f'share_of_{what}']:.0f}%" for what in ("time", "flops", "peak"))
-        lines.append([
-            row["part"], str(row["times"] or "-"), shown_time(row), time_share if row["times"] else "-",
-            *((f"{row['flops'] / 1e9:.3g}", flop_share if row["times"] else "-", peak_share) if row["flops"] else "---"),
-            f"{row['peak_bytes'] / 2**20:.1f}",
-        ])  # fmt: skip
+        work, peak = (f"{row['flops'] / 1e9:.3g}", f"{100 * row['share_of_peak']:.0f}%") if row["flops"] else "--"
+        shares = [f"{100 * row[f'share_of_{name}']:.0f}%" if row["times"] else "-" for name in ("time", "flops")]
+        lines.append([row["part"], str(row["times"] or "-"), *shown_cost(row), work, peak, *shares])
     text = [
         "", f"{cfg.preset}: width {cfg.width}, depth {cfg.depth}, {net.patches} patches, batches of {batch} and twice "
         f"{labelled}, {cfg.level1_steps} level-1 steps a mask update, {cfg.precision}", "", table(lines), "",
-        f"A mask update takes {ratios['seconds']:.2f}x the time of a plain MAE step and {ratios['flops']:.2f}x its "
+        f"A mask update takes {time_ratio:.2f}x the time of a plain MAE step and {operation_ratio:.2f}x its "
         f"operations: {summary['overhead']:.2f}x the floor. {summary['images_per_second']:.0f} images a second.",
         f"{updates} mask updates, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
         + (" (decoding of image files not included)." if cfg.data == "imagenet" else "."),

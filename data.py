@@ -401,32 +401,21 @@ def outline(shape, u, v):
     return np.maximum(r - 1, 0.8 - np.hypot(u - 0.5, v))  # crescent
 
 
-def textures(rng, count, size):
-    """Values in [0, 1], each of a random kind (cloud, blobs, grating, gradient): [count, size, size] float32."""
-    frequency = 32 * np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype(np.float32)  # periods in 32 pixels
-    rough, pitch, angle, phase = rng.uniform(size=(4, count, 1, 1)).astype(np.float32)
-    noise = np.fft.rfft2(rng.standard_normal((count, size, size), np.float32))
-    cloud = np.fft.irfft2(noise / np.maximum(frequency, 1) ** (0.8 + 1.4 * rough), s=(size, size)).astype(np.float32)
-    cloud /= cloud.std((1, 2), keepdims=True)
-    y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
-    along = np.cos(2 * np.pi * angle) * x + np.sin(2 * np.pi * angle) * y
-    waves = np.sin(2 * np.pi * ((2 + 5 * pitch) * along + phase) + 0.3 * cloud)
-    kind = rng.integers(0, 4, (count, 1, 1))
-    values = np.where(kind == 0, 0.25 * cloud, np.where(kind == 1, 0.5 * np.tanh(3 * cloud), 0.5 * waves))
-    return (0.5 + np.where(kind == 3, along + 0.1 * cloud, values)).clip(0, 1)
-
-
-def painted(rng, colours, size):
-    """Textures between two colours each, [N, 2, 3] -> [N, 3, size, size]."""
-    one, two = colours[:, 0, :, None, None], colours[:, 1, :, None, None]
-    return one + textures(rng, len(colours), size)[:, None] * (two - one)
+def stripes(rng, kinds, size):
+    """Stripes of eight kinds, [N] -> [N, size, size] in [0, 1]: 0, 30, 60 or 90 degrees, to either side, narrow or wide."""
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    angle = np.radians(30.0 * (kinds % 4)) * rng.choice([-1, 1], len(kinds))  # either side: a flipped picture keeps its class
+    period = size / 32 * np.where(kinds < 4, 4.0, 7.5) * rng.uniform(0.92, 1.08, len(kinds))  # pixels
+    rows = np.stack([np.cos(angle) / period, np.sin(angle) / period, rng.uniform(size=len(kinds))]).astype(np.float32)
+    across, down, phase = rows[:, :, None, None]
+    return 0.5 + 0.5 * np.sin(2 * np.pi * (across * x + down * y + phase))
 
 
 def draw(rng, labels, size):
     """Pictures of shapes, labels [N] -> images [N, 3, size, size] uint8, objects [N, size, size] bool.
 
-    A textured background in two colours, on it one object in two others, of 15 to 30 % of the area, anywhere, turned by up to
-    25 degrees. Only the outline tells the class.
+    One coloured object of 25 to 40 % of the area, anywhere, turned by up to 25 degrees, on grey. Each class has an outline
+    and a kind of stripes; the background's stripes are those of a class drawn at random, so they tell nothing.
     """
     count = len(labels)
     y, x = np.mgrid[:size, :size].astype(np.float32) + 0.5
@@ -435,20 +424,17 @@ def draw(rng, labels, size):
         mine = labels == label
         area, reach = extent(shape)
         share, turn, cx, cy = rng.uniform(size=(4, mine.sum(), 1, 1)).astype(np.float32)
-        scale, angle = size * np.sqrt((0.15 + 0.15 * share) / area), math.radians(25) * (2 * turn - 1)
+        scale, angle = size * np.sqrt((0.25 + 0.15 * share) / area), math.radians(25) * (2 * turn - 1)
         room = np.maximum(size / 2 - 0.9 * scale * reach, 0)  # the tips may touch the border
         cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
         dx, dy = x - size / 2 - room * (2 * cx - 1), y - size / 2 - room * (2 * cy - 1)
         u, v = cos * dx + sin * dy, cos * dy - sin * dx
         distance[mine] = outline(shape, u, v) * scale  # in pixels
     cover = np.clip(0.5 - distance, 0, 1)[:, None]  # share of each pixel that the object covers, [N, 1, size, size]
-    behind = rng.uniform(size=(count, 2, 3)).astype(np.float32)
-    behind[:, 1] = behind[:, 0] + 0.6 * (behind[:, 1] - behind[:, 0])
-    offers = rng.uniform(size=(count, 8, 3)).astype(np.float32)  # the object's colour is the one least like both of these
-    gap = np.linalg.norm(offers[:, :, None] - behind[:, None], axis=-1).min(-1)  # [N, 8]
-    front = offers[np.arange(count), gap.argmax(1)][:, None].repeat(2, axis=1)
-    front[:, 1] += rng.uniform(-0.25, 0.25, (count, 3))
-    background, body = painted(rng, behind, size), painted(rng, front, size)
+    middle = rng.uniform(0.1, 1, count)
+    colours = rng.permuted(np.stack([np.full(count, 0.1), middle, np.ones(count)], axis=1), axis=1)  # [N, 3], never grey
+    body = (0.15 + 0.85 * stripes(rng, labels, size)[:, None]) * colours[:, :, None, None]
+    background = 0.9 * stripes(rng, rng.integers(0, len(SHAPES), count), size)[:, None]
     grain = 0.03 * rng.standard_normal((count, 3, size, size), dtype=np.float32)
     pixels = background + cover * (body - background) + grain
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8), distance < 0

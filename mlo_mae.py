@@ -47,7 +47,9 @@ pictures, files, command line.
     python mlo_mae.py                                        # built-in images: pretrain, probe, pictures
     python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
     python mlo_mae.py probe RUN
+    python mlo_mae.py finetune RUN                           # finetune.py
     python mlo_mae.py show RUN
+    python mlo_mae.py export RUN --to timm
 """
 
 import argparse
@@ -83,7 +85,9 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
+import baselines
 import data
+import interchange
 import kernels
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
 
@@ -121,10 +125,19 @@ class Config:
     decoder_depth: int = flag(1, "blocks of the decoder")
     decoder_heads: int = flag(2, "attention heads of the decoder")
 
-    masking: Literal["learned", "random"] = flag("learned", "learned by the masking network, or random as in MAE")
+    init: str = flag("", "weights that encoder and decoder start from: a run, or a public .pth or .safetensors")
+
+    masking: Literal["learned", "random", "semantic"] = flag("learned", "by T; random as in MAE; semantic as in SemMAE")
     mask_ratio: float = flag(0.75, "share of the patches that is hidden")
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what T reads: pixels, or detached embeddings")
-    masking_width: int = flag(512, "hidden units of T")
+    masking_network: Literal["shared", "mlp"] = flag("shared", "T: one small network for every position, or the paper's")
+    masking_width: int = flag(64, "hidden units of T")
+    mask_noise: float = flag(1.0, "scale of the Gumbel noise on T's logits when masks are drawn (0: the highest p, as published)")
+    mask_start: float = flag(0.4, "share of the run with random masks before T is trained and used (0: none, as published)")
+    parts_from: str = flag("", "semantic: the run, or its checkpoint, on whose frozen encoder parts are learned")
+    parts: int = flag(7, "semantic: parts of an image")
+    parts_steps: int = flag(300, "semantic: steps of part learning, before the run")
+    uniformity: float = flag(0.0, "weight of U-MAE's uniformity term in level 1 (U-MAE: 0.01)")
 
     head_norm: Literal["batch", "layer"] = flag("batch", "of the head's input; layer as published")
 
@@ -157,7 +170,7 @@ class Config:
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
 CIFAR = dict(
     image_size=32, patch_size=2, width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16,
-    head_norm="layer", epochs=200, batch_size=128, labelled_batch_size=128, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
+    head_norm="layer", masking_network="mlp", masking_width=512, mask_noise=0.0, mask_start=0.0, epochs=200, batch_size=128, labelled_batch_size=128, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
 )  # fmt: skip
 IMAGENET = CIFAR | dict(
     data="imagenet", image_size=224, patch_size=16, epochs=50, batch_size=256, labelled_batch_size=256, lr=1.5e-4, head_lr=5e-4,
@@ -190,17 +203,19 @@ def check(cfg):
         need(heads > 0 and getattr(cfg, name) % heads == 0, f"{flags} is not a multiple of its {heads} heads")
         need(getattr(cfg, name) % 4 == 0, f"{flags} is not a multiple of 4, which sin-cos positions need")
     for name in ("patch_size", "width", "depth", "decoder_width", "decoder_depth", "masking_width", "epochs",
-                 "batch_size", "labelled_batch_size", "accumulate", "level1_steps", "head_steps", "log_every"):  # fmt: skip
+                 "batch_size", "labelled_batch_size", "accumulate", "level1_steps", "head_steps", "log_every",
+                 "parts", "parts_steps"):  # fmt: skip
         most = 1000 if "depth" in name else 65536  # a damaged file must not ask for all of the memory
         need(1 <= getattr(cfg, name) <= most, f"--{name.replace('_', '-')} must be at least 1 and at most {most}")
-    for name in ("lr", "head_lr", "mask_lr", "weight_decay", "checkpoint_minutes", "images", "workers", "seed"):
+    for name in ("lr", "head_lr", "mask_lr", "mask_noise", "weight_decay", "checkpoint_minutes", "images", "workers", "seed",
+                 "uniformity"):  # fmt: skip
         value = getattr(cfg, name)
         need(value >= 0 and math.isfinite(value), f"--{name.replace('_', '-')} must not be negative")
     need(cfg.seed < 2**63 and cfg.workers <= 1024, "--seed must be below 2^63, and --workers at most 1024")
     for name in ("mask_ratio", "val_fraction"):
         need(0 < getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
-    for name in ("warmup", "dropout"):
-        need(0 <= getattr(cfg, name) < 1, f"--{name} must be at least 0 and below 1")
+    for name in ("warmup", "dropout", "mask_start"):
+        need(0 <= getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1")
     need(
         cfg.hypergradient != "finite-difference" or (cfg.unroll == "last" and cfg.head_steps == 1),
         "--hypergradient finite-difference, as published, goes with --unroll last and --head-steps 1",
@@ -223,6 +238,16 @@ def check(cfg):
         f"--batch-size {cfg.batch_size} and --labelled-batch-size {cfg.labelled_batch_size} do not divide evenly: the first "
         f"must be a multiple of {parts} (processes x --accumulate), the second of {world()} (processes)",
     )
+    need(cfg.masking != "semantic" or cfg.parts_from, "--masking semantic learns parts on a pretrained encoder: "
+         "give --parts-from RUN, for instance a run of --masking random")  # fmt: skip
+    need(cfg.masking == "semantic" or not cfg.parts_from, "--parts-from goes with --masking semantic alone")
+    need(cfg.parts >= 2, "--parts must be at least 2")
+    need(cfg.uniformity == 0 or cfg.masking != "learned", "--uniformity goes with --masking random or semantic: "
+         "the hypergradient of learned masks does not hold its derivatives")  # fmt: skip
+    need(cfg.uniformity == 0 or cfg.batch_size >= 2, "--uniformity compares images: --batch-size must be at least 2")
+    need(cfg.uniformity == 0 or world() == cfg.accumulate == 1, "--uniformity compares all images of a batch: "
+         "it goes with one process and --accumulate 1")  # fmt: skip
+    need(cfg.masking != "semantic" or world() == 1, "--masking semantic goes with one process")
 
 
 # --------------------------------------------------------------------------------------------- several processes
@@ -404,19 +429,23 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
 
-    def forward(self, x):  # [B, N, D]
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, scale=None):  # [B, N, D], factors of the two branches [2, B, 1, 1] (None: 1)
+        mixed = self.attn(self.norm1(x))
+        x = x + (mixed if scale is None else scale[0] * mixed)
+        widened = self.mlp(self.norm2(x))
+        return x + (widened if scale is None else scale[1] * widened)
 
 
-def through(blocks, x, recompute):
-    """x [B, N, D] through the blocks; with `recompute`, a block keeps its input alone for the backward pass."""
-    for block in blocks:
+def through(blocks, x, recompute, scales=None):
+    """x [B, N, D] through the blocks; with `recompute`, a block keeps its input alone for the backward pass.
+
+    scales [depth, 2, B, 1, 1]: factors of the blocks' branches (None: 1)."""
+    for block, scale in zip(blocks, [None] * len(blocks) if scales is None else scales):
         if recompute and torch.is_grad_enabled():
             # Its parameters are arguments, since `call` has taken them out of the module by the time of the backward pass.
-            x = recomputed(functional_call, block, dict(block.named_parameters()), (x,), use_reentrant=False)
+            x = recomputed(functional_call, block, dict(block.named_parameters()), (x, scale), use_reentrant=False)
         else:
-            x = block(x)
+            x = block(x, scale)
     return x
 
 
@@ -435,13 +464,15 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.blocks.apply(initialise_linear)
 
-    def forward(self, images, keep=None):
-        """[B, C, H, W] and the visible patches [B, K] (None: all L) -> tokens [B, 1+K, D], CLS first."""
+    def forward(self, images, keep=None, scales=None):
+        """[B, C, H, W] and the visible patches [B, K] (None: all L) -> tokens [B, 1+K, D], CLS first.
+
+        scales [depth, 2, B, 1, 1] are factors of the residual branches: fine-tuning's drop path (None: 1)."""
         x = self.patch_embed(gather_patches(images, keep, self.patch))  # [B, K, D]
         x = x + (self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep])
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+K, D]
-        return self.norm(through(self.blocks, x, self.recompute))
+        return self.norm(through(self.blocks, x, self.recompute, scales))
 
 
 class Decoder(nn.Module):
@@ -503,8 +534,30 @@ class MaskingNetwork(nn.Module):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x):  # [B, inputs] -> p [B, L]
+    def forward(self, x):  # [B, C, H, W] -> p [B, L]
+        x = x.flatten(1)
         return self.fc2(F.relu(self.fc1(F.layer_norm(x, x.shape[1:])))).sigmoid()
+
+
+class SharedMaskingNetwork(nn.Module):
+    """T as one small network for every position: it reads a patch and the eight around it. Each image then gives it as
+    many examples as it has patches, where the paper's T learns every position by itself.
+
+    An image's logits have mean 0, since only comparing its patches matters: AdamW makes level 1 blind to a common
+    factor of p. The last layer starts at 0: p = 1/2 throughout, which is MAE's loss.
+    """
+
+    def __init__(self, channels, patch, width):
+        super().__init__()
+        self.window = nn.Conv2d(channels, width, 3 * patch, stride=patch, padding=patch)
+        self.fc = nn.Conv2d(width, 1, 1, bias=False)
+        nn.init.normal_(self.window.weight, std=self.window.weight[0].numel() ** -0.5)
+        nn.init.zeros_(self.window.bias)
+        nn.init.zeros_(self.fc.weight)
+
+    def forward(self, x):  # [B, C, H, W] -> p [B, L]
+        logits = self.fc(F.relu(self.window(F.layer_norm(x, x.shape[1:])))).flatten(1)
+        return (logits - logits.mean(1, keepdim=True)).sigmoid()
 
 
 def initialise_linear(module):
@@ -535,6 +588,7 @@ class Networks:
     decoder: nn.Module
     head: nn.Module
     masking: nn.Module
+    parts: "Parts | None" = None  # for --masking semantic
 
     @property
     def patches(self):  # L
@@ -571,9 +625,11 @@ def build(cfg, image_size, channels, classes):
     patches = (image_size // cfg.patch_size) ** 2
     if not 0 < int(patches * (1 - cfg.mask_ratio)) < patches:
         raise RunError(f"--mask-ratio {cfg.mask_ratio} of {patches} patches leaves none visible or none hidden")
-    inputs = channels * image_size**2 if cfg.masking_input == "pixels" else patches * cfg.width
+    # What T reads: its channels, the pixels of a patch along a side, and how many values one hidden unit sees.
+    seen, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)
+    inputs = seen * cell**2 * (9 if cfg.masking_network == "shared" else patches)
     weights = (12 * (cfg.depth * cfg.width**2 + cfg.decoder_depth * cfg.decoder_width**2) + inputs * cfg.masking_width
-               + patches * (cfg.width + cfg.decoder_width + cfg.masking_width))  # fmt: skip
+               + (patches + channels * cfg.patch_size**2) * (cfg.width + cfg.decoder_width + cfg.masking_width))  # fmt: skip
     if weights > MAX_WEIGHTS:
         raise RunError(f"a model of {weights:.1e} weights is too large; lower --width, --depth or --masking-width")
     torch.manual_seed(cfg.seed)
@@ -582,10 +638,33 @@ def build(cfg, image_size, channels, classes):
                       cfg.decoder_heads)  # fmt: skip
     encoder.recompute = decoder.recompute = cfg.checkpoint_activations
     head = Head(cfg.width, classes, cfg.head_norm)
-    masking = MaskingNetwork(inputs, cfg.masking_width, patches)
+    if cfg.masking_network == "shared":
+        masking = SharedMaskingNetwork(seen, cell, cfg.masking_width)
+    else:
+        masking = MaskingNetwork(inputs, cfg.masking_width, patches)
     theta = torch.cat([parameters_to_vector(net.parameters()) for net in (encoder, decoder)]).detach()
     phi, psi = (parameters_to_vector(net.parameters()).detach() for net in (head, masking))
     return Networks(cfg, *(net.to("meta") for net in (encoder, decoder, head, masking))), (theta, phi, psi)
+
+
+def starting_weights(net, theta_params, path):
+    """theta [P1] with the weights found in `path` (a run's folder, or a public .pth or .safetensors) in their places. The
+    encoder must be there whole; a decoder that is absent or of another shape keeps its values of `theta_params`.
+
+    Prints what was used, one line on stderr. Raises interchange.WeightsError, or RunError where a run has other heads."""
+    path = Path(path)
+    pieces = zip((net.encoder, net.decoder), theta_params.tensor_split([net.encoder_size]))
+    fresh = {name: tensor for module, params in pieces for name, tensor in unflatten(module, params).items()}
+    weights = interchange.read_weights(path / "checkpoint.pt" if path.is_dir() else path)
+    taken, report = interchange.fit(weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()})
+    if path.is_dir():  # heads leave no trace in the weights' shapes, but a run records them
+        settings = read_config(path / "config.json")
+        for name, used in (("heads", True), ("decoder_heads", "decoder_pred.weight" in taken)):
+            if used and settings[name] != getattr(net.cfg, name):
+                raise RunError(f"{path} was trained with --{name.replace('_', '-')} {settings[name]}, "
+                               f"not {getattr(net.cfg, name)}; give that flag")  # fmt: skip
+    print(f"{path}: {report.line}", file=sys.stderr)
+    return torch.cat([taken.get(name, tensor).to(tensor).reshape(-1) for name, tensor in fresh.items()])
 
 
 # --------------------------------------------------------------------------------- masks and the three losses
@@ -598,7 +677,7 @@ def generator(*keys):
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-MASKS, DROPOUT, REDRAWN, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA = range(6)  # purposes
+MASKS, DROPOUT, REDRAWN, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, PARTS = range(7)  # purposes
 
 
 def masking_probability(net, psi, images, encoder_params):
@@ -609,8 +688,9 @@ def masking_probability(net, psi, images, encoder_params):
         embedding = {name: piece.detach() for name, piece in unflatten(net.encoder, encoder_params).items()}
         proj = {name.removeprefix("patch_embed."): piece for name, piece in embedding.items() if "patch_embed" in name}
         patches = gather_patches(images, None, net.cfg.patch_size)
-        inputs = functional_call(net.encoder.patch_embed, proj, (patches,)) + embedding["pos_embed"][:, 1:]
-    return call(net.masking, psi, inputs.flatten(1))
+        inputs = functional_call(net.encoder.patch_embed, proj, (patches,)) + embedding["pos_embed"][:, 1:]  # [B, L, D]
+        inputs = inputs.mT.unflatten(2, (int(net.patches**0.5), -1))  # [B, D, H/p, W/p]
+    return call(net.masking, psi, inputs)
 
 
 def autocast(net, device):
@@ -620,10 +700,15 @@ def autocast(net, device):
 
 def patch_errors(net, encoder_params, decoder_params, batch):
     """l of (2), [B, L]: mean squared error of each hidden patch's normalised pixels, 0 where the patch is visible."""
+    return errors_and_features(net, encoder_params, decoder_params, batch)[0]
+
+
+def errors_and_features(net, encoder_params, decoder_params, batch):
+    """l of (2), [B, L], and the CLS tokens of the masked images [B, D], which U-MAE's term compares."""
     with autocast(net, batch.images.device):
         tokens = call(net.encoder, encoder_params, batch.images, batch.keep)  # [B, 1+K, D]
         pred = call(net.decoder, decoder_params, tokens, batch.restore)  # [B, L, p*p*C]
-    return patch_loss(pred, batch.images, batch.mask)
+    return patch_loss(pred, batch.images, batch.mask), tokens[:, 0].to(encoder_params.dtype)
 
 
 def level1_loss(prob, mask, errors):
@@ -631,11 +716,11 @@ def level1_loss(prob, mask, errors):
     return (mask * prob * errors).sum() / mask.sum()
 
 
-def encode(net, encoder_params, images):
-    """The features z of whole images, [B, D]: the CLS token after the last norm."""
+def encode(net, encoder_params, images, pooling="cls"):
+    """The features z of whole images, [B, D]: after the last norm, the CLS token, or the mean of the patches' tokens."""
     with autocast(net, images.device):
         tokens = call(net.encoder, encoder_params, images)
-    return tokens[:, 0].to(encoder_params.dtype)
+    return (tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)).to(encoder_params.dtype)
 
 
 def encode_in_parts(net, encoder_params, images):
@@ -650,6 +735,53 @@ def draw_dropout(rate, shape, *keys):
     """Inverted dropout as a factor, 0 or 1/(1-rate). An explicit tensor, so that a loss is a function of its arguments
     and differences between two of its values are differences of parameters, not of dropout."""
     return (torch.rand(shape, generator=generator(*keys)) >= rate).float() / (1 - rate)
+
+
+# --------------------------------------------------------------------------------------- SemMAE's parts (a baseline)
+
+
+class Parts(NamedTuple):
+    """What gives each patch its part: a pretrained encoder that no longer changes, and what was learned on it."""
+
+    encoder: nn.Module
+    learner: baselines.PartLearner
+
+
+def part_ids(net, images):
+    """The part of each patch, [B, L] int64."""
+    return net.parts.learner.maps(frozen_tokens(net, net.parts.encoder, images)).argmax(1)
+
+
+@torch.no_grad()
+def frozen_tokens(net, encoder, images):
+    """Tokens [B, 1+L, D] of whole images, CLS first."""
+    with autocast(net, images.device):
+        return encoder(images).float()
+
+
+def learned_parts(net, splits, device):
+    """Parts, learned on the encoder of --parts-from and on the training images as level 1 sees them.
+
+    Raises RunError where that encoder does not see these images in these patches, SystemExit where a signal stops it."""
+    cfg = net.cfg
+    path = Path(cfg.parts_from)
+    encoder = frozen_encoder(cfg, splits, path / "checkpoint.pt" if path.is_dir() else path).to(device)
+    seed = generator(cfg.seed, PARTS).initial_seed()
+    torch.manual_seed(seed)
+    learner = baselines.PartLearner(encoder.pos_embed.shape[2], cfg.parts, splits.channels * cfg.patch_size**2)
+
+    def examples(stop):
+        for batch in splits.train.stream(cfg.batch_size, seed):
+            if stop:
+                return
+            yield frozen_tokens(net, encoder, batch.images), gather_patches(batch.images, None, cfg.patch_size)
+
+    with stop_signals() as stop:
+        learner = baselines.learn_parts(learner.to(device), examples(stop), cfg.parts_steps)
+    if stop:
+        print("stopped while parts were learned; start again", file=sys.stderr)
+        raise SystemExit(128 + stop[0])
+    return Parts(encoder, learner)
 
 
 # ------------------------------------------------------------------------------------ the AdamW step and its pullback
@@ -921,20 +1053,21 @@ def fresh_level(params, device):
     return Level(params.to(device), torch.zeros_like(params, device=device), torch.zeros_like(params, device=device), 0)
 
 
+def decays(name, parameter):
+    """Whether weight decay acts on a parameter: not on biases, norms, tokens and positions."""
+    return name.endswith("weight") and parameter.ndim >= 2
+
+
 def decay_of(cfg, *modules):
-    """Weight decay of each parameter, [P]: none on biases, norms, tokens and positions."""
-    decayed = [
-        torch.full((p.numel(),), cfg.weight_decay if name.endswith("weight") and p.ndim >= 2 else 0.0)
-        for module in modules
-        for name, p in module.named_parameters()
-    ]
-    return torch.cat(decayed)
+    """Weight decay of each parameter, [P]."""
+    named = [pair for module in modules for pair in module.named_parameters()]
+    return torch.cat([torch.full((p.numel(),), cfg.weight_decay if decays(name, p) else 0.0) for name, p in named])
 
 
 def inverse_fan_in(module):
     """1/fan-in for each weight, 1 for each bias, [P]: AdamW moves every weight by about its learning rate, and a unit
     that sums fan-in of them by fan-in times that; this scale makes --mask-lr the most a unit moves in one step."""
-    scales = [torch.full((p.numel(),), 1 / p.shape[1] if p.ndim == 2 else 1.0) for p in module.parameters()]
+    scales = [torch.full((p.numel(),), 1 / p[0].numel() if p.ndim > 1 else 1.0) for p in module.parameters()]
     return torch.cat(scales)
 
 
@@ -945,32 +1078,47 @@ def schedule(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def draw_masks(net, psi, images, encoder_params, *keys):
+def learned_by(cfg, progress):
+    """Whether T chooses the masks, and is trained, at this share of the run."""
+    return cfg.masking == "learned" and progress >= cfg.mask_start
+
+
+def draw_masks(net, psi, images, encoder_params, *keys, progress=1.0):
     """p [B, L], and the choice that follows from it (1): visible ids [B, K], restore ids [B, L], mask [B, L].
 
-    With --masking random, p is 1 and the choice is uniform: L1 is then MAE's loss."""
-    if net.cfg.masking == "random":
-        prob = torch.ones(len(images), net.patches, device=images.device)
-        joined = torch.rand(world() * len(images), net.patches, generator=generator(*keys))  # whatever the number of processes
-        score = joined[share(len(joined))].to(images.device)
-    else:
+    With --masking random, and before --mask-start, p is 1 and the choice is uniform: L1 is then MAE's loss. With semantic,
+    p is 1 and the choice is SemMAE's. `progress` is the share of the run that is done."""
+    cfg, joined = net.cfg, world() * len(images)  # random numbers must not depend on the number of processes
+    uniform = torch.rand(joined, net.patches, generator=generator(*keys))[share(joined)].to(images.device)
+    prob = torch.ones_like(uniform)
+    if cfg.masking == "semantic":
+        rng, hidden = generator(*keys), net.patches - net.visible
+        score = baselines.semantic_scores(part_ids(net, images), cfg.parts, progress, hidden, rng)
+    elif learned_by(cfg, progress):
         score = prob = masking_probability(net, psi, images, encoder_params)
+        if cfg.mask_noise:  # the highest of logit + Gumbel noise are a draw without replacement, each patch by its odds
+            gumbel = -(-uniform.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
+            score = prob.logit(1e-6) + cfg.mask_noise * gumbel
+    else:
+        score = uniform
     return prob, *select_patches(score, net.visible)
 
 
-def level1_step(net, theta, psi, images, rates, *keys):
+def level1_step(net, theta, psi, images, rates, *keys, progress=1.0):
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3).
 
     Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
     hidden patches. Every image hides as many patches, so L1 is the mean over parts of a batch, as is its gradient."""
     with torch.no_grad():
-        prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys)  # (1)
+        prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys, progress=progress)  # (1)
     step = Step(theta, None, rates, images, *choice)
     params = theta.params.detach().requires_grad_()
     gradient, losses = torch.zeros_like(params), []
     for part, some in zip(parts_of(net, step), prob.chunk(net.cfg.accumulate)):
-        errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], part)
+        errors, features = errors_and_features(net, params[: net.encoder_size], params[net.encoder_size :], part)
         loss = level1_loss(some, part.mask, errors)  # (2)
+        if net.cfg.uniformity:
+            loss = loss + net.cfg.uniformity * baselines.uniformity(features)
         gradient += torch.autograd.grad(loss / net.cfg.accumulate, params)[0]
         losses.append((loss.detach(), errors.detach().sum() / part.mask.sum()))
     gradient = average(gradient)
@@ -979,13 +1127,13 @@ def level1_step(net, theta, psi, images, rates, *keys):
 
 
 def outer_iteration(net, state, batches, total, decay, mask_rate):
-    """N level-1 steps, then (unless masks are random) K head steps and one step of T.
+    """N level-1 steps, then (if masks are learned) K head steps and one step of T.
 
     batches: iterators of data.Batch for levels 1, 2, 3; total: outer iterations of the whole run; decay: weight decay
     vectors of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr, [P3].
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, theta, head, psi, steps = net.cfg, state.theta, state.head, state.psi, []
-    warmup = cfg.warmup * total
+    warmup, progress = cfg.warmup * total, state.iteration / total
 
     for n in range(cfg.level1_steps):
         number = state.iteration * cfg.level1_steps + n
@@ -994,11 +1142,11 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
         if cfg.unroll == "last":
             steps.clear()
         keys = (cfg.seed, MASKS, number)
-        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys)
+        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, progress=progress)
         steps.append(step)
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
-    if cfg.masking == "learned":
+    if learned_by(cfg, progress):
         level2, level3 = next(batches[1]), next(batches[2])
         relative = schedule(state.iteration, total, warmup)
         dropout, redrawn = (
@@ -1031,6 +1179,11 @@ def pretrain(cfg, out, resume=False):
     checkpoint = find_checkpoint(cfg, out, resume) if writer else None
     splits = first_before_others(lambda: load_data(cfg, device))
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    if cfg.init and writer and checkpoint is None:
+        params = (starting_weights(net, params[0], cfg.init), *params[1:])
+    if cfg.masking == "semantic":
+        parts = out / "parts.pt"
+        net.parts = learned_parts(net, splits, device) if checkpoint is None else read_parts(cfg, splits, parts, device)
     state = State(0, *(fresh_level(vector, device) for vector in params))
     if checkpoint is not None:
         state = restore(net, checkpoint, device)
@@ -1038,18 +1191,21 @@ def pretrain(cfg, out, resume=False):
         out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
         claim(out)
         write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
+        if cfg.masking == "semantic" and checkpoint is None:
+            save_parts(net.parts, parts)
         truncate_metrics(out / "metrics.jsonl", state.iteration)
     state = as_first(state)
 
     decay = [decay_of(cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
     mask_rate = inverse_fan_in(net.masking).to(device)
-    total = math.ceil(cfg.epochs * len(splits.train) / (cfg.batch_size * cfg.level1_steps))
+    total = mask_updates(cfg, splits)
+    mask_steps = sum(learned_by(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
     batches = [
-        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=state.iteration * count, part=share(size))
-        for split, size, purpose, count in (
-            (splits.train, cfg.batch_size, LEVEL1_DATA, cfg.level1_steps),
-            (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, 1),
-            (splits.val, cfg.labelled_batch_size, LEVEL3_DATA, 1),
+        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=used, part=share(size))
+        for split, size, purpose, used in (
+            (splits.train, cfg.batch_size, LEVEL1_DATA, state.iteration * cfg.level1_steps),
+            (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, mask_steps),
+            (splits.val, cfg.labelled_batch_size, LEVEL3_DATA, mask_steps),
         )
     ]
     watched = next(iter(splits.val.ordered(min(256, len(splits.val))))).images  # the same images at every evaluation
@@ -1078,8 +1234,9 @@ def pretrain(cfg, out, resume=False):
                      for level in (1, 2, 3) if f"level{level}_loss" in window[-1]}  # fmt: skip
             bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
             if line:
-                means = {name: float(np.mean([row[name] for row in window])) for name in window[0]}
-                masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask)
+                means = {name: float(np.mean([row[name] for row in window if name in row])) for name in window[-1]}
+                progress = state.iteration / total
+                masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask, progress)
                 epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
                 row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
                        "images_per_second": speed}  # fmt: skip
@@ -1109,10 +1266,17 @@ def pretrain(cfg, out, resume=False):
     return summary
 
 
+def mask_updates(cfg, splits):
+    """Outer iterations of a whole run."""
+    return math.ceil(cfg.epochs * len(splits.train) / (cfg.batch_size * cfg.level1_steps))
+
+
 def read_losses(net, losses, state, out):
-    """A list of {name: scalar on the device} as floats, means over processes, in one transfer. Raises RunError at the first non-finite one."""
-    values = average(torch.stack([torch.stack(list(row.values())) for row in losses])).tolist()
-    rows = [dict(zip(losses[0], row)) for row in values]
+    """A list of {name: scalar on the device} as floats, means over processes, in one transfer.
+
+    Raises RunError at the first that is not finite."""
+    values = iter(average(torch.stack([value for row in losses for value in row.values()])).tolist())
+    rows = [{name: next(values) for name in row} for row in losses]
     for number, row in enumerate(rows):
         for name, value in row.items():
             if not math.isfinite(value):
@@ -1166,15 +1330,16 @@ def load_data(cfg, device):
 
 
 @torch.no_grad()
-def mask_statistics(net, state, images, objects, previous_mask):
+def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
     """How the masks of a fixed set of images stand, as {name: float}, and the masks [B, L] themselves.
 
     p_mean, p_std, p_entropy (bits): a saturated T has entropy 0. mask_churn: share of hidden patches that were visible
     at the last evaluation; a frozen T has 0. mask_overlap: share of hidden patches that two images have in common; by
     chance it is the mask ratio, and 1 where T ignores the image. object_hidden: how often a pixel of the object is
-    hidden, as a ratio to chance (1 = T does not see objects). All dimensionless but the entropy."""
+    hidden, as a ratio to chance (1 = T does not see objects); object_weight: p there, as a ratio to the mean of p. All
+    dimensionless but the entropy."""
     prob, _, _, mask = draw_masks(net, state.psi.params, images, state.theta.params[: net.encoder_size],
-                                  net.cfg.seed, MASKS, state.iteration, 1)  # fmt: skip
+                                  net.cfg.seed, MASKS, state.iteration, 1, progress=progress)  # fmt: skip
     p = prob.double()
     entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)) / math.log(2)
     statistics = {"p_mean": p.mean(), "p_std": p.std(), "p_entropy": entropy.mean()}
@@ -1188,51 +1353,93 @@ def mask_statistics(net, state, images, objects, previous_mask):
         size = net.cfg.patch_size
         share = rearrange(objects.float(), "b (h p) (w q) -> b (h w) (p q)", p=size, q=size).mean(-1)  # [B, L]
         statistics["object_hidden"] = (mask * share).sum() / share.sum() / (hidden / net.patches)
+        statistics["object_weight"] = (prob * share).sum() / share.sum() / prob.mean()
     return {name: float(value) for name, value in statistics.items()}, mask
 
 
 @torch.no_grad()
-def features(net, state, split):
-    """CLS features [N, D] and labels [N] of a whole split, without augmentation, on the CPU."""
+def features(net, state, split, pooling="cls"):
+    """Features [N, D] of `encode` and labels [N] of a whole split, without augmentation, on the CPU."""
     encoder_params = state.theta.params[: net.encoder_size]
-    pairs = [(encode(net, encoder_params, batch.images).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
+    pairs = [(encode(net, encoder_params, batch.images, pooling).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
     return (torch.cat(column) for column in zip(*pairs))
 
 
-def linear_probe(net, state, splits):
-    """Multinomial logistic regression on frozen, standardised features (levels 1 and 2's images train it).
+def linear_probe(net, state, splits, recipe="lbfgs", pooling="cls"):
+    """Multinomial logistic regression on frozen features (levels 1 and 2's images train it); PROBES holds the recipes.
 
-    The weight decay is chosen on the validation split; the test split is then read once.
-    Returns {"test_accuracy", "val_accuracy": shares, "weight_decay"}."""
-    train, train_labels = features(net, state, splits.train)
+    Each recipe fits several probes; one is chosen on the validation split, and the test split is then read once.
+    Returns {"test_accuracy", "val_accuracy": shares, and the name of what the probes differ in: its chosen value}."""
+    differ_in, fit = PROBES[recipe]
+    probes = fit(*features(net, state, splits.train, pooling), len(splits.class_names))
+
+    def accuracy(probe, inputs, labels):
+        return (probe(inputs).argmax(1) == labels).double().mean().item()
+
+    val = tuple(features(net, state, splits.val, pooling))
+    val_accuracy = {value: accuracy(probe, *val) for value, probe in probes.items()}
+    best = max(val_accuracy, key=val_accuracy.get)
+    test_accuracy = accuracy(probes[best], *features(net, state, splits.test, pooling))
+    return {"test_accuracy": test_accuracy, "val_accuracy": val_accuracy[best], differ_in: best}
+
+
+def lbfgs_probes(train, labels, classes):
+    """L-BFGS on standardised features [N, D] and labels [N], to convergence: {weight decay: features -> logits}."""
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
 
     def standardised(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
         return F.pad((inputs - mean) / std, (1, 0), value=1.0)
 
     def fit(weight_decay):
-        weight = torch.zeros(1 + train.shape[1], len(splits.class_names), requires_grad=True)
+        weight = torch.zeros(1 + train.shape[1], classes, requires_grad=True)
         inputs = standardised(train)
         solver = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
         def objective():
             solver.zero_grad()
-            loss = F.cross_entropy(inputs @ weight, train_labels) + 0.5 * weight_decay * weight[1:].square().sum()
+            loss = F.cross_entropy(inputs @ weight, labels) + 0.5 * weight_decay * weight[1:].square().sum()
             loss.backward()
             return loss
 
         solver.step(objective)
-        return weight.detach()
+        weight = weight.detach()
+        return lambda inputs: standardised(inputs) @ weight
 
-    def accuracy(weight, inputs, labels):
-        return ((standardised(inputs) @ weight).argmax(1) == labels).double().mean().item()
+    return {decay: fit(decay) for decay in (1e-4, 1e-3, 1e-2, 1e-1)}
 
-    fitted = {decay: fit(decay) for decay in (1e-4, 1e-3, 1e-2, 1e-1)}
-    val = tuple(features(net, state, splits.val))
-    val_accuracy = {decay: accuracy(weight, *val) for decay, weight in fitted.items()}
-    best = max(val_accuracy, key=val_accuracy.get)
-    test_accuracy = accuracy(fitted[best], *features(net, state, splits.test))
-    return {"test_accuracy": test_accuracy, "val_accuracy": val_accuracy[best], "weight_decay": best}
+
+def sgd_probes(train, labels, classes, epochs=90, warmup=10, batch_size=1024):
+    """MAE's probe (arXiv 2111.06377) on features [N, D] and labels [N]: BatchNorm without affine, then linear;
+    90 epochs, 10 of warmup, cosine, no weight decay: {learning rate: features -> logits}.
+
+    Where MAE has LARS at one rate and batches of 16,384 cropped images, here SGD with momentum 0.9 has several rates."""
+    rates = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+    scale, batch_size = torch.tensor(rates)[:, None, None], min(batch_size, len(labels))
+    steps = epochs * len(labels) // batch_size
+    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
+    weight = torch.zeros(len(rates), 1 + train.shape[1], classes, requires_grad=True)  # the bias comes first
+    velocity = torch.zeros_like(weight)
+
+    def normed(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
+        return F.pad(norm(inputs), (1, 0), value=1.0)
+
+    for step, (_, indices) in zip(range(steps), data.index_batches(len(labels), batch_size, seed=0, start=0)):
+        # All rates learn in one pass: their probes share no parameter, so the sum of their losses trains each alone.
+        logits = normed(train[indices]) @ weight  # [R, B, classes]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[indices].repeat(len(rates)), reduction="sum") / batch_size
+        velocity = 0.9 * velocity + torch.autograd.grad(loss, weight)[0]
+        lr = schedule(step, steps, warmup * steps / epochs) * scale
+        weight = (weight - lr * velocity).detach().requires_grad_()
+    norm.eval()
+    weight = weight.detach()
+
+    def probe(number):
+        return lambda inputs: normed(inputs) @ weight[number]
+
+    return {rate: probe(number) for number, rate in enumerate(rates)}
+
+
+PROBES = {"lbfgs": ("weight_decay", lbfgs_probes), "mae": ("learning_rate", sgd_probes)}
 
 
 # --------------------------------------------------------------------------------------------------- pictures
@@ -1240,15 +1447,16 @@ def linear_probe(net, state, splits):
 
 @torch.no_grad()
 def draw_images(net, state, splits, path, count=8):
-    """Write a PNG: originals, p, masked images, reconstructions, reconstructions with the visible patches pasted in.
+    """Write a PNG: originals, p (or SemMAE's parts), masked images, reconstructions, the same with the visible patches.
 
     The decoder predicts normalised patches; they are un-normalised here with each patch's own mean and deviation."""
     from matplotlib.figure import Figure
 
     images = next(iter(splits.val.ordered(min(count, len(splits.val))))).images
     encoder_params, decoder_params = state.theta.params.tensor_split([net.encoder_size])
+    progress = state.iteration / mask_updates(net.cfg, splits)
     prob, keep, restore, mask = draw_masks(net, state.psi.params, images, encoder_params,
-                                           net.cfg.seed, MASKS, state.iteration, 1)  # fmt: skip
+                                           net.cfg.seed, MASKS, state.iteration, 1, progress=progress)  # fmt: skip
     with autocast(net, images.device):
         pred = call(net.decoder, decoder_params, call(net.encoder, encoder_params, images, keep), restore).float()
     size, grid = net.cfg.patch_size, int(net.patches**0.5)
@@ -1261,10 +1469,14 @@ def draw_images(net, state, splits, path, count=8):
         mean, std = (torch.tensor(value, device=pixels.device) for value in (splits.mean, splits.std))
         return (pixels * std + mean).clamp(0, 1).cpu().numpy()
 
-    colour, share = dict(cmap="gray", vmin=0, vmax=1), dict(cmap="magma", vmin=0, vmax=1)
+    colour = dict(cmap="gray", vmin=0, vmax=1)
+    if net.cfg.masking == "semantic":
+        name, values, style = "part", part_ids(net, images), dict(cmap="nipy_spectral", vmin=0, vmax=net.cfg.parts)
+    else:
+        name, values, style = "p(hide)", prob, dict(cmap="magma", vmin=0, vmax=1)
     rows = [
         ("image", picture(target), colour),
-        ("p(hide)", rearrange(prob, "b (h w) -> b h w", h=grid).cpu().numpy(), share),
+        (name, rearrange(values, "b (h w) -> b h w", h=grid).cpu().numpy(), style),
         ("visible", picture(target * (1 - hidden)), colour),  # hidden patches in the data set's mean colour
         ("reconstruction", picture(pred), colour),
         ("with visible", picture(target * (1 - hidden) + pred * hidden), colour),
@@ -1287,7 +1499,7 @@ def draw_curves(out):
     panels = [
         ("losses", ["level1_loss", "reconstruction_error", "level2_loss", "level3_loss"]),
         ("masks", ["p_mean", "p_std", "p_entropy", "mask_churn", "mask_overlap"]),
-        ("object patches hidden, ratio to chance", ["object_hidden"]),
+        ("object patches: hidden and weighted, ratio to chance", ["object_hidden", "object_weight"]),
     ]
     panels = [(title, [name for name in names if name in rows[-1]]) for title, names in panels]
     panels = [(title, names) for title, names in panels if names]
@@ -1309,7 +1521,7 @@ def save_figure(figure, path):
 
 # ------------------------------------------------------------------------------------------------------ files
 
-FORMAT = "mlo-mae checkpoint 1"
+FORMAT, PARTS_FORMAT = "mlo-mae checkpoint 1", "mlo-mae parts 1"
 
 
 def write_whole(path, content, previous=None):
@@ -1431,6 +1643,12 @@ def truncate_metrics(path, iteration):
     write_whole(path, "".join(kept).encode())
 
 
+def data_facts(splits):
+    """What a checkpoint says about the data."""
+    return {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
+            "mean": list(splits.mean), "std": list(splits.std)}  # fmt: skip
+
+
 def save_checkpoint(net, state, splits, path):
     """Write the whole state with public parameter names, whole or not at all. Raises RunError if a weight is not
     finite, and leaves the checkpoint before it in place."""
@@ -1447,17 +1665,16 @@ def save_checkpoint(net, state, splits, path):
     content = {
         "format": FORMAT,
         "config": dataclasses.asdict(net.cfg),
-        "data": {"image_size": splits.image_size, "channels": splits.channels, "class_names": splits.class_names,
-                 "mean": list(splits.mean), "std": list(splits.std)},
+        "data": data_facts(splits),
         "iteration": state.iteration,
         "moments": {name: {"m": level.m.cpu(), "v": level.v.cpu(), "t": level.t} for name, level in levels.items()},
     } | {part: {name: tensor.cpu().clone() for name, tensor in tensors.items()} for part, tensors in named.items()}  # fmt: skip
     write_whole(path, lambda file: torch.save(content, file), previous=path.with_name("checkpoint.previous.pt"))
 
 
-def read_checkpoint(path):
-    """The content of a checkpoint, tensors on the CPU; nothing in the file is executed. Raises RunError for a file that
-    is absent, damaged (every record's CRC is checked), or not one of ours."""
+def read_saved(path, kind):
+    """What `torch.save` wrote with "format": kind, tensors on the CPU; nothing in the file is executed. Raises RunError
+    for a file that is absent, damaged (every record's CRC is checked), or not of that kind."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
@@ -1471,8 +1688,14 @@ def read_checkpoint(path):
         raise RunError(f"{path} cannot be read ({reason}); it is damaged or not a checkpoint of this program") from None
     if damaged:
         raise RunError(f"{path} is damaged: its record {damaged} fails its checksum; use a copy, or start again")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RunError(f"{path} is not a checkpoint of this program")
+    if not isinstance(content, dict) or content.get("format") != kind:
+        raise RunError(f"{path} is not a checkpoint of this program, or not one of this kind ({kind})")
+    return content
+
+
+def read_checkpoint(path):
+    """The content of a run's checkpoint. Raises RunError as `read_saved`, and for one of another version."""
+    content = read_saved(path, FORMAT)
     try:
         check_settings(content.get("config"))
     except (ValueError, TypeError, OverflowError) as error:
@@ -1527,6 +1750,51 @@ def restore(net, content, device):
                  level("masking", net.masking))  # fmt: skip
 
 
+def frozen_encoder(cfg, splits, path):
+    """The encoder of a run's checkpoint, for part learning; it may be of another size than this run's, but not see
+    other images or patches. Raises RunError."""
+    content = read_checkpoint(path)
+    theirs, facts = content["config"], content["data"]
+    wanted = {"pixels": splits.image_size, "channels": splits.channels, "pixels a patch": cfg.patch_size}
+    found = dict(zip(wanted, (facts["image_size"], facts["channels"], theirs["patch_size"])))
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise RunError(f"--parts-from {path}: its images have {found[name]} {name}, this run's {value}; "
+                           f"give a run on the same images and patches")  # fmt: skip
+    shape = theirs["width"], theirs["depth"], theirs["heads"]
+    return frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["model"], path)
+
+
+def frozen(module, weights, path):
+    """The module with these weights, of which there may be more than it has. Raises RunError where they do not fit."""
+    try:
+        module.load_state_dict({name: weights[name] for name in module.state_dict()})
+    except (KeyError, RuntimeError):
+        raise RunError(f"{path} is damaged: its weights do not fit its settings; use a copy, or start again") from None
+    return module.requires_grad_(False)
+
+
+def save_parts(parts, path):
+    """Write parts.pt: what masks need beside the checkpoint, so that the run needs --parts-from no longer."""
+    encoder = parts.encoder
+    content = {
+        "format": PARTS_FORMAT,
+        "encoder_shape": [encoder.pos_embed.shape[2], len(encoder.blocks), encoder.blocks[0].attn.heads],
+        "encoder": {name: tensor.cpu() for name, tensor in encoder.state_dict().items()},
+        "learner": {name: tensor.cpu() for name, tensor in parts.learner.state_dict().items()},
+    }
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def read_parts(cfg, splits, path, device):
+    """Parts from a run's parts.pt. Raises RunError."""
+    content = read_saved(path, PARTS_FORMAT)
+    shape = content["encoder_shape"]
+    encoder = frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["encoder"], path)
+    learner = baselines.PartLearner(shape[0], cfg.parts, splits.channels * cfg.patch_size**2)
+    return Parts(encoder.to(device), frozen(learner, content["learner"], path).to(device))
+
+
 def open_run(run, device_name, **machine):
     """(Networks, State, Splits) of a run's checkpoint; `machine` overrides fields of its configuration."""
     content = newest_checkpoint(run)
@@ -1544,6 +1812,42 @@ def open_run(run, device_name, **machine):
     return net, state, splits
 
 
+EXPORTS = {"timm": "encoder-timm.safetensors", "mae": "autoencoder-mae.pth"}  # kinds, and their files in a run's folder
+TIMM = {(768, 12, 12): "vit_base_patch16_224", (1024, 24, 16): "vit_large_patch16_224"}  # width, depth, heads; patch 16 at 224
+
+
+def export(run, to, file=None):
+    """Write a run's weights for other programs, to `file` or into the run's folder; returns what the command reports.
+
+    to="timm": safetensors of the encoder, which timm's VisionTransformer loads strictly. It wants a classifier as well,
+    and an encoder that was pretrained has none: head.weight and head.bias, for the run's classes, are zeros.
+    to="mae": a .pth of {"model": encoder and decoder}, as facebookresearch/mae names them.
+    Raises RunError where the file exists already."""
+    content = read_checkpoint(run / "checkpoint.pt")
+    cfg, facts, model = Config(**content["config"]), content["data"], content["model"]
+    file = run / EXPORTS[to] if file is None else file
+    if file.exists():
+        raise RunError(f"{file} exists already; move it away, or name another with --file")
+    image_size, channels, classes = facts["image_size"], facts["channels"], len(facts["class_names"])
+    sizes = (f"img_size={image_size}, patch_size={cfg.patch_size}, in_chans={channels}, "
+             f"embed_dim={cfg.width}, depth={cfg.depth}, num_heads={cfg.heads}")  # fmt: skip
+    report = {"verb": "export", "run": str(run), "file": str(file), "mean": facts["mean"], "std": facts["std"]}
+    if to == "mae":
+        write_whole(file, lambda opened: torch.save({"model": model}, opened))
+        return report | {"call": f"MaskedAutoencoderViT({sizes}, decoder_embed_dim={cfg.decoder_width}, "
+                                 f"decoder_depth={cfg.decoder_depth}, decoder_num_heads={cfg.decoder_heads}, "
+                                 f"norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True)"}  # fmt: skip
+    standard = TIMM.get((cfg.width, cfg.depth, cfg.heads)) if (image_size, channels, cfg.patch_size) == (224, 3, 16) else None
+    call = f"timm.models.VisionTransformer({sizes}, num_classes={classes})"
+    if standard:
+        call = f"timm.create_model('{standard}', num_classes={classes})"
+    encoder = {name: tensor for name, tensor in model.items() if not interchange.is_decoder(name)}
+    encoder |= {"head.weight": torch.zeros(classes, cfg.width), "head.bias": torch.zeros(classes)}
+    metadata = {"call": call, "mean": json.dumps(facts["mean"]), "std": json.dumps(facts["std"])}
+    write_whole(file, lambda opened: interchange.write_safetensors(encoder, opened, metadata))
+    return report | {"call": call, "head": "zeros: a pretrained encoder has no classifier"}
+
+
 # ----------------------------------------------------------------------------------------------- command line
 
 
@@ -1552,13 +1856,9 @@ class Parser(argparse.ArgumentParser):
         raise RunError(f"{message}; see {self.prog} --help")
 
 
-def parse(argv):
-    """Arguments, with the command first; without one, pretrain."""
-    parser = Parser(prog="mlo_mae.py", description=__doc__.splitlines()[0],
-                    epilog="without a command: pretrain; its flags are listed by pretrain --help")  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | probe | show")
-    pretraining = commands.add_parser("pretrain", help="pretrain, probe, write pictures")
-    for field in dataclasses.fields(Config):
+def add_flags(parser, fields):
+    """A flag for each of these dataclass fields; one that the user leaves out is absent from the arguments."""
+    for field in fields:
         name, options = "--" + field.name.replace("_", "-"), {"help": field.metadata["help"], "default": argparse.SUPPRESS}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -1569,7 +1869,18 @@ def parse(argv):
         else:
             options |= {"type": field.type, "metavar": field.type.__name__}
         options["help"] += f" (default {field.default})"
-        pretraining.add_argument(name, **options)
+        parser.add_argument(name, **options)
+
+
+def parse(argv):
+    """Arguments, with the command first; without one, pretrain."""
+    import finetune  # which imports this module
+
+    parser = Parser(prog="mlo_mae.py", description=__doc__.splitlines()[0],
+                    epilog="without a command: pretrain; its flags are listed by pretrain --help")  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, metavar="pretrain | probe | finetune | show | export")
+    pretraining = commands.add_parser("pretrain", help="pretrain, probe, write pictures")
+    add_flags(pretraining, dataclasses.fields(Config))
     pretraining.add_argument("--out", type=Path, help="folder of the run (default runs/<preset>-<masking>-<seed>)")
     pretraining.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
     for command, purpose in (("probe", "linear probe of a run"), ("show", "pictures of a run: masks.png, curves.png")):
@@ -1577,6 +1888,16 @@ def parse(argv):
         reading.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
         reading.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
         reading.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+        if command == "probe":
+            reading.add_argument("--recipe", choices=list(PROBES), default="lbfgs", help="lbfgs: to convergence, weight decay "
+                                 "chosen on validation; mae: MAE's, by SGD, learning rate chosen on validation (default lbfgs)")
+            reading.add_argument("--pooling", choices=["cls", "mean"], default="cls",
+                                 help="CLS token, or mean of the patches' tokens (default cls)")  # fmt: skip
+    exporting = commands.add_parser("export", help="a run's weights for timm or facebookresearch/mae")
+    exporting.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    exporting.add_argument("--to", choices=list(EXPORTS), required=True, help="timm: the encoder; mae: the decoder too")
+    exporting.add_argument("--file", type=Path, help=f"where to (default in RUN: {', '.join(EXPORTS.values())})")
+    finetune.add_command(commands)
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["pretrain", *argv]
     return vars(parser.parse_args(argv))
@@ -1594,10 +1915,17 @@ def run_command(arguments):
         preset = arguments.get("preset", "shapes")
         cfg = Config(**{"preset": preset} | PRESETS[preset] | arguments)
         return pretrain(cfg, out or Path("runs") / f"{cfg.preset}-{cfg.masking}-{cfg.seed}", resume)
+    if command == "export":
+        return export(**arguments)
+    if command == "finetune":
+        import finetune  # which imports this module
+
+        return finetune.run_command(**arguments)
     run, device = arguments.pop("run"), arguments.pop("device")
+    how = {name: arguments.pop(name) for name in ("recipe", "pooling") if name in arguments}
     net, state, splits = open_run(run, device, **arguments)
     if command == "probe":
-        return {"verb": "probe", "run": str(run), **linear_probe(net, state, splits)}
+        return {"verb": "probe", "run": str(run), **how, **linear_probe(net, state, splits, **how)}
     draw_images(net, state, splits, run / "masks.png")
     draw_curves(run)
     return {"verb": "show", "run": str(run), "pictures": [str(run / "masks.png"), str(run / "curves.png")]}
@@ -1605,22 +1933,34 @@ def run_command(arguments):
 
 def main(argv=None):
     """Exit status 0, or 2 after one line, whatever the number of processes, for what the user can mend."""
-    try:
+
+    def work():
         join()
-        summary = run_command(parse(sys.argv[1:] if argv is None else argv))
+        return run_command(parse(sys.argv[1:] if argv is None else argv))
+
+    return reported("mlo_mae", work)
+
+
+def reported(program, work):
+    """Print what work() returns, unless None, as one line of JSON. Exit status 0, or 2 after one line for what the user
+    can mend."""
+    try:
+        summary = work()
         if summary is not None:
             print(json.dumps(summary, separators=(",", ":")))
         return 0
-    except (RunError, data.DataError) as error:
+    except (RunError, data.DataError, interchange.WeightsError) as error:
         message = str(error)
     except torch.OutOfMemoryError as error:
         message = f"out of memory: {str(error).splitlines()[0]} Lower --batch-size"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     if first_to_fail():
-        print(f"mlo_mae: {message}", file=sys.stderr)
+        print(f"{program}: {message}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import mlo_mae  # so that finetune.py, which imports it too, meets the same classes
+
+    sys.exit(mlo_mae.main())

@@ -160,7 +160,8 @@ def attention_backward_kernel(
 def _config(qkv, light):
     """Tile sizes by shape: the largest that spill no registers (`python -m kernels.cross_compile` shows them).
 
-    65 to 96 rows waste less in tiles of 32. The forward is light; the others hold more tiles, so take twice the warps.
+    65 to 96 rows waste less in tiles of 32. The forward is light and takes half the warps, but for wide heads in float32,
+    which would spill on sm_100.
     """
     N, D, single = qkv.shape[1], qkv.shape[4], qkv.dtype == torch.float32
     if single:
@@ -169,7 +170,9 @@ def _config(qkv, light):
         ROWS = 32 if D > 64 or N <= 32 or 64 < N <= 96 else 64
     small = not single and ROWS == 32 and D <= 64
     COLS = max(16, triton.next_power_of_2(D))
-    warps = (2 if small else 4) if light else (4 if small else 8)
+    warps = 4 if small else 8
+    if light and not (single and D > 64):
+        warps //= 2
     return {"WHOLE": N <= ROWS, "D": D, "ROWS": ROWS, "COLS": COLS, "num_warps": warps, "num_stages": 2}
 
 

@@ -59,6 +59,10 @@ def model_calls():
     for dtype, (d, lengths) in ((bf16, encoder), (fp32, encoder), (bf16, decoder), (bf16, small), (fp32, small)):
         for N in lengths:
             derive(attention, empty(B, N, 3, 12, d, dtype=dtype))
+    for d in (80, 128):  # wide heads: ViT-H's, and the widest; every longer row runs the same binary
+        for N in (197, 257, 1025):
+            derive(attention, empty(B, N, 3, 12, d, dtype=torch.float16))
+    attention(empty(B, 197, 3, 12, 128))
 
 
 def resources(compiled, target):

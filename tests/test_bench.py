@@ -1,10 +1,12 @@
 """Every verb of bench.py at tiny sizes: what it prints, when it fails, and its counters against cases known by hand."""
 
+import functools
 import json
 import math
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import bench
 import mlo_mae
@@ -51,6 +53,7 @@ def test_hypergradient(capsys):
     assert rows["unrolled"]["error_float64"] == 0 and rows["unrolled"]["peak_bytes"] > rows["exact"]["peak_bytes"]
     for name in ("finite-difference", "redrawn", "published", "identity", "first-order", "last-of-2"):
         assert rows[name]["verdict"] != "exact"
+    assert ("Betty" in out) == ("betty" in rows)  # silent where it is not installed
     assert rows["redrawn"]["error_float64"] > 10 * rows["finite-difference"]["error_float64"]
 
 
@@ -63,6 +66,20 @@ def test_hypergradient_fails_where_exact_is_wrong(capsys, monkeypatch, few):
     status, report, out = run(capsys, "hypergradient", "--sizes", "tiny")
     assert status == 1 and "WRONG: exact at tiny in float64: relative error 1.0e-09, allowed 1e-12" in out
     assert "in float32" not in out.split("WRONG", 1)[1]  # there it is within rounding
+
+
+def test_betty_is_driven_to_the_derivative_that_it_approximates(monkeypatch):
+    """Where steps and differences are small, Betty's -1 for dU/dg and its differences after the steps are all that is left."""
+    configs = pytest.importorskip("betty.configs")
+    monkeypatch.setattr(configs, "Config", functools.partial(configs.Config, darts_alpha=1e-4))
+    size, settings = NANO
+    cfg = mlo_mae.Config(**settings | {"head_norm": "layer", "lr": 1e-7, "head_lr": 1e-7, "update_jacobian": "identity"})
+    net, arguments = bench.problem(cfg, size, CPU, count=1)
+    arguments = bench.in_double(net, arguments)
+    before = [x.clone() for x in tree_leaves(arguments) if torch.is_tensor(x)]
+    found, exact = (form(net, *arguments).hypergradient for form in (bench.by_betty, mlo_mae.exact))
+    assert bench.relative_error(found, exact) < 1e-3
+    assert all(map(torch.equal, before, [x for x in tree_leaves(arguments) if torch.is_tensor(x)]))
 
 
 def test_hypergradient_writes_table_and_picture(capsys, monkeypatch, tmp_path, few):
@@ -89,6 +106,20 @@ def test_kernels(capsys):
     assert flash and {row["direction"] for row in flash} == {"forward", "backward"}
     cudnn = [row for row in report["rows"] if row["implementation"] == "SDPA cuDNN"]
     assert cudnn and all(row["seconds"] is None for row in cudnn)  # it refuses a CPU
+
+
+def test_every_repeat_of_a_kernel_has_new_inputs():
+    seen = []
+
+    def watched(x, ids):
+        seen.append((float(x.sum()), ids))
+        return x * ids
+
+    case = bench.Case("watched", "", (torch.ones(4, 3), torch.arange(12).view(4, 3)), 1, watched, torch.mul, {})
+    rows, error = bench.compare(case, "forward", False, 3, CPU)
+    assert error is None and all(torch.equal(ids.sort(0).values, case.tensors[1]) for _, ids in seen)
+    assert len({total for total, _ in seen}) == 1 + 3  # the check, and three repeats
+    assert 12.0 not in {total for total, _ in seen}  # none with the inputs as they were given
 
 
 def test_a_wrong_kernel_gets_no_speedup(capsys, monkeypatch):
@@ -141,14 +172,14 @@ def test_what_the_user_can_mend_ends_in_one_line(capsys, tmp_path):
 def test_operations_of_a_matrix_product_and_of_its_tangent():
     a, b = torch.randn(3, 5), torch.randn(5, 7)
     product = 2 * 3 * 5 * 7
-    assert bench.operations(lambda pair: pair[0] @ pair[1], (a, b)) == product
-    assert bench.operations(lambda pair: torch.func.jvp(torch.matmul, pair, pair), (a, b)) == 3 * product
+    assert bench.operations(lambda: a @ b) == product
+    assert bench.operations(lambda: torch.func.jvp(torch.matmul, (a, b), (a, b))) == 3 * product
 
-    def backward(pair):
-        moving = [x.detach().requires_grad_() for x in pair]
+    def backward():
+        moving = [x.requires_grad_() for x in (a, b)]
         torch.autograd.grad((moving[0] @ moving[1]).sum(), moving)
 
-    assert bench.operations(backward, (a, b)) == 3 * product
+    assert bench.operations(backward) == 3 * product
 
 
 def test_peak_memory_of_a_chain():
@@ -165,5 +196,5 @@ def test_peak_memory_of_a_chain():
 def test_quartiles_and_interleaving():
     assert bench.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == {"seconds": 3.0, "seconds_q1": 2.0, "seconds_q3": 4.0}
     order = []
-    bench.interleaved({name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU)
+    bench.interleaved(lambda: {name: lambda name=name: order.append(name) for name in "ab"}, 3, CPU)
     assert order == ["a", "b", "b", "a", "a", "b"]

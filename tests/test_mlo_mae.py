@@ -253,7 +253,7 @@ def test_mask_statistics_of_known_masks(monkeypatch):
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(v, "cpu") for v in (theta, head, psi)))
     mask = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1.0]])
     prob = torch.tensor([[0.5, 0.5, 0.5, 0.5], [1.0, 0, 1, 1]])
-    monkeypatch.setattr(mlo_mae, "draw_masks", lambda *arguments: (prob, None, None, mask))
+    monkeypatch.setattr(mlo_mae, "draw_masks", lambda *arguments, **named: (prob, None, None, mask))
     objects = torch.zeros(2, 16, 16, dtype=torch.bool)
     objects[0, :8, :8] = True  # all visible
     objects[1, 8:, 8:12] = True  # all hidden
@@ -299,7 +299,7 @@ def test_probe_repeats_and_beats_chance(run, capsys):
     out, summary, _ = run
     assert main(["probe", str(out), "--device", "cpu"]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert again == {"verb": "probe", "run": str(out), **summary["probe"]}
+    assert again == {"verb": "probe", "run": str(out), "recipe": "lbfgs", "pooling": "cls", **summary["probe"]}
     assert again["test_accuracy"] > 0.8  # two classes that differ in brightness left and right
 
 

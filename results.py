@@ -1,0 +1,236 @@
+"""Does learning the masks help? A grid of methods x seeds on one data set, as a table, a figure and one line of JSON.
+
+    python results.py                                      # shapes: about 20 minutes on 2 CPU cores
+    python results.py --data cifar100 --data-dir DIR       # a small ViT on 5,000 images
+    python results.py --table                              # from what is finished, without running anything
+
+Two rules, since a mask update costs more than a step of MAE. *Equal steps*: every method makes the same level-1 steps.
+*Equal time*: every method gets the seconds that MLO-MAE took in this grid, at the same seed, and makes more steps in them.
+Methods of one seed share their data split, first weights and, under equal steps, the order of their images, so differences
+are taken in pairs. Every method has the same labels: all of the training split to probe and fine-tune with, and the
+validation split to choose with. A cell of the grid is a run's folder; a finished cell is not run again.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import multiprocessing
+import shlex
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import bench
+import finetune
+import mlo_mae
+from mlo_mae import RunError, write_whole
+
+# What each method changes in the configuration. `{mae}` is the folder of this seed's MAE under equal steps.
+METHODS = {
+    "MLO-MAE": dict(masking="learned"),
+    "MAE": dict(masking="random"),
+    "U-MAE": dict(masking="random", uniformity=0.01),
+    "SemMAE": dict(masking="semantic", parts_from="{mae}"),
+    "first-order MLO-MAE": dict(masking="learned", hypergradient="first-order"),
+    "supervised, not pretrained": None,
+}
+DATA = {  # the configuration, and how to fine-tune
+    "shapes": (dict(), dict(epochs=4)),
+    "cifar100": (dict(data="cifar100", images=5000), dict(epochs=10)),
+}
+
+
+def settings(name, method, seed, out, data_dir):
+    """A cell's Config, and its fine-tuning Recipe."""
+    config, recipe = DATA[name]
+    changes = {key: str(value).format(mae=out / f"MAE-steps-{seed}") if key == "parts_from" else value
+               for key, value in (METHODS[method] or {}).items()}  # fmt: skip
+    cfg = mlo_mae.Config(**config | dict(data_dir=data_dir, seed=seed, device="cpu" if not torch.cuda.is_available() else "auto"))
+    return replace(cfg, **changes), finetune.Recipe(seed=seed, from_scratch=METHODS[method] is None, **recipe)
+
+
+def folder_of(out, method, rule, seed):
+    return out / f"{method.split(',')[0].replace(' ', '-')}-{rule}-{seed}"
+
+
+def read_cell(folder):
+    """A finished cell's numbers, or None."""
+    return json.loads((folder / "cell.json").read_text()) if (folder / "cell.json").exists() else None
+
+
+def run_cell(name, method, rule, seed, out, data_dir, threads):
+    """Run one cell and write its cell.json: accuracies on the test split (shares), epochs, seconds.
+
+    Under the rule "time" a method gets the seconds of MLO-MAE's pretraining, and the epochs that fit, by its own pace
+    under the rule "steps": so a cell is a run like any other, and follows from its flags."""
+    torch.set_num_threads(threads)
+    folder, (cfg, recipe) = folder_of(out, method, rule, seed), settings(name, method, seed, out, data_dir)
+    pretrained = METHODS[method] is not None
+    if rule == "time":
+        budget = read_cell(folder_of(out, "MLO-MAE", "steps", seed))["seconds"]
+        pace = read_cell(folder_of(out, method, "steps", seed))
+        if pretrained:
+            cfg = replace(cfg, epochs=max(1, round(cfg.epochs * budget / pace["seconds"])))
+        else:  # no pretraining: its seconds go to fine-tuning
+            recipe = replace(recipe, epochs=recipe.epochs + round(recipe.epochs * budget / pace["finetune_seconds"]))
+    cell = {"epochs": cfg.epochs if pretrained else 0, "seconds": 0.0}
+    if pretrained:
+        summary = mlo_mae.pretrain(cfg, folder, resume=True)
+        cell |= {"seconds": pretraining_seconds(folder, cfg), "probe": summary["probe"]["test_accuracy"]}
+        net, state, splits = mlo_mae.open_run(folder, cfg.device, data_dir=data_dir)
+        theta = state.theta.params
+    else:
+        splits = mlo_mae.load_data(cfg, mlo_mae.choose_device(cfg.device))
+        net, (theta, _, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+        folder.mkdir(parents=True, exist_ok=True)
+    tuned = finetune.finetune(net, theta, splits, recipe)
+    cell |= {"finetune": tuned["test_top1"], "finetune_epochs": recipe.epochs, "finetune_seconds": tuned["seconds"]}
+    write_whole(folder / "cell.json", json.dumps(cell).encode())
+
+
+def pretraining_seconds(folder, cfg):
+    """Seconds of the loop itself, without evaluation and pictures; also of a run that was interrupted."""
+    seconds, before = 0.0, 0
+    for row in mlo_mae.read_metrics(folder / "metrics.jsonl"):
+        seconds += (row["iteration"] - before) * cfg.level1_steps * cfg.batch_size / row["images_per_second"]
+        before = row["iteration"]
+    return seconds
+
+
+def grid(name, methods, seeds, out, data_dir, workers, threads):
+    """Run what is not finished, first the rule "steps", whose times the rule "time" needs. Methods of a seed run side by
+    side, so that all are timed under the same load."""
+    context = multiprocessing.get_context("spawn")
+    for rule in ("steps", "time"):
+        todo = [(method, rule, seed) for seed in seeds for method in sorted(methods, key=lambda method: method == "SemMAE")
+                if read_cell(folder_of(out, method, rule, seed)) is None and not (rule == "time" and method == "MLO-MAE")]
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            first = {cell: pool.submit(run_cell, name, *cell, out, data_dir, threads) for cell in todo if cell[0] != "SemMAE"}
+            for cell, future in first.items():
+                future.result()
+                print("finished", *cell, file=sys.stderr)
+            for future in [pool.submit(run_cell, name, *cell, out, data_dir, threads) for cell in todo if cell[0] == "SemMAE"]:
+                future.result()  # they need MAE's encoder
+
+
+# --------------------------------------------------------------------------------------------------- table and figure
+
+
+def t_quantile(freedom, share=0.975):
+    """Student's t quantile, by summing its density (no closed form; numpy has none)."""
+    x = np.linspace(-200, 200, 4_000_001)
+    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+    return float(x[np.searchsorted(np.cumsum(density) / density.sum(), share)])
+
+
+def spread(values):
+    """"mean +- standard deviation", in per cent."""
+    values = 100 * np.array(values)
+    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+
+
+def difference(ours, theirs):
+    """Mean of the paired differences in points, with the half-width of its 95 % confidence interval."""
+    gaps = 100 * (np.array(ours) - np.array(theirs))
+    if len(gaps) < 2:
+        return f"{gaps.mean():+.1f}"
+    return f"{gaps.mean():+.1f} ± {t_quantile(len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps)):.1f}"
+
+
+def table(methods, seeds, out):
+    """The results as markdown lines, and as rows for JSON."""
+    lines = ["| rule | method | epochs | seconds | linear probe % | against MAE | fine-tuned % | against MAE |",
+             "|---|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    rows = []
+    for rule in ("steps", "time"):
+        for method in methods:
+            same = "steps" if method == "MLO-MAE" else rule  # its own time is the rule
+            cells = [read_cell(folder_of(out, method, same, seed)) for seed in seeds]
+            mae = [read_cell(folder_of(out, "MAE", rule, seed)) for seed in seeds]
+            if not all(cells) or not all(mae):
+                continue
+            row = [f"equal {rule}", method, f"{np.mean([cell['epochs'] for cell in cells]):.0f}",
+                   f"{np.mean([cell['seconds'] for cell in cells]):.0f}"]  # fmt: skip
+            for measure in ("probe", "finetune"):
+                values = [cell.get(measure) for cell in cells]
+                known = None not in values
+                row.append(spread(values) if known else "")
+                row.append(difference(values, [cell[measure] for cell in mae]) if known and method != "MAE" else "")
+            lines.append("| " + " | ".join(row) + " |")
+            rows.append({"rule": rule, "method": method, **{key: [cell.get(key) for cell in cells] for key in cells[0]}})
+    return lines, rows
+
+
+def figure(methods, seeds, out, path):
+    """How object patches are hidden and weighted over training (`shapes` only), and the linear probes."""
+    from matplotlib.figure import Figure
+
+    panels = [("object patches hidden, ratio to chance", "object_hidden"),
+              ("weight p of object patches, ratio to mean", "object_weight")]  # fmt: skip
+    drawing = Figure(figsize=(10, 3.5), layout="constrained")
+    for axis, (title, name) in zip(drawing.subplots(1, len(panels)), panels):
+        for method in methods:
+            curves = [mlo_mae.read_metrics(folder_of(out, method, "steps", seed) / "metrics.jsonl") for seed in seeds
+                      if METHODS[method] is not None]  # fmt: skip
+            if not curves or name not in curves[0][-1]:
+                continue
+            values = np.array([[row[name] for row in rows] for rows in curves])  # [seeds, lines]
+            epochs = [row["epoch"] for row in curves[0]]
+            (line,) = axis.plot(epochs, values.mean(0), label=method)
+            axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+        axis.set(title=title, xlabel="epochs of level 1")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    mlo_mae.save_figure(drawing, path)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(argv):
+    parser = mlo_mae.Parser(prog="results.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=list(DATA), default="shapes")
+    parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="rows (default all)")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
+    parser.add_argument("--out", type=Path, help="folder of the grid (default runs/results-<data>)")
+    parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
+    parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
+    return parser.parse_args(argv)
+
+
+def run(options):
+    if "MAE" not in options.methods or "MLO-MAE" not in options.methods:
+        raise RunError("--methods needs MLO-MAE, whose time is the rule, and MAE, which it is compared with")
+    if min(options.seeds, options.workers, options.threads) < 1:
+        raise RunError("--seeds, --workers and --threads must be at least 1")
+    out, seeds = options.out or Path("runs") / f"results-{options.data}", range(options.seeds)
+    if not options.table:
+        out.mkdir(parents=True, exist_ok=True)
+        grid(options.data, options.methods, seeds, out, options.data_dir, options.workers, options.threads)
+    lines, rows = table(options.methods, seeds, out)
+    if not rows:
+        raise RunError(f"{out} holds no finished rows; run without --table")
+    facts = bench.machine(mlo_mae.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
+    facts["threads"] = options.threads
+    header = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    text = "\n".join([f"`python {shlex.join(['results.py', *sys.argv[1:]])}`", "", header, "", *lines, "",
+                      "Mean ± standard deviation over seeds; \"against MAE\" is the mean paired difference in points with its 95 %",
+                      "confidence interval (Student's t). Seconds: the pretraining loop alone."])  # fmt: skip
+    print(text)
+    figure(options.methods, seeds, out, out / "results.png")
+    if options.save:
+        folder = Path(__file__).parent / "benchmarks"
+        write_whole(folder / f"results-{options.data}.md", (text + "\n").encode())
+        write_whole(folder / f"results-{options.data}.png", (out / "results.png").read_bytes())
+    return {"verb": "results", "machine": facts, "rows": rows}
+
+
+if __name__ == "__main__":
+    sys.exit(mlo_mae.reported("results", lambda: run(parse(sys.argv[1:]))))

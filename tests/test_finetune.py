@@ -1,0 +1,624 @@
+"""Fine-tuning: each piece against its formula, whole fine-tunings, resuming, bad input; and the probe's recipes."""
+
+import dataclasses
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance, ImageOps
+
+import data
+import finetune
+import mlo_mae
+from finetune import RECIPES, Recipe
+from mlo_mae import Config, build, call, main
+
+SCRIPT = Path(mlo_mae.__file__)
+TINY = dict(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2, masking_width=8)
+EVERYTHING = dict(epochs=3, batch_size=12, warmup_epochs=0.5, drop_path=0.3, label_smoothing=0.1, mixup=0.8, cutmix=1.0,
+                  randaugment=9.0, erasing=0.5, lr=2e-2)  # fmt: skip
+
+
+def flags(settings):
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def npz(tmp_path_factory):
+    """120 + 30 images of six classes: a square whose colour is the class, which no crop or flip changes."""
+    random = np.random.default_rng(0)
+
+    def draw(count):
+        labels = np.arange(count) % 6
+        images = random.integers(0, 100, (count, 16, 16, 3))
+        colours = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)])
+        images[:, 4:12, 4:12] += 150 * colours[labels][:, None, None]
+        return images.astype(np.uint8), labels
+
+    path = tmp_path_factory.mktemp("data") / "colours.npz"
+    (train, train_labels), (test, test_labels) = draw(120), draw(30)
+    np.savez(path, train_images=train, train_labels=train_labels, test_images=test, test_labels=test_labels)
+    return path
+
+
+@pytest.fixture
+def given(npz):
+    """Networks, theta and Splits, as `finetune` takes them."""
+    splits = data.load(npz, "data")
+    net, (theta, _, _) = build(Config(**TINY, checkpoint_minutes=0), 16, 3, 6)
+    return net, theta, splits
+
+
+@pytest.fixture(scope="session")
+def run(npz, tmp_path_factory):
+    """A pretrained run."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    sizes = dict(TINY, batch_size=16, labelled_batch_size=8, epochs=1, device="cpu", checkpoint_minutes=0)
+    assert main(["pretrain", "--data", str(npz), "--out", str(out), *flags(sizes)]) == 0
+    return out
+
+
+def refused(argv, capsys, *words):
+    """The command ends with status 2 and one line on stderr that holds `words`, apart from the progress bar's."""
+    capsys.readouterr()
+    try:
+        status = main([str(argument) for argument in argv])
+    except SystemExit as exit:  # argparse
+        status = exit.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("mlo_mae: "), lines
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+
+
+# ------------------------------------------------------------------------------------------- recipes and schedule
+
+
+def test_recipes_hold_the_published_values():
+    base, large, cifar = (Recipe(**RECIPES[name]) for name in ("mae", "mae-large", "cifar"))
+    for recipe in (Recipe(), base, large, cifar):
+        finetune.check(recipe)
+    assert base.lr == 5e-4 * base.batch_size / 256 and large.lr == 1e-3 * large.batch_size / 256
+    assert (base.epochs, base.layer_decay, base.drop_path) == (100, 0.65, 0.1)
+    assert (large.epochs, large.layer_decay, large.drop_path) == (50, 0.75, 0.2)
+    assert (base.mixup, base.cutmix, base.erasing, base.label_smoothing, base.pooling) == (0.8, 1.0, 0.25, 0.1, "mean")
+    assert (cifar.lr, cifar.weight_decay, cifar.layer_decay, cifar.pooling, cifar.mixup) == (1e-4, 5e-5, 1.0, "cls", 0)
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_its_end():
+    recipe = Recipe(epochs=10, warmup_epochs=2.0, lr=0.5, min_lr=0.1)
+    rates = [finetune.learning_rate(recipe, step, 20) for step in range(200)]
+    assert rates[0] == pytest.approx(0.1 + 0.4 / 40) and rates[39] == rates[40] == 0.5
+    assert rates[120] == pytest.approx(0.3) and rates[199] == pytest.approx(0.1, abs=1e-3)
+    assert finetune.learning_rate(recipe, 200, 20) == pytest.approx(0.1, abs=1e-12)
+
+
+def test_layers_learn_at_decaying_rates_and_only_weights_decay(given):
+    net, theta, splits = given
+    recipe = Recipe(layer_decay=0.5, weight_decay=0.3)
+    model = finetune.start(net, theta, splits, recipe)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (group["scale"], group["weight_decay"])
+             for group in finetune.layer_groups(model, recipe) for p in group["params"]}  # fmt: skip
+    assert found.keys() == set(names.values())
+    for name, (scale, decay) in found.items():
+        layer = {"cls_token": 0, "pos_embed": 0, "patch_embed": 0, "fc_norm": 3, "head": 3}.get(name.split(".")[0])
+        layer = 1 + int(name.split(".")[1]) if layer is None else layer
+        assert scale == 0.5 ** (2 + 1 - layer), name
+        weights = ("proj.weight", "qkv.weight", "fc1.weight", "fc2.weight", "head.weight")
+        assert decay == (0.3 if name.endswith(weights) else 0.0), name
+
+
+def test_a_step_uses_each_groups_rate(given, monkeypatch):
+    """AdamW's first step moves an element by its rate, so the layers' movements show their rates."""
+    net, theta, splits = given
+    recipe = Recipe(epochs=1, batch_size=96, warmup_epochs=0.0, layer_decay=0.5, weight_decay=0.0, lr=1e-2)
+    before = finetune.start(net, theta, splits, recipe).state_dict()
+    models = []
+    monkeypatch.setattr(finetune, "evaluate", lambda model, split: models.append(model) or {"top1": 0.5})
+    finetune.finetune(net, theta, splits, recipe)
+    scales = {"head.bias": 1, "blocks.1.mlp.fc2.bias": 0.5, "blocks.0.mlp.fc2.bias": 0.25, "pos_embed": 0.125}
+    for name, scale in scales.items():
+        moved = (models[0].state_dict()[name] - before[name]).abs()
+        assert moved.max().item() == pytest.approx(1e-2 * scale, rel=1e-2), name
+
+
+# ----------------------------------------------------------------------------------------------------- classifier
+
+
+def test_the_start_is_the_pretrained_encoder_or_fresh_weights_of_the_seed(given):
+    net, theta, splits = given
+    images = splits.val.pick(torch.arange(4)).images
+    other = theta + 0.1 * torch.randn(len(theta), generator=torch.Generator().manual_seed(1))
+    pretrained = finetune.start(net, other, splits, Recipe(pooling="cls"))
+    named = mlo_mae.unflatten(net.encoder, other[: net.encoder_size])
+    assert all(torch.equal(pretrained.state_dict()[name], tensor) for name, tensor in named.items())
+    assert pretrained.state_dict().keys() - named.keys() == {"head.weight", "head.bias"}
+    mean = finetune.start(net, other, splits, Recipe(pooling="mean")).state_dict()
+    assert mean.keys() == (named.keys() | {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}) - {
+        "norm.weight", "norm.bias"}  # fmt: skip
+    assert torch.equal(mean["fc_norm.weight"], torch.ones(16)) and torch.equal(mean["blocks.1.norm2.weight"],
+                                                                               named["blocks.1.norm2.weight"])  # fmt: skip
+
+    scratch = finetune.start(net, other, splits, Recipe(pooling="cls", from_scratch=True, seed=3))
+    _, (fresh, _, _) = build(Config(**TINY, seed=3), 16, 3, 6)
+    fresh = mlo_mae.unflatten(net.encoder, fresh[: net.encoder_size])
+    assert all(torch.equal(scratch.state_dict()[name], tensor) for name, tensor in fresh.items())
+    assert not torch.equal(scratch(images), pretrained(images))
+
+
+def test_the_head_reads_the_cls_token_or_the_mean_of_the_patches(given):
+    net, theta, splits = given
+    images = splits.val.pick(torch.arange(4)).images
+    params = theta[: net.encoder_size] + 0.1 * torch.randn(net.encoder_size, generator=torch.Generator().manual_seed(1))
+    cls = finetune.start(net, params, splits, Recipe(pooling="cls"))
+    expected = F.linear(mlo_mae.encode(net, params, images), cls.head.weight, cls.head.bias)
+    assert torch.allclose(cls(images), expected, atol=1e-6)
+
+    mean = finetune.start(net, params, splits, Recipe(pooling="mean"))
+    torch.nn.init.normal_(mean.fc_norm.weight)
+    torch.nn.init.normal_(mean.head.weight)
+    tokens = []
+    mean.blocks[-1].register_forward_hook(lambda block, inputs, output: tokens.append(output))
+    logits = mean(images)
+    pooled = tokens[0][:, 1:].sum(1) / 16
+    centred = pooled - pooled.mean(1, keepdim=True)
+    normed = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt() * mean.fc_norm.weight + mean.fc_norm.bias
+    assert torch.allclose(logits, normed @ mean.head.weight.T + mean.head.bias, atol=1e-5)
+
+
+def test_drop_path_keeps_expectations_and_rises_with_depth():
+    factors = finetune.drop_path(0.4, 5, 4000, 0, 1)
+    assert factors.shape == (5, 2, 4000, 1, 1)
+    for block in range(5):
+        rate = 0.1 * block
+        values = factors[block].unique().tolist()
+        assert values == pytest.approx([1.0] if block == 0 else [0.0, 1 / (1 - rate)])
+        share = (factors[block] == 0).double().mean().item()
+        assert abs(share - rate) < 5 * math.sqrt(rate * (1 - rate) / 8000) + 1e-12
+        assert factors[block].mean().item() == pytest.approx(1, abs=0.06)
+    assert not torch.equal(factors[4, 0], factors[4, 1])  # the two branches fall out independently
+    assert torch.equal(finetune.drop_path(0.0, 3, 2, 0, 1), torch.ones(3, 2, 2, 1, 1))
+
+
+def test_factors_scale_the_branches_and_ones_change_nothing(given):
+    net, theta, splits = given
+    encoder = finetune.start(net, theta, splits, Recipe(pooling="cls"))
+    images = splits.val.pick(torch.arange(3)).images
+    assert torch.equal(encoder(images, torch.ones(2, 2, 3, 1, 1)), encoder(images))
+
+    block, x = encoder.blocks[0], torch.randn(3, 5, 16)
+    scale = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.5]])[:, :, None, None]
+    middle = x + scale[0] * block.attn(block.norm1(x))
+    assert torch.allclose(block(x, scale), middle + scale[1] * block.mlp(block.norm2(middle)), atol=1e-6)
+    assert torch.equal(block(x, torch.zeros(2, 3, 1, 1)), x)
+
+    passed = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda block, inputs, output: passed.append(inputs[1]))
+    factors = torch.rand(2, 2, 3, 1, 1)
+    encoder(images, factors)
+    assert torch.equal(torch.stack(passed), factors)
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+def test_smoothed_labels_give_torchs_smoothed_cross_entropy():
+    logits, labels = torch.randn(7, 5), torch.randint(5, (7,))
+    targets = finetune.soft_targets(labels, 5, 0.3)
+    assert torch.allclose(F.cross_entropy(logits, targets), F.cross_entropy(logits, labels, label_smoothing=0.3))
+    assert torch.equal(finetune.soft_targets(labels, 5, 0.0), F.one_hot(labels, 5).float())
+
+
+def test_mixup_blends_opposite_images_and_targets():
+    images, targets = torch.randn(5, 3, 4, 4), torch.rand(5, 6)
+    mixed, mixed_targets = finetune.mixup(images, targets, 0.3)
+    for i in range(5):
+        assert torch.allclose(mixed[i], 0.3 * images[i] + 0.7 * images[4 - i])
+        assert torch.allclose(mixed_targets[i], 0.3 * targets[i] + 0.7 * targets[4 - i])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_cutmix_labels_by_the_pixels_that_came(share):
+    images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 30).contiguous()  # every pixel tells its image
+    targets, areas = torch.eye(4), []
+    for seed in range(40):
+        mixed, mixed_targets = finetune.cutmix(images, targets, share, np.random.default_rng(seed))
+        for i in range(4):
+            own = (mixed[i] == i).double().mean().item()
+            assert ((mixed[i] == i) | (mixed[i] == 3 - i)).all()
+            assert mixed_targets[i].tolist() == pytest.approx([{i: own, 3 - i: 1 - own}.get(j, 0) for j in range(4)])
+        rows, columns = (mixed[0, 0] != 0).any(1).sum().item(), (mixed[0, 0] != 0).any(0).sum().item()
+        assert (mixed[0, 0] != 0).sum() == rows * columns  # a rectangle
+        assert rows <= 20 * math.sqrt(1 - share) and columns <= 30 * math.sqrt(1 - share)
+        areas.append((rows, columns))
+    half = [2 * (int(size * math.sqrt(1 - share)) // 2) for size in (20, 30)]
+    assert max(rows for rows, _ in areas) == half[0] and max(columns for _, columns in areas) == half[1]
+
+
+def test_erasing_covers_a_rectangle_of_the_stated_size_with_noise():
+    images = torch.full((2000, 2, 20, 24), 100.0)
+    erased = finetune.erase(images, 0.25, np.random.default_rng(0))
+    assert torch.equal(images, torch.full_like(images, 100))  # the argument is left alone
+    changed = erased != 100
+    hit = changed.any(1).flatten(1).any(1)
+    assert abs(hit.double().mean().item() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / 2000)
+    sizes = []
+    for image in changed[hit]:
+        assert torch.equal(image[0], image[1])
+        rows, columns = image[0].any(1).sum().item(), image[0].any(0).sum().item()
+        assert image[0].sum() == rows * columns and rows < 20 and columns < 24
+        sizes.append((rows, columns))
+    rows, columns = np.array(sizes).T
+    # Sides are rounded to whole pixels, hence the half.
+    assert ((rows + 0.5) * (columns + 0.5) >= 0.02 * 480).all() and ((rows - 0.5) * (columns - 0.5) <= 480 / 3).all()
+    assert ((rows + 0.5) / (columns - 0.5) >= 0.3).all() and ((rows - 0.5) / (columns + 0.5) <= 1 / 0.3).all()
+    noise = erased[changed]
+    assert abs(noise.mean().item()) < 0.02 and noise.std().item() == pytest.approx(1, abs=0.02)
+    assert len({*map(tuple, sizes)}) > 50
+
+
+def pillow(distortion, image, s):
+    """The same distortion by Pillow, whose arguments timm's RandAugment computes from the strength like this."""
+    factor, level = max(0.1, 1 + 0.9 * s), abs(s)
+
+    def affine(*coefficients):
+        return image.transform(image.size, Image.AFFINE, coefficients, resample=Image.BILINEAR, fillcolor=(128,) * 3)
+
+    size = image.size[0]
+    return {
+        "auto-contrast": lambda: ImageOps.autocontrast(image),
+        "equalise": lambda: ImageOps.equalize(image),
+        "invert": lambda: ImageOps.invert(image),
+        "rotate": lambda: image.rotate(-30 * s, resample=Image.BILINEAR, fillcolor=(128,) * 3),
+        "posterise": lambda: ImageOps.posterize(image, 4 - int(4 * level)),
+        "solarise": lambda: ImageOps.solarize(image, 256 - int(256 * level)),
+        "solarise-add": lambda: image.point([min(255, i + int(110 * level)) if i < 128 else i for i in range(256)] * 3),
+        "colour": lambda: ImageEnhance.Color(image).enhance(factor),
+        "contrast": lambda: ImageEnhance.Contrast(image).enhance(factor),
+        "brightness": lambda: ImageEnhance.Brightness(image).enhance(factor),
+        "sharpness": lambda: ImageEnhance.Sharpness(image).enhance(factor),
+        "shear-x": lambda: affine(1, 0.3 * s, 0, 0, 1, 0),
+        "shear-y": lambda: affine(1, 0, 0, 0.3 * s, 1, 0),
+        "translate-x": lambda: affine(1, 0, 0.45 * s * size, 0, 1, 0),
+        "translate-y": lambda: affine(1, 0, 0, 0, 1, 0.45 * s * size),
+    }[distortion]()
+
+
+@pytest.mark.parametrize("distortion", finetune.DISTORTIONS)
+def test_distortions_are_pillows(distortion):
+    random = np.random.default_rng(0)
+    coarse = torch.from_numpy(random.integers(20, 200, (3, 3, 6, 6))).float()
+    pixels = F.interpolate(coarse, size=40, mode="bilinear").round()  # smooth, as photographs are
+    strengths = torch.tensor([-0.93, 0.31, 0.88])
+    ours = finetune.DISTORTIONS[distortion](pixels, strengths[:, None, None, None]).clamp(0, 255)
+    for image, s, found in zip(pixels, strengths.tolist(), ours):
+        image = Image.fromarray(image.permute(1, 2, 0).byte().numpy())
+        expected = torch.from_numpy(np.array(pillow(distortion, image, s))).permute(2, 0, 1).float()
+        assert not torch.equal(expected, torch.from_numpy(np.array(image)).permute(2, 0, 1).float())
+        # Pillow cuts blends to whole levels; it keeps border pixels unsmoothed and, in warped images, unmixed with grey.
+        warped = distortion in ("rotate", "shear-x", "shear-y", "translate-x", "translate-y")
+        blended = distortion in ("auto-contrast", "colour", "contrast", "brightness", "sharpness")
+        inside = slice(1, -1) if distortion == "sharpness" else slice(None)
+        far = (found - expected)[:, inside, inside].abs() > (2 if warped or blended else 0)
+        assert far.double().mean() < (0.08 if warped else 1e-9)
+
+
+def test_rand_augment_leaves_a_quarter_alone_and_repeats(given):
+    split = given[2].train
+    images = split.pick(torch.arange(96).repeat(20)).images
+    first, again, other = (finetune.rand_augment(images, 9.0, split, np.random.default_rng(seed)) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    same = ((first - images).abs().flatten(1).amax(1) < 1e-4).double().mean().item()
+    # Both left out: 1/4. Stretching does nothing to an image that has the whole range, nor two inversions: a few more.
+    assert 0.25 - 5 * math.sqrt(0.25 * 0.75 / len(images)) < same < 0.36
+    pixels = first * split.std + split.mean
+    assert pixels.min() > -1e-2 and pixels.max() < 255.01
+
+
+def test_augmentation_is_a_function_of_seed_and_step(given):
+    split = given[2].train
+    batch, recipe = split.pick(torch.arange(24)), Recipe(**EVERYTHING)
+    images, targets = finetune.augment(batch, recipe, split, 6, 5)
+    again, again_targets = finetune.augment(batch, recipe, split, 6, 5)
+    assert torch.equal(images, again) and torch.equal(targets, again_targets)
+    assert torch.allclose(targets.sum(1), torch.ones(24))
+    assert not torch.equal(images, finetune.augment(batch, recipe, split, 6, 6)[0])
+    other = dataclasses.replace(recipe, seed=1)
+    assert not torch.equal(images, finetune.augment(batch, other, split, 6, 5)[0])
+    plain = finetune.augment(batch, Recipe(), split, 6, 5)
+    assert torch.equal(plain[0], batch.images) and torch.equal(plain[1], F.one_hot(batch.labels, 6).float())
+
+
+def test_mixup_and_cutmix_take_turns(given, monkeypatch):
+    split = given[2].train
+    batch, calls = split.pick(torch.arange(4)), []
+    for name in ("mixup", "cutmix"):
+        monkeypatch.setattr(finetune, name, lambda *arguments, name=name: calls.append((name, arguments[2])) or arguments[:2])
+    for step in range(400):
+        finetune.augment(batch, Recipe(mixup=0.8, cutmix=1.0), split, 6, step)
+    shares = {name: [share for called, share in calls if called == name] for name in ("mixup", "cutmix")}
+    assert len(calls) == 400 and 150 < len(shares["mixup"]) < 250
+    for name, alpha in (("mixup", 0.8), ("cutmix", 1.0)):  # Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1))
+        assert np.mean(shares[name]) == pytest.approx(0.5, abs=0.1)
+        assert np.var(shares[name]) == pytest.approx(1 / (4 * (2 * alpha + 1)), abs=0.025)
+
+
+# ---------------------------------------------------------------------------------------------- whole fine-tunings
+
+
+def test_top1_and_top5_count_the_right_answers():
+    logits = torch.tensor([[5.0, 4, 3, 2, 1, 0, -1], [5, 4, 3, 2, 1, 0, -1], [5, 4, 3, 2, 1, 0, -1], [0, 0, 0, 0, 0, 1, 0]])
+
+    class Split:
+        def ordered(self, batch_size):
+            yield data.Batch(logits[:3], torch.tensor([0, 4, 6]))
+            yield data.Batch(logits[3:], torch.tensor([5]))
+
+    assert finetune.evaluate(lambda images: images, Split()) == {"top1": 0.5, "top5": 0.75}
+    assert finetune.evaluate(lambda images: F.pad(images, (0, -2)), Split()).keys() == {"top1"}  # 5 classes
+
+
+def test_in_memory_it_learns_and_touches_no_file(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net, theta, splits = given
+    recipe = Recipe(epochs=12, batch_size=12, lr=1e-2, layer_decay=1.0)
+    losses, real = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *arguments: losses.append(real(*arguments)) or losses[-1])
+    result = finetune.finetune(net, theta, splits, recipe)
+    losses = [loss.item() for loss in losses]
+    assert len(losses) == 12 * (96 // 12) and losses[0] == pytest.approx(math.log(6), rel=0.02)
+    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
+    assert (result["train_labels"], result["val_labels"], result["epochs"]) == (96, 24, 12)
+    assert 0 <= result["test_top1"] <= result["test_top5"] <= 1 and 1 <= result["epoch"] <= 12
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_test_split_is_read_once_and_has_no_say(given):
+    """With poisoned test labels the same epoch is chosen, with the same validation accuracy."""
+    net, theta, splits = given
+    recipe, reads = Recipe(epochs=4, batch_size=24, lr=5e-3), []
+    honest = finetune.finetune(net, theta, splits, recipe)
+
+    class Watched(data.Images):
+        def ordered(self, batch_size):
+            reads.append("test")
+            return super().ordered(batch_size)
+
+        def stream(self, *arguments, **options):
+            raise AssertionError("trained on the test split")
+
+    test = splits.test
+    poisoned = Watched(test.images, (test.labels + 1) % 6, splits.mean, splits.std)
+    result = finetune.finetune(net, theta, dataclasses.replace(splits, test=poisoned), recipe)
+    assert reads == ["test"]
+    for name in ("epoch", "val_top1"):
+        assert result[name] == honest[name]
+    assert result["test_top1"] != honest["test_top1"]
+
+
+def test_the_weights_of_the_best_validation_epoch_are_tested(given, monkeypatch):
+    net, theta, splits = given
+    scores, seen, tested = iter([0.2, 0.7, 0.7, 0.4]), [], []
+
+    def scored(model, split):
+        weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        (tested if split is splits.test else seen).append(weights)
+        return {"top1": 0.1 if split is splits.test else next(scores)}
+
+    monkeypatch.setattr(finetune, "evaluate", scored)
+    result = finetune.finetune(net, theta, splits, Recipe(epochs=4, batch_size=48))
+    assert (result["epoch"], result["val_top1"], result["test_top1"], len(seen), len(tested)) == (2, 0.7, 0.1, 4, 1)
+    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in tested[0].items())
+    assert not torch.equal(tested[0]["head.weight"], seen[2]["head.weight"])
+
+
+def command(run, out, *more, **recipe):
+    return ["finetune", str(run), "--device", "cpu", "--out", str(out), *flags(EVERYTHING | recipe), *more]
+
+
+def outcome(out):
+    """All that a fine-tuning leaves, but for its duration."""
+    content = mlo_mae.read_saved(out / "checkpoint.pt", finetune.FORMAT)
+    result = json.loads((out / "result.json").read_text())
+    assert result.pop("seconds") >= 0 and content.pop("seconds") >= 0
+    return content, result, (out / "metrics.jsonl").read_text(), (out / "config.json").read_text()
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="session")
+def tuned(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tuned") / "out"
+    assert main(command(run, out)) == 0
+    return out
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how, step", [("crash", 11), ("stop", 5), ("stop", 15), ("crash", 3)])
+def test_interrupted_and_resumed_ends_bit_for_bit_the_same(run, tuned, tmp_path, monkeypatch, how, step):
+    """8 steps an epoch: within an epoch, and in an epoch's last step."""
+    real, out = finetune.augment, tmp_path / "cut"
+
+    def interrupted(*arguments):
+        if arguments[-1] == step:
+            if how == "crash":
+                raise Crash
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(finetune, "augment", interrupted)
+    with pytest.raises(Crash if how == "crash" else SystemExit) as ended:
+        main(command(run, out))
+    assert how == "crash" or ended.value.code == 128 + signal.SIGTERM
+    assert not (out / "result.json").exists()
+    if how == "stop":
+        assert mlo_mae.read_saved(out / "checkpoint.pt", finetune.FORMAT)["step"] == step + 1
+    monkeypatch.setattr(finetune, "augment", real)
+    assert main(command(run, out, "--resume")) == 0
+    assert all(map(equal, outcome(out), outcome(tuned)))
+
+
+def test_resuming_what_is_finished_repeats_its_result(run, tuned, capsys):
+    before = outcome(tuned)
+    assert main(command(run, tuned, "--resume")) == 0
+    assert all(map(equal, outcome(tuned), before))
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed.pop("seconds") >= 0
+    assert printed == {"verb": "finetune", "run": str(tuned), **before[1]}
+
+
+def test_files_of_a_fine_tuning(run, tuned):
+    assert {path.name for path in tuned.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json"}
+    rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["epoch"], row["iteration"]) for row in rows] == [(1, 8), (2, 16), (3, 24)]
+    result = json.loads((tuned / "result.json").read_text())
+    assert result["val_top1"] == max(row["val_top1"] for row in rows)
+    assert {"test_top1", "test_top5", "val_top1", "epoch", "seconds", "recipe", "train_labels", "val_labels"} <= result.keys()
+    assert json.loads((tuned / "config.json").read_text())["recipe"]["mixup"] == 0.8
+    chosen = mlo_mae.read_saved(tuned / "checkpoint.pt", finetune.FORMAT)["best"]
+    assert chosen["epoch"] == result["epoch"] and "fc_norm.weight" in chosen["model"]
+
+
+def test_from_scratch_starts_elsewhere(run, tuned, tmp_path):
+    assert main(command(run, tmp_path / "scratch", "--from-scratch")) == 0
+    (_, scratch, scratch_metrics, _), (_, pretrained, metrics, _) = outcome(tmp_path / "scratch"), outcome(tuned)
+    assert scratch["from_scratch"] and not pretrained["from_scratch"]
+    assert scratch_metrics != metrics
+
+
+def test_bf16_trains_with_float32_weights(given):
+    net, theta, splits = given
+    result = finetune.finetune(net, theta, splits, Recipe(epochs=2, batch_size=24, precision="bf16"))
+    assert 0 <= result["val_top1"] <= 1
+    model = finetune.start(net, theta, splits, Recipe(precision="bf16"))
+    logits = model(splits.val.pick(torch.arange(3)).images)
+    assert logits.dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_command_line_end_to_end(tmp_path):
+    """Without a run, on the built-in images, in a process of its own: one RunError class, the default folder."""
+    sizes = dict(images=160, image_size=16, patch_size=8, width=16, depth=1, heads=2, epochs=1, warmup_epochs=0, device="cpu")
+    argv = [sys.executable, SCRIPT, "finetune", "--from-scratch", *flags(sizes)]
+    finished = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    result = json.loads(finished.stdout.splitlines()[-1])
+    assert result["run"] == str(Path("runs") / "shapes-scratch-short-0") and result["train_labels"] == 128
+    assert (tmp_path / result["run"] / "result.json").exists()
+    again = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 2 and again.stderr.startswith("mlo_mae: ") and again.stderr.count("\n") == 1
+    assert "--resume" in again.stderr and "Traceback" not in again.stderr
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_bad_input_ends_in_one_line(run, npz, tmp_path, capsys):
+    missing, bad = tmp_path / "nothing", ["--out", tmp_path / "bad", "--device", "cpu"]
+    refused(["finetune", missing, *bad], capsys, missing)
+    refused(["finetune", *bad], capsys, "--from-scratch")
+    refused(["finetune", run, "--recipe", "mea", *bad], capsys, "--recipe", "mae-large")
+    refused(["finetune", run, "--image-size", 32, *bad], capsys, "--image-size", run)
+    refused(["finetune", "--from-scratch", "--data", npz, "--patch-size", 5, *bad], capsys, "16 pixels", "patches of 5")
+    refused(["finetune", "--from-scratch", "--data", "no/such.npz", *bad], capsys, "no/such.npz")
+    refused(["finetune", run, "--epochs", 5, "--warmup-epochs", 5, *bad], capsys, "--warmup-epochs")
+    for name, value in (("lr", "nan"), ("lr", "inf"), ("epochs", 0), ("drop-path", 1), ("layer-decay", 2), ("erasing", -1),
+                        ("randaugment", 11), ("label-smoothing", 1.5), ("seed", -1), ("pooling", "max")):  # fmt: skip
+        refused(["finetune", run, f"--{name}", value, *bad], capsys, f"--{name}", value)
+    assert not (tmp_path / "bad").exists()
+    refused(["probe", run, "--recipe", "adam"], capsys, "--recipe", "lbfgs")
+
+
+def test_a_fine_tuning_is_never_overwritten_nor_resumed_as_another(run, tuned, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in tuned.iterdir()}
+    refused(command(run, tuned), capsys, tuned, "--resume", "--out")
+    refused(command(run, tuned, "--resume", lr=0.5), capsys, "lr is 0.02", "0.5")
+    refused(command(run, tuned, "--resume", "--from-scratch"), capsys, "from_scratch")
+    assert before == {path.name: path.read_bytes() for path in tuned.iterdir()}
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "checkpoint.pt").write_bytes(before["checkpoint.pt"][:-100])
+    refused(command(run, cut, "--resume"), capsys, cut / "checkpoint.pt")
+    (cut / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
+    refused(command(run, cut, "--resume"), capsys, cut / "checkpoint.pt", "fine-tuning")
+    assert {path.name for path in cut.iterdir()} == {"checkpoint.pt"}
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_no_bad_checkpoint(run, tmp_path, capsys):
+    refused(command(run, tmp_path / "nan", lr=1e30), capsys, "not finite by step 2", "--lr")
+    path = tmp_path / "nan" / "checkpoint.pt"
+    if path.exists():
+        weights = mlo_mae.read_saved(path, finetune.FORMAT)["model"]
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- probe
+
+
+def test_the_sgd_probe_is_batch_norm_and_a_linear_layer():
+    """All rates learn in one pass; each must end as torch's own modules and SGD end at that rate alone."""
+    torch.manual_seed(0)
+    train, labels, new = 3 + 2 * torch.randn(40, 5), torch.randint(3, (40,)), 3 + 2 * torch.randn(9, 5)
+    probes = mlo_mae.sgd_probes(train, labels, 3, epochs=4, warmup=1, batch_size=16)
+    for rate in (3e-3, 0.1, 1.0):
+        norm, linear = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6), torch.nn.Linear(5, 3)
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+        solver = torch.optim.SGD(linear.parameters(), lr=rate, momentum=0.9)
+        for step, (_, indices) in zip(range(10), data.index_batches(40, 16, 0, 0)):
+            solver.param_groups[0]["lr"] = rate * mlo_mae.schedule(step, 10, 2.5)
+            solver.zero_grad()
+            F.cross_entropy(linear(norm(train[indices])), labels[indices]).backward()
+            solver.step()
+        expected = linear(norm.eval()(new))
+        assert torch.allclose(probes[rate](new), expected, rtol=1e-4, atol=1e-6), rate
+
+
+@pytest.mark.parametrize("recipe, chosen", [("lbfgs", "weight_decay"), ("mae", "learning_rate")])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_probe_recipes(run, capsys, recipe, chosen, pooling):
+    assert main(["probe", str(run), "--recipe", recipe, "--pooling", pooling, "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result.keys() == {"verb", "run", "recipe", "pooling", "test_accuracy", "val_accuracy", chosen}
+    assert (result["recipe"], result["pooling"]) == (recipe, pooling) and result["val_accuracy"] > 1.5 / 6
+
+
+def test_mean_pooled_features(given):
+    net, theta, splits = given
+    images = splits.val.pick(torch.arange(4)).images
+    tokens = call(net.encoder, theta[: net.encoder_size], images)
+    assert torch.allclose(mlo_mae.encode(net, theta[: net.encoder_size], images, "mean"), tokens[:, 1:].sum(1) / 16, atol=1e-6)
+    assert torch.equal(mlo_mae.encode(net, theta[: net.encoder_size], images), tokens[:, 0])
+
+
+@pytest.mark.parametrize("pooling, theirs", [("cls", "token"), ("mean", "avg")])
+def test_a_fine_tuned_model_is_timms(given, pooling, theirs):
+    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    net, theta, splits = given
+    model = finetune.start(net, theta, splits, Recipe(pooling=pooling))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    other = vision_transformer.VisionTransformer(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=6,
+                                                 global_pool=theirs, fc_norm=pooling == "mean")  # fmt: skip
+    other.load_state_dict(model.state_dict())  # strict: every name and shape
+    images = splits.val.pick(torch.arange(4)).images
+    assert torch.allclose(model(images), other.eval()(images), atol=1e-5)
