@@ -146,7 +146,10 @@ def shown_cost(row):
 LIMIT = {"float32": 1e-4, "float64": 1e-12}  # relative error of `exact` that its dtype allows
 NOISE = 0.5  # cosine with the truth below which a direction is called noise
 
-# Image size in pixels, and settings of Config. "small" is the default run of mlo_mae.py.
+# T, head and steps as published, with which finite differences go too; batches of levels 1, and 2 and 3, where a size has none.
+PUBLISHED = dict(head_norm="layer", masking_network="mlp", masking_width=512, mask_noise=0.0, level1_steps=2, head_steps=1,
+                 batch_size=128, labelled_batch_size=64)  # fmt: skip
+# Image size in pixels, and settings of Config. "small" has the networks of mlo_mae.py's default run.
 SIZES = {
     "tiny": (16, dict(width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2, masking_width=64,
                       batch_size=16, labelled_batch_size=16)),
@@ -201,7 +204,7 @@ def problem(cfg, size, device, count=2, warm=4):
 
     `warm` outer iterations are really made, so that weights, moments and the head are not initial ones; then `count`
     level-1 steps, which the hypergradient is to explain."""
-    cfg = dataclasses.replace(cfg, warmup=0.0)
+    cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0)  # masks are T's from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
     decay, mask_rate = decays(net, device), mlo_mae.inverse_fan_in(net.masking).to(device)
@@ -311,7 +314,7 @@ def run_hypergradient(options, device):
     rows, text = [], []
     for size in options.sizes or ["tiny", "small", "medium"] + ["vit-b/2"] * (device.type == "cuda"):
         pixels, settings = SIZES[size]
-        cfg = Config(**{"head_norm": "layer"} | settings)  # as published
+        cfg = Config(**PUBLISHED | settings)
         net, single = problem(cfg, pixels, device)
         double = in_double(net, single)
         precise = {name: bound(net, method, double)().hypergradient for name, method in METHODS.items()}
@@ -381,7 +384,7 @@ def growth(device, repeats):
         for value in values:
             changed = {"depth": {"depth": value}, "batch": {"batch_size": value, "labelled_batch_size": value}}
             steps = value if along == "unrolled steps" else 1
-            cfg = Config(**settings | {"patch_size": 2} | changed.get(along, {}))
+            cfg = Config(**PUBLISHED | settings | {"patch_size": 2} | changed.get(along, {}))
             net, arguments = problem(cfg, pixels, device, steps, warm=1)
             methods = {form: Method(form, form, {}, steps, steps) for form in FORMS}
             costs = cost(net, arguments, methods, repeats, device)[1]
@@ -691,11 +694,12 @@ def run_step(options, device):
         row["share_of_peak"] = row["flops"] / row["seconds"] / ceiling
     time_ratio, operation_ratio = (update[name] / plain[name] for name in ("seconds", "flops"))
     updates = math.ceil(cfg.epochs * TRAINING_IMAGES[cfg.data] * (1 - cfg.val_fraction) / (batch * cfg.level1_steps))
+    pace = (1 - cfg.mask_start) * total["seconds"] + cfg.mask_start * cfg.level1_steps * plain["seconds"]  # an update, on average
     summary = {
         "preset": cfg.preset, "precision": cfg.precision, "batch_size": batch, "labelled_batch_size": labelled,
         "images_per_second": batch * cfg.level1_steps / total["seconds"], "peak_bytes": total["peak_bytes"],
         "time_ratio": time_ratio, "operation_ratio": operation_ratio, "overhead": time_ratio / operation_ratio,
-        "peak_flops": ceiling, "updates": updates, "hours": updates * total["seconds"] / 3600,
+        "peak_flops": ceiling, "updates": updates, "hours": updates * pace / 3600,
     }  # fmt: skip
     lines = [["part", "times", "ms", "MiB", "GFLOP", "of peak", "of the time", "of the operations"]]
     for row in rows.values():
@@ -708,6 +712,7 @@ def run_step(options, device):
         f"A mask update takes {time_ratio:.2f}x the time of a plain MAE step and {operation_ratio:.2f}x its "
         f"operations: {summary['overhead']:.2f}x the floor. {summary['images_per_second']:.0f} images a second.",
         f"{updates} mask updates, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
+        + (f", the first {100 * cfg.mask_start:.0f} % of them plain MAE steps" if cfg.mask_start else "")
         + (" (decoding of image files not included)." if cfg.data == "imagenet" else "."),
         f"Peak: a large matrix product's {ceiling / 1e9:.3g} GFLOP/s. Parts are timed apart."
         + ("" if triton else " No Triton on this device: kernels are off."),

@@ -4,6 +4,7 @@
     python mlo_mae.py finetune RUN --recipe mae                # MAE's ImageNet recipe for ViT-B
     python mlo_mae.py finetune RUN --from-scratch              # same network and data, fresh weights: no pretraining
     python mlo_mae.py finetune --from-scratch --data FILE.npz  # the same without a run
+    python mlo_mae.py finetune FILE.pth --preset imagenet --data DIR    # a public encoder, .pth or .safetensors
 
 The training split teaches. After each epoch the validation split is read, and the weights that do best on it are kept;
 those are tested once, at the end. Unlike pretraining, which differentiates through its steps, this is ordinary training:
@@ -356,8 +357,7 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
                 loss_sum.zero_()
                 if out:
                     row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, "val_top1": val_top1}
-                    with open(out / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    mlo_mae.append_line(out / "metrics.jsonl", json.dumps(row))
             if due:
                 content = describe(net, splits, recipe) | {
                     "format": FORMAT, "step": step, "seconds": seconds + time.monotonic() - began, "best": best,
@@ -420,30 +420,35 @@ def add_command(commands):
     """The command `finetune` and its flags."""
     parser = commands.add_parser("finetune", help="fine-tune a run's encoder, or train one from scratch",
                                  description="Defaults are those of --recipe short.")  # fmt: skip
-    parser.add_argument("run", type=Path, nargs="?", metavar="RUN", help="folder of a run; not needed with --from-scratch")
+    parser.add_argument("run", type=Path, nargs="?", metavar="RUN_OR_CHECKPOINT",
+                        help="folder of a run, or a public .pth or .safetensors; not needed with --from-scratch")  # fmt: skip
     mlo_mae.add_flags(parser, dataclasses.fields(Recipe))
     mlo_mae.add_flags(parser.add_argument_group("data, encoder and machine, as for pretrain"), SETTINGS)
-    parser.add_argument("--out", type=Path, help="folder to write (default RUN/finetune-<recipe>-<seed>, or scratch-...)")
+    parser.add_argument("--out", type=Path, help="folder to write (default finetune-<recipe>-<seed>, or scratch-..., in RUN or, without one, named in runs)")
     parser.add_argument("--resume", action="store_true", help="continue the fine-tuning in --out, or start it")
 
 
 def starting_point(run, recipe, settings):
-    """(Networks, theta [P1], Splits) of a run, or of `settings` alone where there is none: here, and nowhere else, it is
-    decided which weights and images a fine-tuning starts from. Raises RunError and data.DataError."""
-    if run is not None:
+    """(Networks, theta [P1] or its encoder's part, Splits) of a run's folder; or by `settings`, with the weights of the
+    public checkpoint `run`, or fresh ones without: here, and nowhere else, it is decided which weights and images a
+    fine-tuning starts from. Raises RunError, data.DataError and interchange.WeightsError."""
+    if run is not None and not run.exists():
+        raise RunError(f"{run} does not exist; give the folder of a run, or a .pth or .safetensors file")
+    if run is not None and run.is_dir():
         own = sorted(settings.keys() - mlo_mae.MACHINE_FIELDS)
         if own:
             raise RunError(f"--{own[0].replace('_', '-')} is the run's own affair: leave it out, or leave out {run}")
         net, state, splits = mlo_mae.open_run(run, settings.pop("device", "auto"), **settings)
         return net, state.theta.params, splits
-    if not recipe.from_scratch:
-        raise RunError("give the folder of a run to fine-tune, or --from-scratch")
+    if recipe.from_scratch == (run is not None):
+        raise RunError("give either a run or a file of weights to fine-tune, or --from-scratch")
     preset = settings.get("preset", "shapes")
-    cfg = Config(**{"preset": preset} | mlo_mae.PRESETS[preset] | settings | {"seed": recipe.seed})
+    origin = {"seed": recipe.seed, "init": str(run or "")}
+    cfg = Config(**{"preset": preset} | mlo_mae.PRESETS[preset] | settings | origin)
     mlo_mae.check(cfg)
     splits = mlo_mae.load_data(cfg, mlo_mae.choose_device(cfg.device))
     net, (theta, _, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    return net, theta, splits
+    return net, mlo_mae.starting_weights(net, theta[: net.encoder_size], run) if run else theta, splits
 
 
 def run_command(run, out, resume, **flags):
@@ -453,5 +458,5 @@ def run_command(run, out, resume, **flags):
     check(recipe)
     net, theta, splits = starting_point(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"
-    out = out or (run / name if run else Path("runs") / f"{net.cfg.preset}-{name}")
+    out = out or (run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else net.cfg.preset}-{name}")
     return {"verb": "finetune", "run": str(out), **finetune(net, theta, splits, recipe, out, resume)}

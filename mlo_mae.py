@@ -107,7 +107,7 @@ def flag(default, meaning):
 class Config:
     """One run. Every field is a command-line flag; a preset fills in a paper's values and flags override it."""
 
-    preset: str = flag("shapes", "shapes, cifar10, cifar100, imagenet, imagenet-large")
+    preset: str = flag("shapes", "settings that the other flags override")
 
     data: str = flag("shapes", "shapes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg")
     data_dir: str = flag("data", "where cifar10 and cifar100 lie, or are downloaded to")
@@ -133,7 +133,7 @@ class Config:
     masking_network: Literal["shared", "mlp"] = flag("shared", "T: one small network for every position, or the paper's")
     masking_width: int = flag(64, "hidden units of T")
     mask_noise: float = flag(1.0, "scale of the Gumbel noise on T's logits when masks are drawn (0: the highest p, as published)")
-    mask_start: float = flag(0.4, "share of the run with random masks before T is trained and used (0: none, as published)")
+    mask_start: float = flag(0.5, "share of the run with random masks before T is trained and used (0: none, as published)")
     parts_from: str = flag("", "semantic: the run, or its checkpoint, on whose frozen encoder parts are learned")
     parts: int = flag(7, "semantic: parts of an image")
     parts_steps: int = flag(300, "semantic: steps of part learning, before the run")
@@ -146,16 +146,16 @@ class Config:
     unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask")
     redraw_dropout: bool = flag(False, "redraw dropout between finite differences, as the published code does")
 
-    epochs: int = flag(13, "passes of level 1 over its training images")
-    batch_size: int = flag(128, "images a step of level 1, over all processes")
+    epochs: int = flag(12, "passes of level 1 over its training images")
+    batch_size: int = flag(32, "images a step of level 1, over all processes")
     labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each, over all processes")
     accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result")
     checkpoint_activations: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
-    level1_steps: int = flag(2, "encoder and decoder steps a mask update")
-    head_steps: int = flag(1, "head steps a mask update, on one batch")
+    level1_steps: int = flag(8, "encoder and decoder steps a mask update")
+    head_steps: int = flag(10, "head steps a mask update, on one batch")
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder")
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head")
-    mask_lr: float = flag(0.05, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)")
+    mask_lr: float = flag(0.1, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)")
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none")
     warmup: float = flag(0.05, "share of the run over which the learning rates rise, before their cosine to 0")
     dropout: float = flag(0.1, "in the head")
@@ -170,7 +170,8 @@ class Config:
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
 CIFAR = dict(
     image_size=32, patch_size=2, width=768, depth=12, heads=12, decoder_width=512, decoder_depth=8, decoder_heads=16,
-    head_norm="layer", masking_network="mlp", masking_width=512, mask_noise=0.0, mask_start=0.0, epochs=200, batch_size=128, labelled_batch_size=128, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
+    masking_network="mlp", masking_width=512, mask_noise=0.0, mask_start=0.0, mask_lr=0.05, head_norm="layer", epochs=200,
+    batch_size=128, labelled_batch_size=128, level1_steps=2, head_steps=1, lr=1e-4, head_lr=1e-3, weight_decay=0.01, warmup=0.0,
 )  # fmt: skip
 IMAGENET = CIFAR | dict(
     data="imagenet", image_size=224, patch_size=16, epochs=50, batch_size=256, labelled_batch_size=256, lr=1.5e-4, head_lr=5e-4,
@@ -180,6 +181,9 @@ PRESETS = {
     "shapes": {},
     "cifar10": CIFAR | dict(data="cifar10"),
     "cifar100": CIFAR | dict(data="cifar100"),
+    "cifar100-paper": CIFAR | dict(  # as published, noise included
+        data="cifar100", masking_input="embeddings", hypergradient="finite-difference", redraw_dropout=True,
+        update_jacobian="identity"),  # fmt: skip
     "imagenet": IMAGENET,
     "imagenet-large": IMAGENET | dict(width=1024, depth=24, heads=16),
 }
@@ -242,6 +246,8 @@ def check(cfg):
          "give --parts-from RUN, for instance a run of --masking random")  # fmt: skip
     need(cfg.masking == "semantic" or not cfg.parts_from, "--parts-from goes with --masking semantic alone")
     need(cfg.parts >= 2, "--parts must be at least 2")
+    need(cfg.masking != "learned" or cfg.masking_network == "mlp" or cfg.mask_noise > 0,
+         "--masking-network shared starts with all p equal, so its first masks need --mask-noise above 0")  # fmt: skip
     need(cfg.uniformity == 0 or cfg.masking != "learned", "--uniformity goes with --masking random or semantic: "
          "the hypergradient of learned masks does not hold its derivatives")  # fmt: skip
     need(cfg.uniformity == 0 or cfg.batch_size >= 2, "--uniformity compares images: --batch-size must be at least 2")
@@ -556,7 +562,7 @@ class SharedMaskingNetwork(nn.Module):
         nn.init.zeros_(self.fc.weight)
 
     def forward(self, x):  # [B, C, H, W] -> p [B, L]
-        logits = self.fc(F.relu(self.window(F.layer_norm(x, x.shape[1:])))).flatten(1)
+        logits = self.fc(F.gelu(self.window(F.layer_norm(x, x.shape[1:])))).flatten(1)
         return (logits - logits.mean(1, keepdim=True)).sigmoid()
 
 
@@ -649,12 +655,13 @@ def build(cfg, image_size, channels, classes):
 
 def starting_weights(net, theta_params, path):
     """theta [P1] with the weights found in `path` (a run's folder, or a public .pth or .safetensors) in their places. The
-    encoder must be there whole; a decoder that is absent or of another shape keeps its values of `theta_params`.
+    encoder must be there whole; a decoder that is absent or of another shape keeps its values of `theta_params`, which
+    may also cover the encoder alone.
 
     Prints what was used, one line on stderr. Raises interchange.WeightsError, or RunError where a run has other heads."""
     path = Path(path)
     pieces = zip((net.encoder, net.decoder), theta_params.tensor_split([net.encoder_size]))
-    fresh = {name: tensor for module, params in pieces for name, tensor in unflatten(module, params).items()}
+    fresh = {name: tensor for module, params in pieces if len(params) for name, tensor in unflatten(module, params).items()}
     weights = interchange.read_weights(path / "checkpoint.pt" if path.is_dir() else path)
     taken, report = interchange.fit(weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()})
     if path.is_dir():  # heads leave no trace in the weights' shapes, but a run records them
@@ -1672,9 +1679,10 @@ def save_checkpoint(net, state, splits, path):
     write_whole(path, lambda file: torch.save(content, file), previous=path.with_name("checkpoint.previous.pt"))
 
 
-def read_saved(path, kind):
-    """What `torch.save` wrote with "format": kind, tensors on the CPU; nothing in the file is executed. Raises RunError
-    for a file that is absent, damaged (every record's CRC is checked), or not of that kind."""
+def read_saved(path, *kinds):
+    """What `torch.save` wrote with one of these kinds as its "format", tensors on the CPU; nothing in the file is
+    executed. Raises RunError for a file that is absent, damaged (every record's CRC is checked), or of another kind."""
+    wanted = " or ".join(kinds)
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
@@ -1682,25 +1690,25 @@ def read_saved(path, kind):
             damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"{path} does not exist; give the folder of a run that has a checkpoint") from None
+        raise RunError(f"{path} does not exist; give a folder that has it") from None
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RunError(f"{path} cannot be read ({reason}); it is damaged or not a checkpoint of this program") from None
+        raise RunError(f"{path} cannot be read ({reason}); it is damaged, or no file of the kind '{wanted}'") from None
     if damaged:
         raise RunError(f"{path} is damaged: its record {damaged} fails its checksum; use a copy, or start again")
-    if not isinstance(content, dict) or content.get("format") != kind:
-        raise RunError(f"{path} is not a checkpoint of this program, or not one of this kind ({kind})")
+    if not isinstance(content, dict) or content.get("format") not in kinds:
+        raise RunError(f"{path} is no file of the kind '{wanted}'")
     return content
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, *other_kinds):
     """The content of a run's checkpoint. Raises RunError as `read_saved`, and for one of another version."""
-    content = read_saved(path, FORMAT)
+    content = read_saved(path, FORMAT, *other_kinds)
     try:
         check_settings(content.get("config"))
     except (ValueError, TypeError, OverflowError) as error:
         raise RunError(f"{path} was written by another version of this program ({error})") from None
-    if not is_whole(content):
+    if content["format"] == FORMAT and not is_whole(content):
         raise RunError(f"{path} is damaged: it does not hold what this program writes; use a copy, or start again")
     return content
 
@@ -1762,16 +1770,24 @@ def frozen_encoder(cfg, splits, path):
             raise RunError(f"--parts-from {path}: its images have {found[name]} {name}, this run's {value}; "
                            f"give a run on the same images and patches")  # fmt: skip
     shape = theirs["width"], theirs["depth"], theirs["heads"]
-    return frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["model"], path)
+    with fitting(path):
+        return frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["model"])
 
 
-def frozen(module, weights, path):
-    """The module with these weights, of which there may be more than it has. Raises RunError where they do not fit."""
+@contextlib.contextmanager
+def fitting(path):
+    """RunError where what is taken out of the file `path` is absent, of another type, or does not fit together."""
     try:
-        module.load_state_dict({name: weights[name] for name in module.state_dict()})
-    except (KeyError, RuntimeError):
+        with torch.device("meta"):  # what is built here takes no memory before the file's weights are put in
+            yield
+    except (KeyError, TypeError, ValueError, RuntimeError, RunError):
         raise RunError(f"{path} is damaged: its weights do not fit its settings; use a copy, or start again") from None
-    return module.requires_grad_(False)
+
+
+def frozen(module, weights):
+    """The module with these weights, of which there may be more than it has."""
+    module.load_state_dict({name: weights[name] for name in module.state_dict()}, assign=True)
+    return module.float().requires_grad_(False)
 
 
 def save_parts(parts, path):
@@ -1789,10 +1805,12 @@ def save_parts(parts, path):
 def read_parts(cfg, splits, path, device):
     """Parts from a run's parts.pt. Raises RunError."""
     content = read_saved(path, PARTS_FORMAT)
-    shape = content["encoder_shape"]
-    encoder = frozen(Encoder(splits.image_size, cfg.patch_size, splits.channels, *shape), content["encoder"], path)
-    learner = baselines.PartLearner(shape[0], cfg.parts, splits.channels * cfg.patch_size**2)
-    return Parts(encoder.to(device), frozen(learner, content["learner"], path).to(device))
+    with fitting(path):
+        width, depth, heads = map(int, content["encoder_shape"])
+        check(dataclasses.replace(cfg, width=width, depth=depth, heads=heads))
+        encoder = Encoder(splits.image_size, cfg.patch_size, splits.channels, width, depth, heads)
+        learner = baselines.PartLearner(width, cfg.parts, splits.channels * cfg.patch_size**2)
+        return Parts(frozen(encoder, content["encoder"]).to(device), frozen(learner, content["learner"]).to(device))
 
 
 def open_run(run, device_name, **machine):
@@ -1819,12 +1837,20 @@ TIMM = {(768, 12, 12): "vit_base_patch16_224", (1024, 24, 16): "vit_large_patch1
 def export(run, to, file=None):
     """Write a run's weights for other programs, to `file` or into the run's folder; returns what the command reports.
 
-    to="timm": safetensors of the encoder, which timm's VisionTransformer loads strictly. It wants a classifier as well,
-    and an encoder that was pretrained has none: head.weight and head.bias, for the run's classes, are zeros.
+    to="timm": safetensors of the encoder, which timm's VisionTransformer loads strictly. It wants a classifier as well:
+    that of a fine-tuning, if `run` is the folder of one; an encoder that was only pretrained has none, and head.weight
+    and head.bias, for the run's classes, are zeros.
     to="mae": a .pth of {"model": encoder and decoder}, as facebookresearch/mae names them.
-    Raises RunError where the file exists already."""
-    content = read_checkpoint(run / "checkpoint.pt")
-    cfg, facts, model = Config(**content["config"]), content["data"], content["model"]
+    Raises RunError where the file exists already, or where a fine-tuning does not have what is asked for."""
+    import finetune  # which imports this module
+
+    content = read_checkpoint(run / "checkpoint.pt", finetune.FORMAT)
+    tuned = content["format"] == finetune.FORMAT
+    if tuned and to == "mae":
+        raise RunError(f"{run} is a fine-tuning, which has no decoder; export it --to timm, or the run that it started from")
+    if tuned and "model" not in content["best"]:
+        raise RunError(f"{run} has no finished epoch yet; continue it with --resume")
+    cfg, facts, model = Config(**content["config"]), content["data"], (content["best"] if tuned else content)["model"]
     file = run / EXPORTS[to] if file is None else file
     if file.exists():
         raise RunError(f"{file} exists already; move it away, or name another with --file")
@@ -1838,14 +1864,17 @@ def export(run, to, file=None):
                                  f"decoder_depth={cfg.decoder_depth}, decoder_num_heads={cfg.decoder_heads}, "
                                  f"norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True)"}  # fmt: skip
     standard = TIMM.get((cfg.width, cfg.depth, cfg.heads)) if (image_size, channels, cfg.patch_size) == (224, 3, 16) else None
-    call = f"timm.models.VisionTransformer({sizes}, num_classes={classes})"
+    classifier = f"num_classes={classes}" + (", global_pool='avg'" if tuned and content["recipe"]["pooling"] == "mean" else "")
+    call = f"timm.models.VisionTransformer({sizes}, {classifier})"
     if standard:
-        call = f"timm.create_model('{standard}', num_classes={classes})"
+        call = f"timm.create_model('{standard}', {classifier})"
     encoder = {name: tensor for name, tensor in model.items() if not interchange.is_decoder(name)}
-    encoder |= {"head.weight": torch.zeros(classes, cfg.width), "head.bias": torch.zeros(classes)}
+    if not tuned:
+        encoder |= {"head.weight": torch.zeros(classes, cfg.width), "head.bias": torch.zeros(classes)}
     metadata = {"call": call, "mean": json.dumps(facts["mean"]), "std": json.dumps(facts["std"])}
     write_whole(file, lambda opened: interchange.write_safetensors(encoder, opened, metadata))
-    return report | {"call": call, "head": "zeros: a pretrained encoder has no classifier"}
+    head = "the fine-tuned classifier" if tuned else "zeros: a pretrained encoder has no classifier"
+    return report | {"call": call, "head": head}
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1894,7 +1923,7 @@ def parse(argv):
             reading.add_argument("--pooling", choices=["cls", "mean"], default="cls",
                                  help="CLS token, or mean of the patches' tokens (default cls)")  # fmt: skip
     exporting = commands.add_parser("export", help="a run's weights for timm or facebookresearch/mae")
-    exporting.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    exporting.add_argument("run", type=Path, metavar="RUN", help="folder of the run, or of its fine-tuning")
     exporting.add_argument("--to", choices=list(EXPORTS), required=True, help="timm: the encoder; mae: the decoder too")
     exporting.add_argument("--file", type=Path, help=f"where to (default in RUN: {', '.join(EXPORTS.values())})")
     finetune.add_command(commands)
@@ -1926,6 +1955,8 @@ def run_command(arguments):
     net, state, splits = open_run(run, device, **arguments)
     if command == "probe":
         return {"verb": "probe", "run": str(run), **how, **linear_probe(net, state, splits, **how)}
+    if net.cfg.masking == "semantic":
+        net.parts = read_parts(net.cfg, splits, run / "parts.pt", choose_device(device))
     draw_images(net, state, splits, run / "masks.png")
     draw_curves(run)
     return {"verb": "show", "run": str(run), "pictures": [str(run / "masks.png"), str(run / "curves.png")]}

@@ -33,14 +33,18 @@ from mlo_mae import RunError, write_whole
 METHODS = {
     "MLO-MAE": dict(masking="learned"),
     "MAE": dict(masking="random"),
-    "U-MAE": dict(masking="random", uniformity=0.01),
     "SemMAE": dict(masking="semantic", parts_from="{mae}"),
-    "first-order MLO-MAE": dict(masking="learned", hypergradient="first-order"),
-    "supervised, not pretrained": None,
+    "no pretraining": None,
+    "U-MAE": dict(masking="random", uniformity=0.01),
+    "MLO-MAE, weights alone": dict(masking="learned", mask_noise=100.0),  # masks all but random, weighted by p
+    "MLO-MAE, first-order": dict(masking="learned", hypergradient="first-order"),
+    "MLO-MAE, identity": dict(masking="learned", update_jacobian="identity"),
 }
+MAIN = ["MLO-MAE", "MAE", "SemMAE", "no pretraining"]  # what runs by default
+TIMED = ["MAE", "no pretraining"]  # what also runs for as long as MLO-MAE
 DATA = {  # the configuration, and how to fine-tune
-    "shapes": (dict(), dict(epochs=4)),
-    "cifar100": (dict(data="cifar100", images=5000), dict(epochs=10)),
+    "shapes": (dict(epochs=8), dict(epochs=3)),
+    "cifar100": (dict(data="cifar100", images=5000, epochs=12), dict(epochs=6)),
 }
 
 
@@ -54,7 +58,7 @@ def settings(name, method, seed, out, data_dir):
 
 
 def folder_of(out, method, rule, seed):
-    return out / f"{method.split(',')[0].replace(' ', '-')}-{rule}-{seed}"
+    return out / f"{method.replace(',', '').replace(' ', '-')}-{rule}-{seed}"
 
 
 def read_cell(folder):
@@ -62,14 +66,13 @@ def read_cell(folder):
     return json.loads((folder / "cell.json").read_text()) if (folder / "cell.json").exists() else None
 
 
-def run_cell(name, method, rule, seed, out, data_dir, threads):
+def run_cell(cfg, recipe, method, rule, seed, out, threads):
     """Run one cell and write its cell.json: accuracies on the test split (shares), epochs, seconds.
 
     Under the rule "time" a method gets the seconds of MLO-MAE's pretraining, and the epochs that fit, by its own pace
     under the rule "steps": so a cell is a run like any other, and follows from its flags."""
     torch.set_num_threads(threads)
-    folder, (cfg, recipe) = folder_of(out, method, rule, seed), settings(name, method, seed, out, data_dir)
-    pretrained = METHODS[method] is not None
+    folder, pretrained = folder_of(out, method, rule, seed), METHODS[method] is not None
     if rule == "time":
         budget = read_cell(folder_of(out, "MLO-MAE", "steps", seed))["seconds"]
         pace = read_cell(folder_of(out, method, "steps", seed))
@@ -81,7 +84,7 @@ def run_cell(name, method, rule, seed, out, data_dir, threads):
     if pretrained:
         summary = mlo_mae.pretrain(cfg, folder, resume=True)
         cell |= {"seconds": pretraining_seconds(folder, cfg), "probe": summary["probe"]["test_accuracy"]}
-        net, state, splits = mlo_mae.open_run(folder, cfg.device, data_dir=data_dir)
+        net, state, splits = mlo_mae.open_run(folder, cfg.device, data_dir=cfg.data_dir)
         theta = state.theta.params
     else:
         splits = mlo_mae.load_data(cfg, mlo_mae.choose_device(cfg.device))
@@ -102,29 +105,28 @@ def pretraining_seconds(folder, cfg):
 
 
 def grid(name, methods, seeds, out, data_dir, workers, threads):
-    """Run what is not finished, first the rule "steps", whose times the rule "time" needs. Methods of a seed run side by
-    side, so that all are timed under the same load."""
-    context = multiprocessing.get_context("spawn")
-    for rule in ("steps", "time"):
-        todo = [(method, rule, seed) for seed in seeds for method in sorted(methods, key=lambda method: method == "SemMAE")
-                if read_cell(folder_of(out, method, rule, seed)) is None and not (rule == "time" and method == "MLO-MAE")]
-        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-            first = {cell: pool.submit(run_cell, name, *cell, out, data_dir, threads) for cell in todo if cell[0] != "SemMAE"}
-            for cell, future in first.items():
+    """Run what is not finished. SemMAE needs MAE's encoder, and the rule "time" needs all times of the rule "steps"."""
+    stages = [[(method, "steps") for method in methods if method != "SemMAE"],
+              [(method, "steps") for method in methods if method == "SemMAE"],
+              [(method, "time") for method in methods if method in TIMED]]  # fmt: skip
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for stage in stages:
+            todo = [(*cell, seed) for seed in seeds for cell in stage if read_cell(folder_of(out, *cell, seed)) is None]
+            running = {pool.submit(run_cell, *settings(name, cell[0], cell[2], out, data_dir), *cell, out, threads): cell
+                       for cell in todo}  # fmt: skip
+            for future in concurrent.futures.as_completed(running):
                 future.result()
-                print("finished", *cell, file=sys.stderr)
-            for future in [pool.submit(run_cell, name, *cell, out, data_dir, threads) for cell in todo if cell[0] == "SemMAE"]:
-                future.result()  # they need MAE's encoder
+                print("finished", *running[future], file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------- table and figure
 
 
 def t_quantile(freedom, share=0.975):
-    """Student's t quantile, by summing its density (no closed form; numpy has none)."""
-    x = np.linspace(-200, 200, 4_000_001)
-    density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-    return float(x[np.searchsorted(np.cumsum(density) / density.sum(), share)])
+    """Student's t quantile: t = sqrt(freedom) tan(angle), where the angle's density is proportional to cos^(freedom - 1)."""
+    angle = np.linspace(-np.pi / 2, np.pi / 2, 1_000_001)[1:-1]
+    below = np.cumsum(np.cos(angle) ** (freedom - 1))
+    return float(np.sqrt(freedom) * np.tan(angle[np.searchsorted(below / below[-1], share)]))
 
 
 def spread(values):
@@ -195,7 +197,8 @@ def parse(argv):
     parser = mlo_mae.Parser(prog="results.py", description=__doc__.splitlines()[0])
     parser.add_argument("--data", choices=list(DATA), default="shapes")
     parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), help="rows (default all)")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN,
+                        help=f"rows (default: {', '.join(MAIN)})")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
     parser.add_argument("--out", type=Path, help="folder of the grid (default runs/results-<data>)")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
@@ -221,8 +224,8 @@ def run(options):
     facts["threads"] = options.threads
     header = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
     text = "\n".join([f"`python {shlex.join(['results.py', *sys.argv[1:]])}`", "", header, "", *lines, "",
-                      "Mean ± standard deviation over seeds; \"against MAE\" is the mean paired difference in points with its 95 %",
-                      "confidence interval (Student's t). Seconds: the pretraining loop alone."])  # fmt: skip
+                      "Mean ± standard deviation over seeds, on the test split; \"against MAE\" is the mean paired difference in points with its 95 %",
+                      "confidence interval (Student's t). Epochs and seconds are pretraining's; \"no pretraining\" fine-tunes for as long instead."])  # fmt: skip
     print(text)
     figure(options.methods, seeds, out, out / "results.png")
     if options.save:

@@ -372,7 +372,7 @@ def test_a_stop_during_part_learning_leaves_nothing(folder, tmp_path, monkeypatc
         (["--masking", "semantic", "--parts-from", "nothing"], ["nothing", "does not exist"]),
         (["--masking", "semantic", "--parts-from", "."], ["checkpoint.pt", "does not exist"]),
         (["--masking", "semantic", "--parts-from", "small.npz"], ["small.npz", "cannot be read"]),
-        (["--masking", "semantic", "--parts-from", "semantic/parts.pt"], ["parts.pt", "not a checkpoint"]),
+        (["--masking", "semantic", "--parts-from", "semantic/parts.pt"], ["parts.pt", "mlo-mae checkpoint 1"]),
         (["--masking", "semantic", "--parts-from", "mae", "--patch-size", "2"], ["mae", "4 pixels a patch", "2"]),
         (["--masking", "semantic", "--parts-from", "mae", "--parts", "1"], ["--parts", "2"]),
         (["--masking", "semantic", "--parts-from", "mae", "--parts-steps", "0"], ["--parts-steps", "1"]),
@@ -404,7 +404,13 @@ def test_damaged_or_missing_parts_end_in_one_line(folder, tmp_path):
     with pytest.raises(RunError, match="does not exist"):
         mlo_mae.read_parts(net.cfg, splits, path, torch.device("cpu"))
     content = torch.load(folder / "semantic" / "parts.pt", weights_only=True)
-    for changed in ({"learner": {}}, {"encoder_shape": [16, 2, 2]}):
-        torch.save(content | changed, path)
-        with pytest.raises(RunError, match="do not fit"):
+    for name, value in (("learner", {}), ("learner", 3), ("learner", None), ("encoder", None), ("encoder", [1, 2]),
+                        ("encoder", content["encoder"] | {"cls_token": "x"}), ("encoder_shape", None),
+                        *(("encoder_shape", shape) for shape in ([16, 2, 2], [32, 2], [32, 2, 0], [32, 2, 5], ["a", 2, 2], 7))):  # fmt: skip
+        changed = content | {name: value}
+        torch.save(changed if value is not None else {key: changed[key] for key in changed if key != name}, path)
+        with pytest.raises(RunError, match="parts.pt is damaged: .* do not fit"):
             mlo_mae.read_parts(net.cfg, splits, path, torch.device("cpu"))
+    torch.save(torch.load(folder / "mae" / "checkpoint.pt", weights_only=True), path)
+    with pytest.raises(RunError, match="parts.pt is no file of the kind 'mlo-mae parts 1'$"):
+        mlo_mae.read_parts(net.cfg, splits, path, torch.device("cpu"))

@@ -14,7 +14,7 @@ import mlo_mae
 CPU = torch.device("cpu")
 TIMES = {"seconds", "seconds_q1", "seconds_q3"}
 NANO = (8, dict(width=8, depth=1, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2, masking_width=8,
-                batch_size=4, labelled_batch_size=4))  # fmt: skip
+                level1_steps=2, mask_start=0.25, batch_size=4, labelled_batch_size=4))  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +55,14 @@ def test_hypergradient(capsys):
         assert rows[name]["verdict"] != "exact"
     assert ("Betty" in out) == ("betty" in rows)  # silent where it is not installed
     assert rows["redrawn"]["error_float64"] > 10 * rows["finite-difference"]["error_float64"]
+
+
+def test_masks_are_learned_from_the_first():
+    size, settings = NANO
+    cfg = mlo_mae.Config(**settings)
+    net, (_, psi, head, _, steps) = bench.problem(cfg, size, CPU, warm=1)
+    assert cfg.mask_start > 0 and mlo_mae.learned_by(net.cfg, 0.0) and head.t == cfg.head_steps and len(steps) == 2
+    assert not torch.equal(psi, mlo_mae.build(cfg, size, 3, 10)[1][2])
 
 
 def test_hypergradient_fails_where_exact_is_wrong(capsys, monkeypatch, few):
@@ -147,7 +155,11 @@ def test_step(capsys, tmp_path):
     assert rows["level-1 step"]["flops"] > rows["plain MAE step"]["flops"]
     summary = report["summary"]
     assert summary["batch_size"] == summary["labelled_batch_size"] == 6
-    assert summary["updates"] == math.ceil(mlo_mae.Config().epochs * 6000 * 0.8 / (6 * 2))
+    cfg = mlo_mae.Config()  # what is not a size
+    assert summary["updates"] == math.ceil(cfg.epochs * bench.TRAINING_IMAGES["shapes"] * (1 - cfg.val_fraction) / (6 * 2))
+    plain, whole = (rows[name]["seconds"] for name in ("plain MAE step", "outer iteration"))
+    pace = 0.25 * 2 * plain + 0.75 * whole  # of NANO's mask_start
+    assert summary["hours"] == pytest.approx(summary["updates"] * pace / 3600) and "the first 25 % of them plain MAE" in out
     assert summary["overhead"] == pytest.approx(summary["time_ratio"] / summary["operation_ratio"])
     assert json.loads(trace.read_text())["traceEvents"]
 

@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
+from test_interchange import timm
+
 import data
 import finetune
+import interchange
 import mlo_mae
 from finetune import RECIPES, Recipe
 from mlo_mae import Config, build, call, main
@@ -529,6 +532,91 @@ def test_the_command_line_end_to_end(tmp_path):
     assert "--resume" in again.stderr and "Traceback" not in again.stderr
 
 
+# ------------------------------------------------------------------------------- public checkpoints, and export
+
+
+@pytest.fixture
+def public(given, tmp_path):
+    """{name: tensor} of an encoder, and the .pth and .safetensors that hold it."""
+    net, theta, _ = given
+    params = theta[: net.encoder_size] + 0.1 * torch.randn(net.encoder_size, generator=torch.Generator().manual_seed(2))
+    named = mlo_mae.unflatten(net.encoder, params)
+    torch.save({"model": {name: tensor.clone() for name, tensor in named.items()}}, tmp_path / "public.pth")
+    with open(tmp_path / "public.safetensors", "wb") as file:
+        interchange.write_safetensors(named, file, {})
+    return named, tmp_path / "public.pth", tmp_path / "public.safetensors"
+
+
+SIZES = {name: TINY[name] for name in ("patch_size", "width", "depth", "heads")} | {"device": "cpu"}
+
+
+@pytest.mark.parametrize("kind", [1, 2], ids=["pth", "safetensors"])
+def test_a_public_encoder_is_fine_tuned(public, npz, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    named, file = public[0], public[kind]
+    still = dict(SIZES, data=npz, epochs=1, warmup_epochs=0, batch_size=48, lr=0)
+    assert main(["finetune", str(file), *flags(still), "--pooling", "cls"]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["run"] == str(Path("runs") / "public-finetune-short-0") and not result["from_scratch"]
+    content = mlo_mae.read_saved(Path(result["run"]) / "checkpoint.pt", finetune.FORMAT)
+    assert content["config"]["init"] == str(file)
+    assert content["model"].keys() - named.keys() == {"head.weight", "head.bias"}
+    assert all(torch.equal(content["model"][name], tensor) for name, tensor in named.items())  # at a learning rate of 0
+    assert f"{file}: {len(named)} of {len(named)} encoder weights used\n" in printed.err
+
+
+def test_public_encoders_that_do_not_fit(public, npz, tmp_path, capsys):
+    _, file, other = public
+    begin = ["finetune", file, *flags(dict(SIZES, data=npz)), "--out", tmp_path / "bad"]
+    refused([*begin, "--depth", 3], capsys, "these weights fit --depth 2")
+    refused([*begin, "--from-scratch"], capsys, "--from-scratch")
+    refused(["finetune", tmp_path / "absent.pth", *begin[2:]], capsys, "absent.pth does not exist")
+    refused(["finetune", npz, *begin[2:]], capsys, npz)
+    assert not (tmp_path / "bad").exists()
+    assert main([str(word) for word in begin] + ["--epochs", "1", "--warmup-epochs", "0"]) == 0
+    refused(["finetune", other, *begin[2:], "--epochs", 1, "--warmup-epochs", 0, "--resume"], capsys, "init is", file)
+
+
+@pytest.fixture(params=["mean", "cls"])
+def exported(request, run, tuned, tmp_path, capsys):
+    """A fine-tuning's folder and pooling, what its export reports, and the exported weights."""
+    if request.param == "cls":
+        tuned = tmp_path / "cls"
+        assert main(command(run, tuned, "--pooling", "cls", epochs=1)) == 0
+    assert main(["export", str(tuned), "--to", "timm", "--file", str(tmp_path / "vit")]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return tuned, request.param, report, interchange.read_weights(tmp_path / "vit")
+
+
+def test_export_holds_the_fine_tuned_head(exported):
+    tuned, pooling, report, weights = exported
+    assert equal(weights, mlo_mae.read_saved(tuned / "checkpoint.pt", finetune.FORMAT)["best"]["model"])
+    assert weights["head.weight"].shape == (6, 16) and weights["head.weight"].any()
+    assert report["call"] == ("timm.models.VisionTransformer(img_size=16, patch_size=4, in_chans=3, embed_dim=16, depth=2, "
+                              "num_heads=2, num_classes=6" + (", global_pool='avg')" if pooling == "mean" else ")"))  # fmt: skip
+    assert report["head"] == "the fine-tuned classifier"
+
+
+def test_timm_classifies_as_the_fine_tuning_does(run, exported):
+    _, pooling, report, weights = exported
+    vit = eval(report["call"], {"timm": timm()})
+    vit.load_state_dict(weights)  # strict
+    net, theta, splits = finetune.starting_point(run, Recipe(), {"device": "cpu"})
+    model = finetune.start(net, theta, splits, Recipe(pooling=pooling))
+    model.load_state_dict(weights)
+    images = splits.test.pick(torch.arange(4)).images
+    assert torch.allclose(model(images), vit.eval()(images), atol=1e-5)
+
+
+def test_what_a_fine_tuning_cannot_export(tuned, tmp_path, capsys):
+    refused(["export", tuned, "--to", "mae"], capsys, tuned, "no decoder")
+    content = mlo_mae.read_saved(tuned / "checkpoint.pt", finetune.FORMAT)
+    torch.save(content | {"best": {"val_top1": -1.0}}, tmp_path / "checkpoint.pt")
+    refused(["export", tmp_path, "--to", "timm"], capsys, "no finished epoch", "--resume")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt"}
+
+
 # ------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -612,7 +700,7 @@ def test_mean_pooled_features(given):
 
 @pytest.mark.parametrize("pooling, theirs", [("cls", "token"), ("mean", "avg")])
 def test_a_fine_tuned_model_is_timms(given, pooling, theirs):
-    vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+    vision_transformer = timm().models.vision_transformer
     net, theta, splits = given
     model = finetune.start(net, theta, splits, Recipe(pooling=pooling))
     for parameter in model.parameters():

@@ -10,7 +10,7 @@ import mlo_mae
 from mlo_mae import Config, Labelled, Level, Rates, adamw, adamw_pullback, build, decay_of, level1_step
 
 TINY_RUN = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2,
-                  masking_width=12, head_norm="layer", dropout=0.5, batch_size=6)  # fmt: skip
+                  masking_network="shared", masking_width=12, mask_start=0.0, head_norm="layer", dropout=0.5, batch_size=6)  # fmt: skip
 SIZE, CHANNELS, CLASSES = 16, 3, 5
 
 
@@ -55,6 +55,7 @@ def errors_of(form, **settings):
     net, arguments = problem(**settings)
     found, judge = form(net, *arguments), mlo_mae.unrolled(net, *arguments)
     assert judge.hypergradient.norm() > 1e-9  # a zero would agree with anything
+    assert all(piece.any() for piece in mlo_mae.unflatten(net.masking, judge.hypergradient).values())  # in any layer of T
     assert relative_error(found.head.params, judge.head.params) < 1e-13
     assert relative_error(found.level3_loss, judge.level3_loss) < 1e-13
     return relative_error(found.hypergradient, judge.hypergradient)
@@ -63,20 +64,23 @@ def errors_of(form, **settings):
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize("head_steps", [1, 3])
+@pytest.mark.parametrize("masking_network", ["shared", "mlp"])
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
 @pytest.mark.parametrize("head_norm", ["layer", "batch"])
-def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, masking_input, head_norm):
+def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, masking_network, masking_input, head_norm):
     error = errors_of(mlo_mae.exact, warm=warm, update_jacobian=jacobian, head_steps=head_steps,
-                      masking_input=masking_input, head_norm=head_norm)  # fmt: skip
+                      masking_network=masking_network, masking_input=masking_input, head_norm=head_norm)  # fmt: skip
     assert error < 1e-9
 
 
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("masking_network", ["shared", "mlp"])
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
-def test_exact_equals_unrolled_over_several_steps(jacobian, warm, count, masking_input):
-    error = errors_of(mlo_mae.exact, warm=warm, update_jacobian=jacobian, count=count, masking_input=masking_input)
+def test_exact_equals_unrolled_over_several_steps(jacobian, warm, count, masking_network, masking_input):
+    error = errors_of(mlo_mae.exact, warm=warm, update_jacobian=jacobian, count=count, masking_network=masking_network,
+                      masking_input=masking_input)  # fmt: skip
     assert error < 1e-9
 
 

@@ -22,7 +22,8 @@ from mlo_mae import CIFAR, IMAGENET, Config, build, call, main, unflatten
 SCRIPT = Path(mlo_mae.__file__)
 FLAGS = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "1", "--heads", "2",
          "--decoder-width", "8", "--decoder-depth", "1", "--decoder-heads", "2", "--masking-width", "8",
-         "--batch-size", "16", "--labelled-batch-size", "8", "--log-every", "2", "--device", "cpu"]  # fmt: skip
+         "--batch-size", "16", "--labelled-batch-size", "8", "--mask-start", "0", "--log-every", "2", "--device", "cpu",
+         "--level1-steps", "2", "--head-steps", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -134,7 +135,8 @@ def mae_by_hand(weight, images, kept, size, heads, decoder_heads):
 
 
 def test_forward_equals_the_published_equations():
-    cfg = Config(patch_size=4, width=24, depth=2, heads=3, decoder_width=16, decoder_depth=2, decoder_heads=2)
+    cfg = Config(patch_size=4, width=24, depth=2, heads=3, decoder_width=16, decoder_depth=2, decoder_heads=2,
+                 masking_network="mlp", mask_noise=0.0)  # fmt: skip
     net, (theta, _, psi) = build(cfg, 20, 3, 7)
     torch.manual_seed(1)
     theta = theta.double() + 0.3 * torch.randn(len(theta), dtype=torch.float64)  # nothing is zero or special
@@ -210,10 +212,87 @@ def test_random_masks_are_uniform_and_p_is_one():
     assert torch.equal(mask, again) and not torch.equal(mask, other)
 
 
+def test_before_its_start_t_is_not_asked():
+    """Learned masks are then those of --masking random, draw by draw."""
+    images, masks = torch.randn(50, 3, 32, 32), {}
+    for masking in ("learned", "random"):
+        net, (_, _, psi) = build(Config(masking=masking, mask_start=0.5), 32, 3, 8)
+        psi = torch.ones_like(psi).cumsum(0).sin()  # T has preferences
+        for progress in (0.0, 0.49, 0.5, 1.0):
+            prob, _, _, masks[masking, progress] = mlo_mae.draw_masks(net, psi, images, None, 0, 1, progress=progress)
+            assert prob.eq(1).all() == (masking == "random" or progress < 0.5)
+    for progress in (0.0, 0.49, 0.5, 1.0):
+        assert torch.equal(masks["learned", progress], masks["random", progress]) == (progress < 0.5)
+
+
+@pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
+def test_the_shared_t_starts_without_a_preference(masking_input):
+    cfg = Config(masking_network="shared", masking_input=masking_input, masking_width=6, width=16, patch_size=4)
+    net, (theta, _, psi) = build(cfg, 32, 3, 8)
+    prob = mlo_mae.masking_probability(net, psi, torch.randn(5, 3, 32, 32), theta[: net.encoder_size])
+    assert torch.equal(prob, torch.full((5, 64), 0.5))
+    window = (3, 12, 12) if masking_input == "pixels" else (16, 3, 3)  # three by three patches
+    assert net.masking.window.weight.shape == (6, *window)
+
+
+def test_the_shared_t_sees_a_patch_and_its_neighbours_wherever_they_lie():
+    net, (_, _, psi) = build(Config(masking_network="shared", masking_input="pixels", patch_size=4), 32, 3, 8)
+    torch.manual_seed(0)
+    psi, images = psi.double() + 0.1 * torch.randn(len(psi)), torch.randn(2, 3, 32, 32).double()
+
+    def logits(images):  # [B, 8, 8], less their mean, which the borders change: here the one of patch (6, 6) is 0
+        found = mlo_mae.masking_probability(net, psi, images, None).logit()
+        assert found.mean(1).abs().max() < 1e-9 and found.std() > 0.1
+        return found.unflatten(1, (8, 8)) - found[:, 54, None, None]
+
+    right = logits(images.roll(4, 3))  # patches move by one; standardising the image does not see that
+    expected = logits(images)[:, 1:-1, 1:-2] - logits(images)[:, 6:7, 5:6]
+    assert torch.allclose(right[:, 1:-1, 2:-1], expected, atol=1e-9)
+
+    turned = images.clone()
+    turned[:, :, 8:12, 12:16] = images[:, :, 8:12, 12:16].flip(2)  # patch (2, 3), its pixels in another order
+    moved = (logits(turned) - logits(images)).abs() > 1e-9
+    near = torch.zeros(8, 8, dtype=torch.bool)
+    near[1:4, 2:5] = True
+    assert torch.equal(moved, near.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.5])
+@pytest.mark.parametrize("hidden", [1, 2])
+def test_noisy_masks_are_drawn_by_their_odds_without_replacement(monkeypatch, noise, hidden):
+    net, _ = build(Config(patch_size=8, mask_ratio=hidden / 4, mask_noise=noise, mask_start=0.0), 16, 3, 8)
+    logits = torch.tensor([2.0, -1.0, 0.5, -0.5])
+    monkeypatch.setattr(mlo_mae, "masking_probability", lambda net, psi, images, params: logits.sigmoid().expand(len(images), -1))
+    images = torch.zeros(40_000, 3, 16, 16)
+    prob, _, _, mask = mlo_mae.draw_masks(net, None, images, None, 0, 1)
+    assert torch.equal(prob[7], logits.sigmoid())  # the noise has no part in L1's weights
+    odds = (logits / noise).exp().tolist()
+    if hidden == 1:
+        expected = {(i,): odds[i] / sum(odds) for i in range(4)}
+    else:  # one first and the other of the rest, or the reverse
+        expected = {(i, j): odds[i] * odds[j] / sum(odds) * (1 / (sum(odds) - odds[i]) + 1 / (sum(odds) - odds[j]))
+                    for i in range(4) for j in range(i + 1, 4)}  # fmt: skip
+    assert sum(expected.values()) == pytest.approx(1)
+    for patches, share in expected.items():
+        found = mask[:, list(patches)].all(1).double().mean().item()
+        assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / len(images)), patches
+    assert torch.equal(mask, mlo_mae.draw_masks(net, None, images, None, 0, 1)[3])
+    assert not torch.equal(mask, mlo_mae.draw_masks(net, None, images, None, 0, 2)[3])
+
+
+def test_without_noise_the_highest_p_are_hidden(monkeypatch):
+    net, _ = build(Config(patch_size=8, mask_ratio=0.5, masking_network="mlp", mask_noise=0.0, mask_start=0.0), 16, 3, 8)
+    prob = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.51, 0.5, 0.49, 0.52]])
+    monkeypatch.setattr(mlo_mae, "masking_probability", lambda *arguments: prob)
+    mask = mlo_mae.draw_masks(net, None, torch.zeros(2, 3, 16, 16), None, 0, 1)[3]
+    assert mask.tolist() == [[0, 1, 0, 1], [1, 0, 0, 1]]
+
+
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
 @pytest.mark.parametrize("image_size, patch", [(32, 4), (96, 8)])
 def test_first_masks_are_neither_saturated_nor_the_same(masking_input, image_size, patch):
-    net, (theta, _, psi) = build(Config(masking_input=masking_input, patch_size=patch), image_size, 3, 8)
+    cfg = Config(masking_network="mlp", masking_input=masking_input, mask_noise=0.0, patch_size=patch)
+    net, (theta, _, psi) = build(cfg, image_size, 3, 8)
     torch.manual_seed(0)
     images = F.interpolate(torch.randn(64, 3, 6, 6), size=image_size, mode="bilinear")  # smooth, as photographs are
     statistics, _ = mlo_mae.mask_statistics(net, mlo_mae.State(0, *(mlo_mae.fresh_level(v, "cpu") for v in (theta, theta[:1], psi))), images, None, None)
@@ -230,13 +309,15 @@ def test_no_decay_on_biases_norms_tokens_and_positions():
         assert torch.equal(value, torch.full_like(value, 0.3 if decayed else 0.0)), name
 
 
-def test_one_step_moves_a_unit_of_t_by_mask_lr_at_most():
-    net, (_, _, psi) = build(Config(), 32, 3, 8)
+@pytest.mark.parametrize("network, layers, biases", [("mlp", ("fc1", "fc2"), ("fc1", "fc2")), ("shared", ("window", "fc"), ("window",))])
+def test_one_step_moves_a_unit_of_t_by_mask_lr_at_most(network, layers, biases):
+    net, (_, _, psi) = build(Config(masking_network=network), 32, 3, 8)
     scale = mlo_mae.inverse_fan_in(net.masking)
     after = mlo_mae.adamw(mlo_mae.fresh_level(psi, "cpu"), torch.randn(len(psi)), mlo_mae.Rates(0.02 * scale, 0 * psi))
     moved = unflatten(net.masking, after.params - psi)
-    for name in ("fc1", "fc2"):  # inputs of size 1
-        assert moved[name + ".weight"].abs().sum(1).max() == pytest.approx(0.02, rel=1e-3)
+    for name in layers:  # inputs of size 1
+        assert moved[name + ".weight"].abs().flatten(1).sum(1).max() == pytest.approx(0.02, rel=1e-3)
+    for name in biases:
         assert moved[name + ".bias"].abs().max() == pytest.approx(0.02, rel=1e-3)
 
 
@@ -340,6 +421,58 @@ def test_random_masking_is_plain_mae(npz, tmp_path):
     assert content["moments"]["masking"]["t"] == 0 and content["moments"]["model"]["t"] == 6
 
 
+def stopped(npz, out, monkeypatch, lines, *more):
+    """A run that a signal stops after this many lines of metrics; returns its checkpoint."""
+    real, calls = mlo_mae.mask_statistics, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == lines:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(mlo_mae, "mask_statistics", interrupted)
+        main(arguments(npz, out, *more))
+    return mlo_mae.read_checkpoint(out / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("network", [("shared", "1"), ("mlp", "0")])
+def test_masks_are_random_before_their_start_and_resuming_knows(npz, tmp_path, monkeypatch, network):
+    """30 updates, T from the 15th on; stopped before and after, a resumed run ends with the same weights."""
+    flags = ["--epochs", 20, "--mask-start", 0.5, "--masking-network", network[0], "--mask-noise", network[1]]
+    assert main(arguments(npz, tmp_path / "whole", *flags)) == 0
+    rows = mlo_mae.read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    for row in rows:
+        learned = row["iteration"] >= 16
+        assert ("level2_loss" in row, "level3_loss" in row, "hypergradient_norm" in row) == (learned,) * 3
+        assert (row["p_mean"] == 1) == (not learned)
+        assert learned or row["level1_loss"] == row["reconstruction_error"]
+    assert mlo_mae.read_checkpoint(tmp_path / "whole" / "checkpoint.pt")["moments"]["masking"]["t"] == 15
+
+    early, late = (stopped(npz, tmp_path / name, monkeypatch, lines, *flags) for name, lines in (("early", 5), ("late", 10)))
+    assert 10 <= early["iteration"] < 15 < late["iteration"] < 30
+    net, (_, phi, psi) = build(Config(**early["config"]), 16, 3, 2)
+    for part, module, start in (("head", net.head, phi), ("masking", net.masking, psi)):
+        assert same(early[part], unflatten(module, start)) and early["moments"][part]["t"] == 0
+        assert not same(late[part], unflatten(module, start)) and late["moments"][part]["t"] == late["iteration"] - 15
+    for name in ("early", "late"):
+        assert main(["pretrain", "--out", str(tmp_path / name), "--resume"]) == 0
+        assert same(weights(tmp_path / name), weights(tmp_path / "whole"))
+
+
+def test_curves_hold_losses_from_their_first_row_on(tmp_path, monkeypatch):
+    early = {"epoch": 1, "iteration": 1, "level1_loss": 0.9, "reconstruction_error": 0.9, "p_mean": 1.0}
+    rows = [early, early | {"epoch": 2}, early | {"epoch": 3, "level2_loss": 0.7, "level3_loss": 0.8}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    figures, real = [], mlo_mae.save_figure
+    monkeypatch.setattr(mlo_mae, "save_figure", lambda figure, path: figures.append(figure) or real(figure, path))
+    mlo_mae.draw_curves(tmp_path)
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figures[0].axes[0].lines}
+    assert lines["level1_loss"] == ([1, 2, 3], [0.9] * 3) and lines["level2_loss"] == ([3], [0.7])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ------------------------------------------------------------------------------------------ interrupt and resume
 
 
@@ -423,6 +556,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (["--learning-rate", "1"], ["--learning-rate"]),
         (["--device", "abacus"], ["abacus", "cpu"]),
         (["--redraw-dropout"], ["finite-difference"]),
+        (["--masking-network", "shared", "--mask-noise", "0"], ["--masking-network shared", "--mask-noise above 0"]),
+        (["--mask-start", "1"], ["--mask-start", "below 1"]),
+        (["--mask-noise", "-1"], ["--mask-noise", "negative"]),
         (["--hypergradient", "finite-difference", "--unroll", "full"], ["--unroll last"]),
         (["--data", "no/such.npz"], ["no/such.npz"]),
         (["--images", "100000"], ["100000"]),

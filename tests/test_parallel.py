@@ -28,7 +28,7 @@ from mlo_mae import Config, State, build, decay_of, fresh_level, inverse_fan_in,
 
 TINY = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2, masking_width=12,
               head_norm="layer", dropout=0.3, batch_size=12, labelled_batch_size=8, warmup=0.0, masking_network="mlp",
-              mask_noise=0.0, mask_start=0.0)  # fmt: skip
+              mask_noise=0.0, mask_start=0.0, level1_steps=2, head_steps=1)  # fmt: skip
 CASES = {
     "learned": {},
     "random": dict(masking="random"),
@@ -40,7 +40,7 @@ ITERATIONS = 2
 FLAGS = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "1", "--heads", "2", "--decoder-width", "8",
          "--decoder-depth", "1", "--decoder-heads", "2", "--masking-width", "8", "--batch-size", "16", "--epochs", "10",
          "--labelled-batch-size", "8", "--log-every", "2", "--device", "cpu", "--checkpoint-minutes", "0",
-         "--mask-start", "0.2"]  # fmt: skip
+         "--mask-start", "0.2", "--level1-steps", "2", "--head-steps", "1"]  # fmt: skip
 
 
 @functools.cache

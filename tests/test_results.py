@@ -1,0 +1,76 @@
+"""The grid of methods x seeds: its statistics against known values, its rules, and that finished cells stay."""
+
+import json
+
+import numpy as np
+import pytest
+
+import mlo_mae
+import results
+
+TINY = (dict(images=240, epochs=1, patch_size=8, width=8, depth=1, heads=2, decoder_width=8, decoder_heads=2, masking_width=8,
+             mask_start=0.0, level1_steps=2, log_every=1, parts_steps=2), dict(epochs=2, warmup_epochs=0.0))  # fmt: skip
+
+
+@pytest.mark.parametrize("freedom, value", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622)])  # any table of Student's t
+def test_t_quantiles(freedom, value):
+    assert results.t_quantile(freedom) == pytest.approx(value, rel=2e-4)
+
+
+def test_spread_and_paired_difference():
+    assert results.spread([0.1, 0.2, 0.3]) == "20.0 ± 10.0" and results.spread([0.25]) == "25.0"
+    ours, theirs = [0.50, 0.60, 0.70], [0.48, 0.59, 0.67]  # gaps 2, 1, 3: mean 2, deviation 1
+    assert results.difference(ours, theirs) == f"+2.0 ± {4.3027 / np.sqrt(3):.1f}"
+    assert results.difference([0.5], [0.6]) == "-10.0"
+
+
+def cell(out, method, rule, seed, **numbers):
+    folder = results.folder_of(out, method, rule, seed)
+    folder.mkdir(parents=True)
+    (folder / "cell.json").write_text(json.dumps({"epochs": 1, "seconds": 1.0} | numbers))
+
+
+def test_the_table_pairs_seeds_and_leaves_out_what_is_not_finished(tmp_path):
+    for seed, (ours, mae) in enumerate([(0.5, 0.4), (0.9, 0.7)]):
+        cell(tmp_path, "MLO-MAE", "steps", seed, probe=ours, finetune=ours)
+        cell(tmp_path, "MAE", "steps", seed, probe=mae, finetune=mae)
+    cell(tmp_path, "no pretraining", "steps", 0, finetune=0.3)  # seed 1 is missing
+    lines, rows = results.table(results.MAIN, range(2), tmp_path)
+    assert [(row["rule"], row["method"]) for row in rows] == [("steps", "MLO-MAE"), ("steps", "MAE")]
+    assert "+15.0 ± 63.5" in lines[2] and "70.0 ± 28.3" in lines[2]  # gaps 10 and 20: deviation 7.07, times 12.7 / sqrt(2)
+
+
+def test_a_grid_of_tiny_runs_and_its_rules(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(results.DATA, "shapes", TINY)
+    arguments = ["--seeds", "1", "--workers", "1", "--out", str(tmp_path / "grid")]
+    assert mlo_mae.reported("results", lambda: results.run(results.parse(arguments))) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = {(row["rule"], row["method"]): row for row in report["rows"]}
+    assert set(rows) == {("steps", method) for method in results.MAIN} | {("time", method) for method in ["MLO-MAE", *results.TIMED]}
+    ours, mae, longer = rows["steps", "MLO-MAE"], rows["steps", "MAE"], rows["time", "MAE"]
+    assert longer["epochs"] == [max(1, round(mae["epochs"][0] * ours["seconds"][0] / mae["seconds"][0]))]
+    scratch, tuned = rows["steps", "no pretraining"], rows["time", "no pretraining"]
+    more = scratch["finetune_epochs"][0] * ours["seconds"][0] / scratch["finetune_seconds"][0]
+    assert tuned["finetune_epochs"] == [scratch["finetune_epochs"][0] + round(more)] and tuned["epochs"] == [0]
+    config = json.loads((tmp_path / "grid/SemMAE-steps-0/config.json").read_text())
+    assert config["parts_from"] == str(tmp_path / "grid/MAE-steps-0")
+    assert (tmp_path / "grid/results.png").stat().st_size > 10_000
+
+    def forbidden(*arguments):
+        raise AssertionError("a finished cell ran again")
+
+    monkeypatch.setattr(results, "run_cell", forbidden)  # cannot even be sent to a worker
+    assert mlo_mae.reported("results", lambda: results.run(results.parse(arguments))) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == report["rows"]
+
+
+@pytest.mark.parametrize("arguments, part", [
+    (["--methods", "MAE"], "--methods needs MLO-MAE"),
+    (["--seeds", "0"], "must be at least 1"),
+    (["--table", "--out", "nowhere"], "run without --table"),
+])  # fmt: skip
+def test_what_cannot_run_ends_in_one_line(arguments, part, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mlo_mae.reported("results", lambda: results.run(results.parse(arguments))) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 1 and part in errors[0] and not list(tmp_path.iterdir())
