@@ -135,16 +135,19 @@ class Images:
         """Every image once, in order, as it is: Batches, of which the last may be smaller."""
         return (self.pick(indices) for indices in torch.arange(len(self)).split(batch_size))
 
-    def stream(self, batch_size, seed, start=0, augment=True):
-        """Endless shuffled Batches from batch number `start` on, cropped and flipped at random if `augment`."""
+    def stream(self, batch_size, seed, start=0, augment=True, part=slice(None)):
+        """Endless shuffled Batches from batch number `start` on, cropped and flipped at random if `augment`; of each, the
+        images that the slice `part` names."""
         for b, indices in index_batches(len(self), batch_size, seed, start):
-            yield self.augmented(indices, generator(seed, AUGMENT, b)) if augment else self.pick(indices)
+            yield self.augmented(indices, generator(seed, AUGMENT, b), part) if augment else self.pick(indices[part])
 
-    def augmented(self, indices, rng):
-        """A Batch of these images after a random crop (from size/8 pixels of black around) and a random horizontal flip."""
+    def augmented(self, indices, rng, part=slice(None)):
+        """A Batch of these images after a random crop (from size/8 pixels of black around) and a random horizontal flip; of
+        it, the images that the slice `part` names."""
         pad, (height, width) = self.images.shape[-1] // 8, self.images.shape[-2:]
         draws = [rng.integers(0, high, len(indices)) for high in (2 * pad + 1, 2 * pad + 1, 2)]
-        i, top, left, flip = torch.from_numpy(np.stack([indices, *draws])).to(self.labels.device)  # each [B]; one transfer
+        drawn = np.stack([indices, *draws])[:, part]
+        i, top, left, flip = torch.from_numpy(drawn).to(self.labels.device)  # each [B]; one transfer
         windows = F.pad(self.images.index_select(0, i), (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
         crops = windows[torch.arange(len(i), device=i.device), :, top, left]  # [B, C, H, W]
         crops = torch.where(flip.bool()[:, None, None, None], crops.flip(3), crops)
@@ -202,12 +205,12 @@ class Files(NamedTuple):
     paths: dict  # of each split: [N] bytes, relative to root
     labels: dict  # of each split: [N] int64
 
-    def batch(self, split, indices, key):
-        """images [B, 3, size, size] uint8, labels [B] int64; cropped and flipped by the random `key` unless it is None."""
+    def batch(self, split, indices, keys):
+        """images [B, 3, size, size] uint8, labels [B] int64; each cropped and flipped by its random key, unless keys is None."""
         images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
         labels = torch.empty(len(indices), dtype=torch.int64)
         for j, i in enumerate(indices):
-            labels[j] = self.read(split, int(i), key and (*key, j), images[j].numpy())
+            labels[j] = self.read(split, int(i), keys and keys[j], images[j].numpy())
         return images, labels
 
     def read(self, split, i, key, out):
@@ -245,8 +248,8 @@ def start_worker(files):
     threading.Thread(target=outlive_nobody, daemon=True).start()
 
 
-def work(split, indices, key):
-    return files_here.batch(split, indices, key)
+def work(split, indices, keys):
+    return files_here.batch(split, indices, keys)
 
 
 class Folder:
@@ -268,13 +271,15 @@ class Folder:
         """Every image once, in order, not augmented: Batches, of which the last may be smaller."""
         return self.batches((indices.numpy(), None) for indices in torch.arange(len(self)).split(batch_size))
 
-    def stream(self, batch_size, seed, start=0, augment=True):
-        """Endless shuffled Batches from batch number `start` on, cropped, resized and flipped at random if `augment`."""
-        return self.batches((indices, (seed, AUGMENT, b) if augment else None)
+    def stream(self, batch_size, seed, start=0, augment=True, part=slice(None)):
+        """Endless shuffled Batches from batch number `start` on, cropped, resized and flipped at random if `augment`; of
+        each, the images that the slice `part` names."""
+        places = range(batch_size)[part]
+        return self.batches((indices[part], [(seed, AUGMENT, b, j) for j in places] if augment else None)
                             for b, indices in index_batches(len(self), batch_size, seed, start))
 
     def batches(self, requests):
-        """A Batch for each (indices, random key or None), in order."""
+        """A Batch for each (indices, random keys or None), in order."""
         for images, labels in self.decoded(requests):
             if torch.device(self.device).type == "cuda":
                 images, labels = images.pin_memory(), labels.pin_memory()
@@ -285,11 +290,11 @@ class Folder:
         """images [B, 3, H, W] uint8 and labels [B] for each request, decoded ahead of need where there are workers."""
         pending = deque()
         try:
-            for indices, key in requests:
+            for indices, keys in requests:
                 if not self.executor:
-                    yield self.files.batch(self.split, indices, key)
+                    yield self.files.batch(self.split, indices, keys)
                     continue
-                pending.append(self.executor.submit(work, self.split, indices, key))
+                pending.append(self.executor.submit(work, self.split, indices, keys))
                 if len(pending) > self.ahead:
                     yield pending.popleft().result()
             while pending:

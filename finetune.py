@@ -357,8 +357,7 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
                 loss_sum.zero_()
                 if out:
                     row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, "val_top1": val_top1}
-                    with open(out / "metrics.jsonl", "a") as file:
-                        file.write(json.dumps(row) + "\n")
+                    mlo_mae.append_line(out / "metrics.jsonl", json.dumps(row))
             if due:
                 content = describe(net, splits, recipe) | {
                     "format": FORMAT, "step": step, "seconds": seconds + time.monotonic() - began, "best": best,

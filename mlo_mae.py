@@ -70,12 +70,20 @@ from typing import Literal, NamedTuple, get_args, get_origin
 import numpy as np
 import torch
 import torch.autograd.forward_ad as fwAD
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
 
 import baselines
 import data
@@ -139,8 +147,10 @@ class Config:
     redraw_dropout: bool = flag(False, "redraw dropout between finite differences, as the published code does")
 
     epochs: int = flag(12, "passes of level 1 over its training images")
-    batch_size: int = flag(32, "images a step of level 1")
-    labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each")
+    batch_size: int = flag(32, "images a step of level 1, over all processes")
+    labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each, over all processes")
+    accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result")
+    checkpoint_activations: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     level1_steps: int = flag(8, "encoder and decoder steps a mask update")
     head_steps: int = flag(10, "head steps a mask update, on one batch")
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder")
@@ -178,7 +188,10 @@ PRESETS = {
     "imagenet-large": IMAGENET | dict(width=1024, depth=24, heads=16),
 }
 # What may change when a run is resumed, since the result does not depend on it.
-MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes"}
+MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes", "accumulate", "checkpoint_activations"}
+
+
+MAX_WEIGHTS = 2**31
 
 
 def check(cfg):
@@ -194,13 +207,15 @@ def check(cfg):
         need(heads > 0 and getattr(cfg, name) % heads == 0, f"{flags} is not a multiple of its {heads} heads")
         need(getattr(cfg, name) % 4 == 0, f"{flags} is not a multiple of 4, which sin-cos positions need")
     for name in ("patch_size", "width", "depth", "decoder_width", "decoder_depth", "masking_width", "epochs",
-                 "batch_size", "labelled_batch_size", "level1_steps", "head_steps", "log_every",
-                 "parts_steps"):  # fmt: skip
-        need(getattr(cfg, name) >= 1, f"--{name.replace('_', '-')} must be at least 1")
+                 "batch_size", "labelled_batch_size", "accumulate", "level1_steps", "head_steps", "log_every",
+                 "parts", "parts_steps"):  # fmt: skip
+        most = 1000 if "depth" in name else 65536  # a damaged file must not ask for all of the memory
+        need(1 <= getattr(cfg, name) <= most, f"--{name.replace('_', '-')} must be at least 1 and at most {most}")
     for name in ("lr", "head_lr", "mask_lr", "mask_noise", "weight_decay", "checkpoint_minutes", "images", "workers", "seed",
                  "uniformity"):  # fmt: skip
         value = getattr(cfg, name)
         need(value >= 0 and math.isfinite(value), f"--{name.replace('_', '-')} must not be negative")
+    need(cfg.seed < 2**63 and cfg.workers <= 1024, "--seed must be below 2^63, and --workers at most 1024")
     for name in ("mask_ratio", "val_fraction"):
         need(0 < getattr(cfg, name) < 1, f"--{name.replace('_', '-')} must lie between 0 and 1")
     for name in ("warmup", "dropout", "mask_start"):
@@ -213,6 +228,20 @@ def check(cfg):
         cfg.hypergradient == "finite-difference" or not cfg.redraw_dropout,
         "--redraw-dropout goes with --hypergradient finite-difference alone",
     )
+    need(
+        cfg.hypergradient in ("exact", "first-order") or world() == cfg.accumulate == 1,
+        f"--hypergradient {cfg.hypergradient} goes with one process and --accumulate 1",
+    )
+    need(
+        not cfg.checkpoint_activations or cfg.hypergradient in ("exact", "first-order") and cfg.unroll == "last",
+        "--checkpoint-activations goes with --hypergradient exact or first-order, and --unroll last",
+    )
+    parts = world() * cfg.accumulate
+    need(
+        cfg.batch_size % parts == 0 and cfg.labelled_batch_size % world() == 0,
+        f"--batch-size {cfg.batch_size} and --labelled-batch-size {cfg.labelled_batch_size} do not divide evenly: the first "
+        f"must be a multiple of {parts} (processes x --accumulate), the second of {world()} (processes)",
+    )
     need(cfg.masking != "semantic" or cfg.parts_from, "--masking semantic learns parts on a pretrained encoder: "
          "give --parts-from RUN, for instance a run of --masking random")  # fmt: skip
     need(cfg.masking == "semantic" or not cfg.parts_from, "--parts-from goes with --masking semantic alone")
@@ -222,6 +251,125 @@ def check(cfg):
     need(cfg.uniformity == 0 or cfg.masking != "learned", "--uniformity goes with --masking random or semantic: "
          "the hypergradient of learned masks does not hold its derivatives")  # fmt: skip
     need(cfg.uniformity == 0 or cfg.batch_size >= 2, "--uniformity compares images: --batch-size must be at least 2")
+    need(cfg.uniformity == 0 or world() == cfg.accumulate == 1, "--uniformity compares all images of a batch: "
+         "it goes with one process and --accumulate 1")  # fmt: skip
+    need(cfg.masking != "semantic" or world() == 1, "--masking semantic goes with one process")
+
+
+# --------------------------------------------------------------------------------------------- several processes
+# `torchrun --nproc_per_node=N mlo_mae.py ...` runs this script N times. Every process holds the same weights and works
+# on its share of each batch; below is all that they say to each other. With one process, each function does nothing.
+
+
+def join():
+    """Join the processes that torchrun started, if it did. Raises RunError where this machine has too few GPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"  # machines may count differently
+        with exchange():
+            store, number, count = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(life, store)  # else processes started again find the addresses of those before them
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=count)
+        if gpus:
+            if local_rank >= gpus:
+                raise RunError(f"{gpus} GPUs here, but process number {local_rank} (from 0); lower --nproc_per_node")
+            torch.cuda.set_device(local_rank)
+
+
+def leave():
+    """End what `join` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this is. Number 0 writes all files, and shows how the run goes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(count):
+    """The slice of a batch of `count` that this process works on."""
+    return slice(rank() * count // world(), (rank() + 1) * count // world())
+
+
+@contextlib.contextmanager
+def exchange():
+    """Around whatever the processes do together. Raises RunError where one of them has ended or cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise RunError(f"the exchange with another process failed ({reason}); continue with --resume") from None
+
+
+def summed(tensor):
+    """The sum of a tensor over processes, in place."""
+    if world() > 1:
+        with exchange():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def average(tensor):
+    """The mean of a tensor over processes, in place."""
+    return summed(tensor).div_(world())
+
+
+def gather(rows):
+    """The rows [B, ...] of all processes, in order, [world * B, ...]; derivatives reach this process's own alone."""
+    if world() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world())]
+    with exchange():
+        dist.all_gather(parts, rows.detach().contiguous())
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
+def agree(*flags):
+    """The largest value of each flag over processes, so that all look, save and stop after the same iteration."""
+    values = torch.tensor(flags, dtype=torch.int64)  # on the CPU: a GPU would have to be waited for
+    if world() > 1:
+        with exchange():
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def as_first(state):
+    """The State of process 0, which alone reads a run's folder."""
+    if world() > 1:
+        levels = (state.theta, state.head, state.psi)
+        counts = torch.tensor([state.iteration, *(level.t for level in levels)])
+        with exchange():
+            for tensor in (counts, *(tensor for level in levels for tensor in level[:3])):
+                dist.broadcast(tensor, 0)
+        iteration, *steps = counts.tolist()
+        state = State(iteration, *(level._replace(t=t) for level, t in zip(levels, steps)))
+    return state
+
+
+def first_before_others(function):
+    """function(), in process 0 before the others: it may download what they then find."""
+    if rank() > 0:
+        agree(0)
+    result = function()
+    if rank() == 0:
+        agree(0)
+    return result
+
+
+def first_to_fail():
+    """Whether no other process has failed before this one, and said why."""
+    try:
+        return world() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # process 0, which keeps the count, is gone
+        return True
 
 
 # ----------------------------------------------------------------------------------------------------- networks
@@ -294,8 +442,23 @@ class Block(nn.Module):
         return x + (widened if scale is None else scale[1] * widened)
 
 
+def through(blocks, x, recompute, scales=None):
+    """x [B, N, D] through the blocks; with `recompute`, a block keeps its input alone for the backward pass.
+
+    scales [depth, 2, B, 1, 1]: factors of the blocks' branches (None: 1)."""
+    for block, scale in zip(blocks, [None] * len(blocks) if scales is None else scales):
+        if recompute and torch.is_grad_enabled():
+            # Its parameters are arguments, since `call` has taken them out of the module by the time of the backward pass.
+            x = recomputed(functional_call, block, dict(block.named_parameters()), (x, scale), use_reentrant=False)
+        else:
+            x = block(x, scale)
+    return x
+
+
 class Encoder(nn.Module):
     """ViT that sees the visible patches alone (MAE, section 3), or all of them."""
+
+    recompute = False  # --checkpoint-activations
 
     def __init__(self, image_size, patch, channels, width, depth, heads):
         super().__init__()
@@ -315,13 +478,13 @@ class Encoder(nn.Module):
         x = x + (self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep])
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+K, D]
-        for block, scale in zip(self.blocks, [None] * len(self.blocks) if scales is None else scales):
-            x = block(x, scale)
-        return self.norm(x)
+        return self.norm(through(self.blocks, x, self.recompute, scales))
 
 
 class Decoder(nn.Module):
     """Reconstructs every patch's pixels from the tokens of the visible ones."""
+
+    recompute = False  # --checkpoint-activations
 
     def __init__(self, image_size, patch, channels, encoder_width, width, depth, heads):
         super().__init__()
@@ -337,8 +500,7 @@ class Decoder(nn.Module):
         """[B, 1+K, D] and each patch's place in the shuffled order [B, L] -> pixels [B, L, p*p*C]."""
         x = self.decoder_embed(tokens)
         x = scatter_tokens(x, self.mask_token, self.decoder_pos_embed, restore)  # [B, 1+L, D]
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = through(self.decoder_blocks, x, self.recompute)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
 
@@ -469,16 +631,23 @@ def build(cfg, image_size, channels, classes):
     patches = (image_size // cfg.patch_size) ** 2
     if not 0 < int(patches * (1 - cfg.mask_ratio)) < patches:
         raise RunError(f"--mask-ratio {cfg.mask_ratio} of {patches} patches leaves none visible or none hidden")
+    # What T reads: its channels, the pixels of a patch along a side, and how many values one hidden unit sees.
+    seen, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)
+    inputs = seen * cell**2 * (9 if cfg.masking_network == "shared" else patches)
+    weights = (12 * (cfg.depth * cfg.width**2 + cfg.decoder_depth * cfg.decoder_width**2) + inputs * cfg.masking_width
+               + (patches + channels * cfg.patch_size**2) * (cfg.width + cfg.decoder_width + cfg.masking_width))  # fmt: skip
+    if weights > MAX_WEIGHTS:
+        raise RunError(f"a model of {weights:.1e} weights is too large; lower --width, --depth or --masking-width")
     torch.manual_seed(cfg.seed)
     encoder = Encoder(image_size, cfg.patch_size, channels, cfg.width, cfg.depth, cfg.heads)
     decoder = Decoder(image_size, cfg.patch_size, channels, cfg.width, cfg.decoder_width, cfg.decoder_depth,
                       cfg.decoder_heads)  # fmt: skip
+    encoder.recompute = decoder.recompute = cfg.checkpoint_activations
     head = Head(cfg.width, classes, cfg.head_norm)
-    channels, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)  # of what T reads
     if cfg.masking_network == "shared":
-        masking = SharedMaskingNetwork(channels, cell, cfg.masking_width)
+        masking = SharedMaskingNetwork(seen, cell, cfg.masking_width)
     else:
-        masking = MaskingNetwork(patches * cell**2 * channels, cfg.masking_width, patches)
+        masking = MaskingNetwork(inputs, cfg.masking_width, patches)
     theta = torch.cat([parameters_to_vector(net.parameters()) for net in (encoder, decoder)]).detach()
     phi, psi = (parameters_to_vector(net.parameters()).detach() for net in (head, masking))
     return Networks(cfg, *(net.to("meta") for net in (encoder, decoder, head, masking))), (theta, phi, psi)
@@ -559,6 +728,14 @@ def encode(net, encoder_params, images, pooling="cls"):
     with autocast(net, images.device):
         tokens = call(net.encoder, encoder_params, images)
     return (tokens[:, 0] if pooling == "cls" else tokens[:, 1:].mean(1)).to(encoder_params.dtype)
+
+
+def encode_in_parts(net, encoder_params, images):
+    """`encode`, with the activations of one of --accumulate parts held at a time: the backward pass makes them again."""
+    if net.cfg.accumulate == 1:
+        return encode(net, encoder_params, images)
+    parts = images.chunk(net.cfg.accumulate)
+    return torch.cat([recomputed(encode, net, encoder_params, part, use_reentrant=False) for part in parts])
 
 
 def draw_dropout(rate, shape, *keys):
@@ -687,12 +864,18 @@ class Step(NamedTuple):
     mask: Tensor  # [B, L] 1 = hidden
 
 
-class Labelled(NamedTuple):
-    """What levels 2 and 3 see in one outer iteration."""
+def parts_of(net, step):
+    """A Step's batch in --accumulate parts of the same size, as Steps."""
+    pieces = zip(*(tensor.chunk(net.cfg.accumulate) for tensor in (step.images, step.keep, step.restore, step.mask)))
+    return [Step(step.theta, step.gradient, step.rates, *piece) for piece in pieces]
 
-    images2: Tensor  # [B, C, H, W] training images
+
+class Labelled(NamedTuple):
+    """What levels 2 and 3 see in one outer iteration: this process's images, and the rest for those of all processes."""
+
+    images2: Tensor  # [B / processes, C, H, W] training images
     labels2: Tensor  # [B]
-    images3: Tensor  # [B, C, H, W] validation images
+    images3: Tensor  # [B / processes, C, H, W] validation images
     labels3: Tensor  # [B]
     dropout: Tensor  # [head_steps, B, D] factors of level 2's dropout
     redrawn: Tensor  # [2, B, D] fresh ones, for finite differences as published
@@ -722,7 +905,8 @@ def upper_levels(net, encoder_params, head, given, through_head=True):
     through_head=False holds phi' constant: L3 then sees E' through its own features alone.
     Returns L3, phi', and L2 before the first head step."""
     images = torch.cat([given.images2, given.images3])
-    features2, features3 = encode(net, encoder_params, images).split([len(given.images2), len(given.images3)])
+    features = encode_in_parts(net, encoder_params, images).split([len(given.images2), len(given.images3)])
+    features2, features3 = map(gather, features)  # the head is small: every process has it see the whole batch
     features2 = features2 if through_head else features2.detach()
     head, losses = head._replace(params=head.params.detach().requires_grad_()), []
     for dropout in given.dropout:
@@ -740,7 +924,7 @@ def exact(net, theta, psi, head, given, steps, through_head=True):
     split, jacobian = net.encoder_size, net.cfg.update_jacobian
     encoder_params = theta.params[:split].detach().requires_grad_()
     loss3, head, loss2 = upper_levels(net, encoder_params, head, given, through_head)
-    (v,) = torch.autograd.grad(loss3, encoder_params)  # (7): D has no part in L3, so v covers E alone
+    v = summed(torch.autograd.grad(loss3, encoder_params)[0])  # (7): D has no part in L3, so v covers E alone
     cotangent, hypergradient = of_params(v), torch.zeros_like(psi)
     for number, step in reversed(list(enumerate(steps))):
         cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent)  # (8)
@@ -753,7 +937,7 @@ def exact(net, theta, psi, head, given, steps, through_head=True):
             d, hessian_c = errors_and_hessian(net, step, prob.detach(), F.pad(c, (0, len(of_theta) - len(c))))  # (9)
             cotangent = (of_theta + hessian_c, *of_moments)  # (13)
         hypergradient += torch.autograd.grad(level1_loss(prob, step.mask, d), wanted)[0]  # (10)
-    return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
+    return Result(average(hypergradient), detached(head), loss2.detach(), loss3.detach())
 
 
 def directional_errors(net, step, direction):
@@ -761,23 +945,28 @@ def directional_errors(net, step, direction):
     parameters of theta; the rest, if any, is constant."""
     params, split, n = step.theta.params, net.encoder_size, len(direction)
 
-    def errors(moving):
-        return patch_errors(net, moving[:split], (moving if n > split else params)[split:], step)
+    def errors(part):
+        return lambda moving: patch_errors(net, moving[:split], (moving if n > split else params)[split:], part)
 
     with torch.no_grad():
-        return jvp(errors, (params[:n],), (direction,))[1]
+        return torch.cat([jvp(errors(part), (params[:n],), (direction,))[1] for part in parts_of(net, step)])
 
 
 def errors_and_hessian(net, step, prob, direction):
     """d of (9), [B, L], and H c of (13), [P]: how errors and dL1/dtheta change along `direction` [P], in one pass."""
 
-    def loss(params):
-        errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
-        return level1_loss(prob, step.mask, errors), errors
+    def loss(params, part, prob):
+        errors = patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], part)
+        return level1_loss(prob, part.mask, errors) / net.cfg.accumulate, errors
 
+    parts, hessian_c, d = zip(parts_of(net, step), prob.chunk(net.cfg.accumulate)), torch.zeros_like(direction), []
     with kernels.use("reference"), torch.no_grad():  # the plain operations have derivatives of every order
-        hessian_c, d = jvp(grad(loss, has_aux=True), (step.theta.params,), (direction,))[1]
-    return d, hessian_c
+        for part in parts:
+            gradient = grad(lambda params: loss(params, *part), has_aux=True)
+            of_gradient, of_errors = jvp(gradient, (step.theta.params,), (direction,))[1]
+            hessian_c += of_gradient
+            d.append(of_errors)
+    return torch.cat(d), average(hessian_c)
 
 
 def first_order(net, theta, psi, head, given, steps):
@@ -906,35 +1095,42 @@ def draw_masks(net, psi, images, encoder_params, *keys, progress=1.0):
 
     With --masking random, and before --mask-start, p is 1 and the choice is uniform: L1 is then MAE's loss. With semantic,
     p is 1 and the choice is SemMAE's. `progress` is the share of the run that is done."""
-    cfg, rng = net.cfg, generator(*keys)
-    prob = torch.ones(len(images), net.patches, device=images.device)
+    cfg, joined = net.cfg, world() * len(images)  # random numbers must not depend on the number of processes
+    uniform = torch.rand(joined, net.patches, generator=generator(*keys))[share(joined)].to(images.device)
+    prob = torch.ones_like(uniform)
     if cfg.masking == "semantic":
-        score = baselines.semantic_scores(part_ids(net, images), cfg.parts, progress, net.patches - net.visible, rng)
+        rng, hidden = generator(*keys), net.patches - net.visible
+        score = baselines.semantic_scores(part_ids(net, images), cfg.parts, progress, hidden, rng)
     elif learned_by(cfg, progress):
         score = prob = masking_probability(net, psi, images, encoder_params)
         if cfg.mask_noise:  # the highest of logit + Gumbel noise are a draw without replacement, each patch by its odds
-            uniform = torch.rand(prob.shape, generator=rng).clamp(1e-9, 1 - 1e-7).to(prob)
-            score = prob.logit(1e-6) - cfg.mask_noise * (-uniform.log()).log()
+            gumbel = -(-uniform.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
+            score = prob.logit(1e-6) + cfg.mask_noise * gumbel
     else:
-        score = torch.rand(prob.shape, generator=rng).to(images.device)
+        score = uniform
     return prob, *select_patches(score, net.visible)
 
 
 def level1_step(net, theta, psi, images, rates, *keys, progress=1.0):
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3).
 
-    Returns theta' (Level), the Step that was made, L1, and the mean unweighted error of the hidden patches."""
+    Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
+    hidden patches. Every image hides as many patches, so L1 is the mean over parts of a batch, as is its gradient."""
     with torch.no_grad():
         prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys, progress=progress)  # (1)
     step = Step(theta, None, rates, images, *choice)
     params = theta.params.detach().requires_grad_()
-    errors, features = errors_and_features(net, params[: net.encoder_size], params[net.encoder_size :], step)
-    loss = level1_loss(prob, step.mask, errors)  # (2)
-    if net.cfg.uniformity:
-        loss = loss + net.cfg.uniformity * baselines.uniformity(features)
-    (gradient,) = torch.autograd.grad(loss, params)
-    error = errors.detach().sum() / step.mask.sum()
-    return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss.detach(), error  # (3)
+    gradient, losses = torch.zeros_like(params), []
+    for part, some in zip(parts_of(net, step), prob.chunk(net.cfg.accumulate)):
+        errors, features = errors_and_features(net, params[: net.encoder_size], params[net.encoder_size :], part)
+        loss = level1_loss(some, part.mask, errors)  # (2)
+        if net.cfg.uniformity:
+            loss = loss + net.cfg.uniformity * baselines.uniformity(features)
+        gradient += torch.autograd.grad(loss / net.cfg.accumulate, params)[0]
+        losses.append((loss.detach(), errors.detach().sum() / part.mask.sum()))
+    gradient = average(gradient)
+    loss, error = (sum(column) / len(column) for column in zip(*losses))
+    return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss, error  # (3)
 
 
 def outer_iteration(net, state, batches, total, decay, mask_rate):
@@ -964,8 +1160,8 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
             draw_dropout(cfg.dropout, (count, cfg.labelled_batch_size, cfg.width), cfg.seed, purpose, state.iteration)
             for count, purpose in ((cfg.head_steps, DROPOUT), (2, REDRAWN))
         )
-        given = Labelled(*level2, *level3, dropout.to(images.device), redrawn.to(images.device),
-                         Rates(cfg.head_lr * relative, decay[1]))  # fmt: skip
+        given = Labelled(level2.images, gather(level2.labels), level3.images, gather(level3.labels),
+                         dropout.to(images.device), redrawn.to(images.device), Rates(cfg.head_lr * relative, decay[1]))  # fmt: skip
         result = HYPERGRADIENTS[cfg.hypergradient](net, theta, psi.params, head, given, steps)
         head = result.head
         # The hypergradient's scale follows the levels below it; eps must stay below any of its elements.
@@ -982,33 +1178,37 @@ def outer_iteration(net, state, batches, total, decay, mask_rate):
 def pretrain(cfg, out, resume=False):
     """Pretrain, probe, and write the run's folder `out` (README, "A run"); with `resume`, continue what is there.
 
-    Returns a summary (the command line's last line). Raises RunError or data.DataError for what the user can mend, and
-    SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
+    Of several processes (see `join`) the first alone reads and writes the folder. Returns a summary (the command line's
+    last line; None in the other processes). Raises RunError or data.DataError for what the user can mend, and SystemExit
+    (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(cfg)
-    device = choose_device(cfg.device)
-    checkpoint = find_checkpoint(cfg, out, resume)
-    splits = load_data(cfg, device)
+    device, writer, processes = choose_device(cfg.device), rank() == 0, world()
+    checkpoint = find_checkpoint(cfg, out, resume) if writer else None
+    splits = first_before_others(lambda: load_data(cfg, device))
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    if cfg.init and checkpoint is None:
+    if cfg.init and writer and checkpoint is None:
         params = (starting_weights(net, params[0], cfg.init), *params[1:])
     if cfg.masking == "semantic":
         parts = out / "parts.pt"
         net.parts = learned_parts(net, splits, device) if checkpoint is None else read_parts(cfg, splits, parts, device)
-    out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
-    write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
     state = State(0, *(fresh_level(vector, device) for vector in params))
     if checkpoint is not None:
         state = restore(net, checkpoint, device)
-    elif cfg.masking == "semantic":
-        save_parts(net.parts, parts)
-    truncate_metrics(out / "metrics.jsonl", state.iteration)
+    if writer:
+        out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
+        claim(out)
+        write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
+        if cfg.masking == "semantic" and checkpoint is None:
+            save_parts(net.parts, parts)
+        truncate_metrics(out / "metrics.jsonl", state.iteration)
+    state = as_first(state)
 
     decay = [decay_of(cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
     mask_rate = inverse_fan_in(net.masking).to(device)
     total = mask_updates(cfg, splits)
-    mask_steps = sum(learned_by(cfg, n / total) for n in range(state.iteration))  # steps that T has made
+    mask_steps = sum(learned_by(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
     batches = [
-        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=used)
+        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=used, part=share(size))
         for split, size, purpose, used in (
             (splits.train, cfg.batch_size, LEVEL1_DATA, state.iteration * cfg.level1_steps),
             (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, mask_steps),
@@ -1019,18 +1219,20 @@ def pretrain(cfg, out, resume=False):
     objects = getattr(splits.val, "objects", None)
     objects = None if objects is None else objects[: len(watched)]
 
-    previous_mask, losses, window = None, [], []  # losses still on the device, losses since the last metrics line
+    stop, previous_mask, losses, window = 0, None, [], []  # losses still on the device, losses since the last metrics line
     looked = saved = logged = time.monotonic()
-    bar = tqdm(total=total, initial=state.iteration, desc=f"{cfg.preset} {cfg.masking}", unit="update", mininterval=1)
-    with bar, stop_signals() as stop:
+    bar = tqdm(total=total, initial=state.iteration, desc=f"{cfg.preset} {cfg.masking}", unit="update", mininterval=1,
+               disable=not writer)  # fmt: skip
+    with bar, stop_signals() as received:
         while state.iteration < total:
             state, new = outer_iteration(net, state, batches, total, decay, mask_rate)
             losses.append(new)
             bar.update()
             now = time.monotonic()
-            due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total or bool(stop)
+            due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total
+            look, due, stop = agree(now - looked > 1, due, received[0] if received else 0)
             line = state.iteration % cfg.log_every == 0 or state.iteration == total
-            if not (due or line or now - looked > 1):
+            if not (due or line or look or stop):
                 continue  # reading a loss waits for the device
             window += read_losses(net, losses, state, out)
             losses, looked = [], now
@@ -1045,19 +1247,25 @@ def pretrain(cfg, out, resume=False):
                 epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
                 row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
                        "images_per_second": speed}  # fmt: skip
-                with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
+                if writer:
+                    append_line(out / "metrics.jsonl", json.dumps(row))
                 window, logged = [], time.monotonic()
-            if due:
-                save_checkpoint(net, state, splits, out / "checkpoint.pt")
+            if due or stop:
+                if writer:
+                    save_checkpoint(net, state, splits, out / "checkpoint.pt")
                 saved = time.monotonic()
-                if stop:  # only here: a stop that comes later than `due` waits for the next checkpoint, one iteration on
-                    break
+            if stop:
+                break
+    leave()
     if stop and state.iteration < total:
-        print(f"stopped at update {state.iteration} of {total}; continue with --resume", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
+        if writer:
+            print(f"stopped at update {state.iteration} of {total}; continue with --resume", file=sys.stderr)
+        raise SystemExit(128 + stop)
+    if not writer:
+        return None
 
-    summary = {"verb": "pretrain", "run": str(out), "updates": total, **read_metrics(out / "metrics.jsonl")[-1]}
+    summary = {"verb": "pretrain", "run": str(out), "updates": total, "processes": processes,
+               **read_metrics(out / "metrics.jsonl")[-1]}  # fmt: skip
     summary["probe"] = linear_probe(net, state, splits)
     write_whole(out / "probe.json", json.dumps(summary["probe"]).encode())
     draw_images(net, state, splits, out / "masks.png")
@@ -1071,8 +1279,10 @@ def mask_updates(cfg, splits):
 
 
 def read_losses(net, losses, state, out):
-    """A list of {name: scalar on the device} as floats, in one transfer. Raises RunError at the first non-finite one."""
-    values = iter(torch.stack([value for row in losses for value in row.values()]).tolist())
+    """A list of {name: scalar on the device} as floats, means over processes, in one transfer.
+
+    Raises RunError at the first that is not finite."""
+    values = iter(average(torch.stack([value for row in losses for value in row.values()])).tolist())
     rows = [{name: next(values) for name in row} for row in losses]
     for number, row in enumerate(rows):
         for name, value in row.items():
@@ -1111,6 +1321,8 @@ def choose_device(name):
     if not available.get(name.split(":")[0], False):
         have = ", ".join(kind for kind, here in available.items() if here)
         raise RunError(f"--device {name} is not available here; this machine has: {have}")
+    if world() > 1 and name not in ("cpu", "cuda"):
+        raise RunError(f"--device {name} does not go with several processes; choose cpu or cuda (each its own GPU)")
     return torch.device(name)
 
 
@@ -1319,20 +1531,54 @@ def save_figure(figure, path):
 FORMAT, PARTS_FORMAT = "mlo-mae checkpoint 1", "mlo-mae parts 1"
 
 
-def write_whole(path, content):
-    """Write bytes, or what a function writes to an open file: to a temporary name, to disk, then in place at once."""
+def write_whole(path, content, previous=None):
+    """Write bytes, or what a function writes to an open file: to a temporary name, to disk, then in place at once. What
+    was in place before goes to `previous`, if given. Raises RunError where it cannot be written; `path` is then as it was."""
     temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "wb") as file:
-        content(file) if callable(content) else file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritable(path, error) from None
+
+
+def append_line(path, line):
+    """Add a line to a file. Raises RunError where it cannot be written."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path, error):
+    """The RunError for a full disk or a folder without permission to write."""
+    cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises RuntimeError in place of OSError
+    reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+    return RunError(f"{path} cannot be written ({reason}); what was there before is intact: mend that, then --resume")
+
+
+def claim(out):
+    """Keep a run's folder to this process as long as it lives: the lock ends with it, however it ends. Raises RunError
+    where another process has it."""
+    lock = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(lock, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        raise RunError(f"another process is at work in {out}; wait until it ends, or choose another --out") from None
 
 
 def find_checkpoint(cfg, out, resume):
     """What there is to resume: None, or a checkpoint. Raises RunError where a run is there already, or is not this one."""
-    if resume and (out / "checkpoint.pt").exists():
-        checkpoint = read_checkpoint(out / "checkpoint.pt")
+    if resume and any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
+        checkpoint = newest_checkpoint(out)
         for name, value in dataclasses.asdict(cfg).items():
             if name not in MACHINE_FIELDS and checkpoint["config"][name] != value:
                 raise RunError(f"{out} was started with --{name.replace('_', '-')} {checkpoint['config'][name]}, "
@@ -1343,33 +1589,63 @@ def find_checkpoint(cfg, out, resume):
     return None
 
 
+def newest_checkpoint(out):
+    """The content of a run's checkpoint or, where that is absent or damaged, of the one before it, saying so."""
+    previous = out / "checkpoint.previous.pt"
+    try:
+        return read_checkpoint(out / "checkpoint.pt")
+    except RunError as error:
+        if not previous.exists():
+            raise
+        content = read_checkpoint(previous)
+        print(f"mlo_mae: {error}; going on from {previous}, mask update {content['iteration']}", file=sys.stderr)
+        return content
+
+
+def check_settings(settings):
+    """Raise ValueError where a file's settings are not a Config's: other names, or values of other types."""
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    if not isinstance(settings, dict) or set(settings) != set(fields):
+        differ = set(fields) ^ set(settings) if isinstance(settings, dict) else "all of them"
+        raise ValueError(f"settings that differ: {', '.join(sorted(map(str, differ)))[:200]}")
+    for name, kind in fields.items():
+        value = settings[name]
+        if not (value in get_args(kind) if get_origin(kind) is Literal else type(value) in (kind, *[int] * (kind is float))):
+            raise ValueError(f"{name} is {' '.join(repr(value).split())[:80]}")
+        if kind is float:
+            float(value)  # an integer may be too long
+    if settings["preset"] not in PRESETS:
+        raise ValueError(f"preset is {settings['preset'][:80]!r}")
+
+
 def read_config(path):
     """The settings in a run's config.json. Raises RunError where they are not this program's."""
     try:
         settings = json.loads(path.read_text())
-        Config(**settings)
+        check_settings(settings)
         return settings
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise RunError(f"{path} is damaged or of another version ({error}); give all flags, and another --out") from None
 
 
 def read_metrics(path):
-    """The lines of metrics.jsonl. Raises RunError where it is absent, empty or damaged."""
+    """The lines of metrics.jsonl, {name: number}. Raises RunError where it is absent, empty or damaged."""
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        rows[0]["epoch"]
+        if not rows or any("epoch" not in row or not all(math.isfinite(value) for value in row.values()) for row in rows):
+            raise ValueError
         return rows
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise RunError(f"{path} is absent, empty or damaged, so there are no curves to draw") from None
 
 
 def truncate_metrics(path, iteration):
     """Drop the lines after `iteration`, which a resumed run writes again, and a line cut short by a crash."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
     try:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RunError(f"{path} is damaged; move it away and resume again: the run starts a new one") from None
     write_whole(path, "".join(kept).encode())
 
@@ -1400,7 +1676,7 @@ def save_checkpoint(net, state, splits, path):
         "iteration": state.iteration,
         "moments": {name: {"m": level.m.cpu(), "v": level.v.cpu(), "t": level.t} for name, level in levels.items()},
     } | {part: {name: tensor.cpu().clone() for name, tensor in tensors.items()} for part, tensors in named.items()}  # fmt: skip
-    write_whole(path, lambda file: torch.save(content, file))
+    write_whole(path, lambda file: torch.save(content, file), previous=path.with_name("checkpoint.previous.pt"))
 
 
 def read_saved(path, *kinds):
@@ -1409,6 +1685,8 @@ def read_saved(path, *kinds):
     wanted = " or ".join(kinds)
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its records claim more than the file holds")
             damaged = archive.testzip()
         content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -1426,11 +1704,38 @@ def read_saved(path, *kinds):
 def read_checkpoint(path, *other_kinds):
     """The content of a run's checkpoint. Raises RunError as `read_saved`, and for one of another version."""
     content = read_saved(path, FORMAT, *other_kinds)
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if set(content["config"]) != fields:
-        other = ", ".join(sorted(fields ^ set(content["config"])))
-        raise RunError(f"{path} was written by another version of this program (settings that differ: {other})")
+    try:
+        check_settings(content.get("config"))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"{path} was written by another version of this program ({error})") from None
+    if content["format"] == FORMAT and not is_whole(content):
+        raise RunError(f"{path} is damaged: it does not hold what this program writes; use a copy, or start again")
     return content
+
+
+def is_whole(content):
+    """Whether a checkpoint's content is of the kinds that `save_checkpoint` writes; `restore` checks names and shapes."""
+
+    def tensors(values):
+        return all(type(value) is Tensor and (value.dtype, value.layout, value.device.type)
+                   == (torch.float32, torch.strided, "cpu") for value in values)  # fmt: skip
+
+    def count(value):
+        return type(value) is int and 0 <= value < 2**48
+
+    try:
+        facts, parts = content["data"], ("model", "head", "masking")
+        moments = [content["moments"][part] for part in parts]
+        return (
+            all(type(value) is dict for value in (facts, *moments, *(content[part] for part in parts)))
+            and count(content["iteration"]) and all(count(moment["t"]) for moment in moments)
+            and tensors(moment[name] for moment in moments for name in "mv")
+            and tensors(value for part in parts for value in content[part].values())
+            and count(facts["image_size"]) and count(facts["channels"]) and facts["channels"] in (1, 3)
+            and all(type(x) is str for x in facts["class_names"])
+        )  # fmt: skip
+    except (KeyError, TypeError, IndexError):  # something else stands where a dict should
+        return False
 
 
 def restore(net, content, device):
@@ -1445,6 +1750,8 @@ def restore(net, content, device):
             raise RunError(f"the checkpoint's {part} does not fit: {wrong} is {found.get(wrong, 'missing')}, "
                            f"expected {expected.get(wrong, 'nothing')}")  # fmt: skip
         params = torch.cat([tensors[name].reshape(-1) for name in expected])
+        if not params.shape == moments["m"].shape == moments["v"].shape:
+            raise RunError(f"the checkpoint's moments of {part} do not fit its {len(params)} weights")
         return Level(params.to(device), moments["m"].to(device), moments["v"].to(device), moments["t"])
 
     return State(content["iteration"], level("model", net.encoder, net.decoder), level("head", net.head),
@@ -1471,15 +1778,16 @@ def frozen_encoder(cfg, splits, path):
 def fitting(path):
     """RunError where what is taken out of the file `path` is absent, of another type, or does not fit together."""
     try:
-        yield
+        with torch.device("meta"):  # what is built here takes no memory before the file's weights are put in
+            yield
     except (KeyError, TypeError, ValueError, RuntimeError, RunError):
         raise RunError(f"{path} is damaged: its weights do not fit its settings; use a copy, or start again") from None
 
 
 def frozen(module, weights):
     """The module with these weights, of which there may be more than it has."""
-    module.load_state_dict({name: weights[name] for name in module.state_dict()})
-    return module.requires_grad_(False)
+    module.load_state_dict({name: weights[name] for name in module.state_dict()}, assign=True)
+    return module.float().requires_grad_(False)
 
 
 def save_parts(parts, path):
@@ -1507,16 +1815,19 @@ def read_parts(cfg, splits, path, device):
 
 def open_run(run, device_name, **machine):
     """(Networks, State, Splits) of a run's checkpoint; `machine` overrides fields of its configuration."""
-    content = read_checkpoint(run / "checkpoint.pt")
-    cfg = dataclasses.replace(Config(**content["config"]), **machine)
+    content = newest_checkpoint(run)
+    cfg, facts = dataclasses.replace(Config(**content["config"]), **machine), content["data"]
+    check(cfg)
+    if cfg.image_size not in (0, facts["image_size"]):
+        raise RunError(f"{run} holds a checkpoint of images of {facts['image_size']} pixels, but --image-size {cfg.image_size}")
     device = choose_device(device_name)
+    net, _ = build(cfg, facts["image_size"], facts["channels"], len(facts["class_names"]))
+    state = restore(net, content, device)  # before the data, whose size a damaged file could make absurd
     splits = load_data(cfg, device)
-    facts = content["data"]
     if (splits.image_size, splits.channels, list(splits.class_names)) != (
             facts["image_size"], facts["channels"], facts["class_names"]):  # fmt: skip
         raise RunError(f"{cfg.data} is not the data that {run} was trained on: sizes or class names differ")
-    net, _ = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    return net, restore(net, content, device), splits
+    return net, state, splits
 
 
 EXPORTS = {"timm": "encoder-timm.safetensors", "mae": "autoencoder-mae.pth"}  # kinds, and their files in a run's folder
@@ -1571,7 +1882,7 @@ def export(run, to, file=None):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        self.exit(2, f"mlo_mae: {message}; see {self.prog} --help\n")
+        raise RunError(f"{message}; see {self.prog} --help")
 
 
 def add_flags(parser, fields):
@@ -1624,6 +1935,8 @@ def parse(argv):
 def run_command(arguments):
     """Run one command; returns what its last line reports."""
     command = arguments.pop("command")
+    if command != "pretrain" and world() > 1:
+        raise RunError(f"{command} runs as one process; start it without torchrun")
     if command == "pretrain":
         out, resume = arguments.pop("out"), arguments.pop("resume")
         if resume and out and (out / "config.json").exists():
@@ -1650,13 +1963,22 @@ def run_command(arguments):
 
 
 def main(argv=None):
-    return reported("mlo_mae", lambda: run_command(parse(sys.argv[1:] if argv is None else argv)))
+    """Exit status 0, or 2 after one line, whatever the number of processes, for what the user can mend."""
+
+    def work():
+        join()
+        return run_command(parse(sys.argv[1:] if argv is None else argv))
+
+    return reported("mlo_mae", work)
 
 
 def reported(program, work):
-    """Print what work() returns as one line of JSON. Exit status 0, or 2 after one line for what the user can mend."""
+    """Print what work() returns, unless None, as one line of JSON. Exit status 0, or 2 after one line for what the user
+    can mend."""
     try:
-        print(json.dumps(work(), separators=(",", ":")))
+        summary = work()
+        if summary is not None:
+            print(json.dumps(summary, separators=(",", ":")))
         return 0
     except (RunError, data.DataError, interchange.WeightsError) as error:
         message = str(error)
@@ -1664,7 +1986,8 @@ def reported(program, work):
         message = f"out of memory: {str(error).splitlines()[0]} Lower --batch-size"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    print(f"{program}: {message}", file=sys.stderr)
+    if first_to_fail():
+        print(f"{program}: {message}", file=sys.stderr)
     return 2
 
 

@@ -22,7 +22,8 @@ from mlo_mae import CIFAR, IMAGENET, Config, build, call, main, unflatten
 SCRIPT = Path(mlo_mae.__file__)
 FLAGS = ["--image-size", "16", "--patch-size", "4", "--width", "16", "--depth", "1", "--heads", "2",
          "--decoder-width", "8", "--decoder-depth", "1", "--decoder-heads", "2", "--masking-width", "8",
-         "--batch-size", "16", "--labelled-batch-size", "8", "--mask-start", "0", "--log-every", "2", "--device", "cpu"]  # fmt: skip
+         "--batch-size", "16", "--labelled-batch-size", "8", "--mask-start", "0", "--log-every", "2", "--device", "cpu",
+         "--level1-steps", "2", "--head-steps", "1"]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -360,7 +361,7 @@ def run(npz, tmp_path_factory):
 def test_a_run_leaves_its_files_and_ends_with_json(run):
     out, summary, stderr = run
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoint.pt", "probe.json", "masks.png", "curves.png"}  # fmt: skip
+        "config.json", "metrics.jsonl", "checkpoint.pt", "probe.json", "masks.png", "curves.png", "lock"}  # fmt: skip
     for name in ("masks.png", "curves.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
