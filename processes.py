@@ -1,0 +1,121 @@
+"""Several processes: `torchrun --nproc_per_node=N mlo_mae.py ...` runs the script N times, on one machine or many.
+
+Every process holds the same weights and works on its share of each batch. Below is all that they say to each other, so
+that together they compute what one process computes with the joined batch. With one process, each function does nothing.
+"""
+
+import contextlib
+import os
+
+import torch
+import torch.distributed as dist
+
+
+class ExchangeError(Exception):
+    """What the user can mend: one line that says what is wrong and what to do."""
+
+
+def join():
+    """Join the processes that torchrun started, if it did. Raises ExchangeError where this machine has too few GPUs."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"  # machines may count differently
+        with exchange():
+            store, number, count = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(life, store)  # else processes started again find the addresses of those before them
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=count)
+        if gpus:
+            if local_rank >= gpus:
+                raise ExchangeError(f"{gpus} GPUs here, but process number {local_rank} (from 0); lower --nproc_per_node")
+            torch.cuda.set_device(local_rank)
+
+
+def leave():
+    """End what `join` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    """Which of them this is. Number 0 writes all files, and shows how the run goes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def share(count):
+    """The slice of a batch of `count` that this process works on."""
+    return slice(rank() * count // world(), (rank() + 1) * count // world())
+
+
+@contextlib.contextmanager
+def exchange():
+    """Around whatever the processes do together. Raises ExchangeError where one of them has ended or cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ExchangeError(f"the exchange with another process failed ({reason}); continue with --resume") from None
+
+
+def summed(tensor):
+    """The sum of a tensor over processes, in place."""
+    if world() > 1:
+        with exchange():
+            dist.all_reduce(tensor)
+    return tensor
+
+
+def average(tensor):
+    """The mean of a tensor over processes, in place."""
+    return summed(tensor).div_(world())
+
+
+def gather(rows):
+    """The rows [B, ...] of all processes, in order, [world * B, ...]; derivatives reach this process's own alone."""
+    if world() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(world())]
+    with exchange():
+        dist.all_gather(parts, rows.detach().contiguous())
+    parts[rank()] = rows
+    return torch.cat(parts)
+
+
+def agree(*flags):
+    """The largest value of each flag over processes, so that all look, save and stop after the same iteration."""
+    values = torch.tensor(flags, dtype=torch.int64)  # on the CPU: a GPU would have to be waited for
+    if world() > 1:
+        with exchange():
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
+
+
+def from_first(tensors):
+    """Give every process, in place, what process 0 has in these tensors."""
+    if world() > 1:
+        with exchange():
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+
+def first_before_others(function):
+    """function(), in process 0 before the others: it may download what they then find."""
+    if rank() > 0:
+        agree(0)
+    result = function()
+    if rank() == 0:
+        agree(0)
+    return result
+
+
+def first_to_fail():
+    """Whether no other process has failed before this one, and said why."""
+    try:
+        return world() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # process 0, which keeps the count, is gone
+        return True
