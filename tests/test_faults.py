@@ -250,7 +250,7 @@ def test_damaged_run_folders_never_end_in_a_traceback(finished, tmp_path, capsys
     """Resume, probe and show on damaged files. Pictures, the probe's fit and training are stubs: this is about reading."""
     monkeypatch.setattr(mlo_mae, "save_figure", lambda figure, path: None)
     monkeypatch.setattr(mlo_mae, "draw_images", lambda *arguments: None)
-    monkeypatch.setattr(mlo_mae, "linear_probe", lambda net, state, splits: {})
+    monkeypatch.setattr(mlo_mae, "linear_probe", lambda *arguments, **how: {})
     monkeypatch.setattr(mlo_mae, "write_whole", lambda *arguments, **more: None)
     run, counts, slowest = copied(finished, tmp_path / "run"), {"done": 0, "refused": 0}, 0.0
     (run / "checkpoint.previous.pt").unlink()

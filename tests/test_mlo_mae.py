@@ -532,7 +532,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"ne")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(mlo_mae.RunError, match="disk full"):
         mlo_mae.write_whole(tmp_path / "file", half)
     assert (tmp_path / "file").read_bytes() == b"old"
 
