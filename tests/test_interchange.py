@@ -406,8 +406,8 @@ def test_export_to_mae(run, tmp_path, capsys):
 def test_standard_sizes_are_called_by_their_names(tmp_path, monkeypatch):
     cfg = Config(patch_size=16, width=768, depth=12, heads=12)
     facts = {"image_size": 224, "channels": 3, "class_names": ["a", "b"], "mean": [0.5] * 3, "std": [0.2] * 3}
-    content = {"config": mlo_mae.dataclasses.asdict(cfg), "data": facts, "model": {"norm.bias": torch.ones(768)}}
-    monkeypatch.setattr(mlo_mae, "read_checkpoint", lambda path: content)
+    content = {"format": mlo_mae.FORMAT, "config": mlo_mae.dataclasses.asdict(cfg), "data": facts, "model": {"norm.bias": torch.ones(768)}}
+    monkeypatch.setattr(mlo_mae, "read_checkpoint", lambda path, *kinds: content)
     assert mlo_mae.export(tmp_path, "timm")["call"] == "timm.create_model('vit_base_patch16_224', num_classes=2)"
     facts["image_size"] = 32
     assert "img_size=32, patch_size=16" in mlo_mae.export(tmp_path, "timm", tmp_path / "other")["call"]
