@@ -338,3 +338,16 @@ def test_shares_of_a_stream_make_up_its_batches(tmp_path):
                 batch, parts = next(whole), [next(share) for share in shares]
                 assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
                 assert torch.equal(batch.labels, torch.cat([part.labels for part in parts]))
+
+
+def test_baselines_that_need_the_whole_batch_say_so(monkeypatch):
+    whole = dataclasses.replace(TINY, masking="random", uniformity=0.01)
+    semantic = dataclasses.replace(TINY, masking="semantic", parts_from="run")
+    mlo_mae.check(whole)
+    mlo_mae.check(semantic)
+    with pytest.raises(mlo_mae.RunError, match="--uniformity .* one process and --accumulate 1"):
+        mlo_mae.check(dataclasses.replace(whole, accumulate=2))
+    monkeypatch.setattr(mlo_mae, "world", lambda: 2)
+    for cfg, words in ((whole, "--uniformity"), (semantic, "--masking semantic goes with one process")):
+        with pytest.raises(mlo_mae.RunError, match=words):
+            mlo_mae.check(cfg)
