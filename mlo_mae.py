@@ -156,7 +156,7 @@ class Config:
     head_steps: int = flag(10, "head steps a mask update, on one batch")
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder")
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head")
-    mask_lr: float = flag(0.1, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)")
+    mask_lr: float = flag(1.0, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)")
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none")
     warmup: float = flag(0.05, "share of the run over which the learning rates rise, before their cosine to 0")
     dropout: float = flag(0.1, "in the head")

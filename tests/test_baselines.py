@@ -223,7 +223,7 @@ def test_parts_are_the_clusters_of_a_toy_set(monkeypatch):
 
 FLAGS = ["--patch-size", "4", "--width", "16", "--depth", "1", "--heads", "2", "--decoder-width", "8", "--decoder-depth", "1",
          "--decoder-heads", "2", "--masking-width", "8", "--batch-size", "16", "--labelled-batch-size", "8",
-         "--parts", "3", "--parts-steps", "5", "--level1-steps", "2", "--log-every", "1", "--device", "cpu"]  # fmt: skip
+         "--parts", "3", "--parts-steps", "5", "--log-every", "1", "--level1-steps", "2", "--device", "cpu"]  # fmt: skip
 
 
 def write_npz(path, size):

@@ -10,8 +10,8 @@ import mlo_mae
 from mlo_mae import Config, Labelled, Level, Rates, adamw, adamw_pullback, build, decay_of, level1_step
 
 TINY_RUN = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2,
-                  masking_network="shared", masking_width=12, mask_start=0.0, head_norm="layer", dropout=0.5, batch_size=6, level1_steps=2,
-                  head_steps=1)  # fmt: skip
+                  masking_network="shared", masking_width=12, mask_start=0.0, head_norm="layer", dropout=0.5, batch_size=6,
+                  level1_steps=2, head_steps=1)  # fmt: skip
 SIZE, CHANNELS, CLASSES = 16, 3, 5
 
 
