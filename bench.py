@@ -194,11 +194,6 @@ def random_batches(cfg, size, count, device):
         yield data.Batch(images.to(device), torch.randint(10, (count,)).to(device))
 
 
-def decays(net, device):
-    modules = ((net.encoder, net.decoder), (net.head,), (net.masking,))
-    return [mlo_mae.decay_of(net.cfg, *some).to(device) for some in modules]
-
-
 def problem(cfg, size, device, count=2, warm=4):
     """(Networks, the arguments of a form of the hypergradient) as training makes them, in float32.
 
@@ -207,7 +202,7 @@ def problem(cfg, size, device, count=2, warm=4):
     cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0)  # masks are T's from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
-    decay, mask_rate = decays(net, device), mlo_mae.inverse_fan_in(net.masking).to(device)
+    decay, mask_rate = [vector.to(device) for vector in mlo_mae.level_decays(net)], mlo_mae.inverse_fan_in(net.masking).to(device)
     torch.manual_seed(1)
     batches = [random_batches(cfg, size, n, device) for n in (cfg.batch_size, *[cfg.labelled_batch_size] * 2)]
     for _ in range(warm):
@@ -663,7 +658,7 @@ def run_step(options, device):
     net, arguments = problem(cfg, pixels, device, warm=2)
     theta, psi, head, _, _ = arguments
     state = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device))
-    decay, mask_rate = decays(net, device), mlo_mae.inverse_fan_in(net.masking).to(device)
+    decay, mask_rate = [vector.to(device) for vector in mlo_mae.level_decays(net)], mlo_mae.inverse_fan_in(net.masking).to(device)
     images = torch.randint(256, (1024, 3, pixels, pixels), dtype=torch.uint8)  # resident and augmented, as CIFAR's are
     split = data.Images(images, torch.arange(1024) % 10, (0.5,) * 3, (0.25,) * 3, device=device)
     streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
@@ -778,8 +773,9 @@ def parse(argv):
 def main(argv=None):
     """Exit status 0, 1 after a wrong result, 2 after one line for what the user can mend."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    options = parse(argv)
-    try:
+    options, failures = parse(argv), []
+
+    def work():
         device = mlo_mae.choose_device(options.device)
         device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
         facts = machine(device)
@@ -795,16 +791,10 @@ def main(argv=None):
             page = [f"`python bench.py {shlex.join(argv)}`", "", heading, *text, ""]
             mlo_mae.write_whole(saved_path(options.verb, device, "md"), "\n".join(page).encode())
         report = tree_map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, report)  # JSON has no NaN
-        print(json.dumps({"verb": options.verb, "machine": facts} | report, separators=(",", ":")))
-        return 1 if wrong else 0
-    except (RunError, data.DataError) as error:
-        message = str(error)
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory: {str(error).splitlines()[0]} Choose a smaller size"
-    except OSError as error:
-        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    print(f"bench: {message}", file=sys.stderr)
-    return 2
+        failures.extend(wrong)
+        return {"verb": options.verb, "machine": facts} | report
+
+    return mlo_mae.reported("bench", work, "Choose a smaller size") or int(bool(failures))
 
 
 if __name__ == "__main__":

@@ -396,8 +396,8 @@ def find_checkpoint(net, splits, recipe, out, resume):
     """What there is to resume: None, or a checkpoint. Raises RunError where `out` is taken, or holds something else."""
     path = out / "checkpoint.pt"
     if not (resume and path.exists()):
-        if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise RunError(f"{out} exists already; continue it with --resume, or choose another --out")
+        if not resume:
+            mlo_mae.refuse_taken(out)
         return None
     found, wanted = mlo_mae.read_saved(path, FORMAT), describe(net, splits, recipe)
     for part in wanted:
@@ -424,7 +424,8 @@ def add_command(commands):
                         help="folder of a run, or a public .pth or .safetensors; not needed with --from-scratch")  # fmt: skip
     mlo_mae.add_flags(parser, dataclasses.fields(Recipe))
     mlo_mae.add_flags(parser.add_argument_group("data, encoder and machine, as for pretrain"), SETTINGS)
-    parser.add_argument("--out", type=Path, help="folder to write (default finetune-<recipe>-<seed>, or scratch-..., in RUN or, without one, named in runs)")
+    parser.add_argument("--out", type=Path, help="folder to write (default finetune-<recipe>-<seed>, or scratch-..., in RUN "
+                        "or, without one, named in runs)")  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the fine-tuning in --out, or start it")
 
 

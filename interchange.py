@@ -69,11 +69,7 @@ def read_torch(path):
     stores with its weights; it is a class without behaviour."""
     size = os.path.getsize(path)
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > size:
-                raise WeightsError("its records claim more bytes than the file has")
-            if damaged := archive.testzip():
-                raise WeightsError(f"its record {damaged} fails its checksum; fetch the file again")
+        check_records(path)
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about old or odd pickles: what matters here ends in an error
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -88,6 +84,15 @@ def read_torch(path):
     if any(value.nbytes > size for value in tensors.values()):  # one element may be repeated without end, by stride 0
         raise WeightsError("a tensor claims more bytes than the file has")
     return tensors
+
+
+def check_records(path):
+    """Raise WeightsError where a zip file's records claim more bytes than it has, or fail their checksums."""
+    with zipfile.ZipFile(path) as archive:
+        if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
+            raise WeightsError("its records claim more bytes than the file has")
+        if damaged := archive.testzip():
+            raise WeightsError(f"its record {damaged} fails its checksum")
 
 
 def read_safetensors(path):

@@ -190,9 +190,7 @@ PRESETS = {
 }
 # What may change when a run is resumed, since the result does not depend on it.
 MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes", "accumulate", "checkpoint_activations"}
-
-
-MAX_WEIGHTS = 2**31
+MAX_WEIGHTS = 2**31  # of a model; a damaged file must not ask for more
 
 
 def check(cfg):
@@ -965,6 +963,11 @@ def decay_of(cfg, *modules):
     return torch.cat([torch.full((p.numel(),), cfg.weight_decay if decays(name, p) else 0.0) for name, p in named])
 
 
+def level_decays(net):
+    """Weight decay vectors of the three levels, [P1], [P2] and [P3]."""
+    return [decay_of(net.cfg, *modules) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
+
+
 def inverse_fan_in(module):
     """1/fan-in for each weight, 1 for each bias, [P]: AdamW moves every weight by about its learning rate, and a unit
     that sums fan-in of them by fan-in times that; this scale makes --mask-lr the most a unit moves in one step."""
@@ -1097,7 +1100,7 @@ def pretrain(cfg, out, resume=False):
         truncate_metrics(out / "metrics.jsonl", state.iteration)
     state = as_first(state)
 
-    decay = [decay_of(cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
+    decay = [vector.to(device) for vector in level_decays(net)]
     mask_rate = inverse_fan_in(net.masking).to(device)
     total = mask_updates(cfg, splits)
     mask_steps = sum(learned_by(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
@@ -1252,9 +1255,9 @@ def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
         statistics["mask_overlap"] = (times * (times - 1)).sum() / (len(mask) * (len(mask) - 1) * hidden)
     if objects is not None:
         size = net.cfg.patch_size
-        share = rearrange(objects.float(), "b (h p) (w q) -> b (h w) (p q)", p=size, q=size).mean(-1)  # [B, L]
-        statistics["object_hidden"] = (mask * share).sum() / share.sum() / (hidden / net.patches)
-        statistics["object_weight"] = (prob * share).sum() / share.sum() / prob.mean()
+        covered = rearrange(objects.float(), "b (h p) (w q) -> b (h w) (p q)", p=size, q=size).mean(-1)  # [B, L]
+        statistics["object_hidden"] = (mask * covered).sum() / covered.sum() / (hidden / net.patches)
+        statistics["object_weight"] = (prob * covered).sum() / covered.sum() / prob.mean()
     return {name: float(value) for name, value in statistics.items()}, mask
 
 
@@ -1478,9 +1481,15 @@ def find_checkpoint(cfg, out, resume):
                 raise RunError(f"{out} was started with --{name.replace('_', '-')} {checkpoint['config'][name]}, "
                                f"not {value}; resume it with its own flags or choose another --out")  # fmt: skip
         return checkpoint
-    if not resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists already; continue it with --resume, or choose another --out")
+    if not resume:
+        refuse_taken(out)
     return None
+
+
+def refuse_taken(out):
+    """Raise RunError where a new run would overwrite something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists already; continue it with --resume, or choose another --out")
 
 
 def newest_checkpoint(out):
@@ -1578,18 +1587,13 @@ def read_saved(path, *kinds):
     executed. Raises RunError for a file that is absent, damaged (every record's CRC is checked), or of another kind."""
     wanted = " or ".join(kinds)
     try:
-        with zipfile.ZipFile(path) as archive:
-            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
-                raise ValueError("its records claim more than the file holds")
-            damaged = archive.testzip()
-        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
+        interchange.check_records(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; give a folder that has it") from None
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path} cannot be read ({reason}); it is damaged, or no file of the kind '{wanted}'") from None
-    if damaged:
-        raise RunError(f"{path} is damaged: its record {damaged} fails its checksum; use a copy, or start again")
     if not isinstance(content, dict) or content.get("format") not in kinds:
         raise RunError(f"{path} is no file of the kind '{wanted}'")
     return content
@@ -1866,9 +1870,9 @@ def main(argv=None):
     return reported("mlo_mae", work)
 
 
-def reported(program, work):
+def reported(program, work, remedy="Lower --batch-size"):
     """Print what work() returns, unless None, as one line of JSON. Exit status 0, or 2 after one line for what the user
-    can mend."""
+    can mend; `remedy` is for a device out of memory."""
     try:
         summary = work()
         if summary is not None:
@@ -1877,7 +1881,7 @@ def reported(program, work):
     except (RunError, ExchangeError, data.DataError, interchange.WeightsError) as error:
         message = str(error)
     except torch.OutOfMemoryError as error:
-        message = f"out of memory: {str(error).splitlines()[0]} Lower --batch-size"
+        message = f"out of memory: {str(error).splitlines()[0]} {remedy}"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     if first_to_fail():

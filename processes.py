@@ -72,7 +72,7 @@ def summed(tensor):
 
 def average(tensor):
     """The mean of a tensor over processes, in place."""
-    return summed(tensor).div_(world())
+    return summed(tensor).div_(world()) if world() > 1 else tensor
 
 
 def gather(rows):

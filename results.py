@@ -18,7 +18,7 @@ import math
 import multiprocessing
 import shlex
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +54,7 @@ def settings(name, method, seed, out, data_dir):
     config, recipe = DATA[name]
     changes = {key: str(value).format(mae=out / f"MAE-steps-{seed}") if key == "parts_from" else value
                for key, value in (METHODS[method] or {}).items()}  # fmt: skip
-    cfg = mlo_mae.Config(**config | dict(data_dir=data_dir, seed=seed, device="cpu" if not torch.cuda.is_available() else "auto"))
+    cfg = mlo_mae.Config(**config | dict(data_dir=data_dir, seed=seed))
     return replace(cfg, **changes), finetune.Recipe(seed=seed, from_scratch=METHODS[method] is None, **recipe)
 
 
@@ -85,13 +85,11 @@ def run_cell(cfg, recipe, method, rule, seed, out, threads):
     if pretrained:
         summary = mlo_mae.pretrain(cfg, folder, resume=True)
         cell |= {"seconds": pretraining_seconds(folder, cfg), "probe": summary["probe"]["test_accuracy"]}
-        net, state, splits = mlo_mae.open_run(folder, cfg.device, data_dir=cfg.data_dir)
-        theta = state.theta.params
+        start = finetune.starting_point(folder, recipe, {"data_dir": cfg.data_dir})
     else:
-        splits = mlo_mae.load_data(cfg, mlo_mae.choose_device(cfg.device))
-        net, (theta, _, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+        start = finetune.starting_point(None, recipe, asdict(cfg))
         folder.mkdir(parents=True, exist_ok=True)
-    tuned = finetune.finetune(net, theta, splits, recipe)
+    tuned = finetune.finetune(*start, recipe)
     cell |= {"finetune": tuned["test_top1"], "finetune_epochs": recipe.epochs, "finetune_seconds": tuned["seconds"]}
     write_whole(folder / "cell.json", json.dumps(cell).encode())
 

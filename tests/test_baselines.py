@@ -15,6 +15,7 @@ import mlo_mae
 from baselines import PartLearner, blur, learn_parts, overlap, semantic_quota, semantic_scores, uniformity
 from kernels import select_patches
 from mlo_mae import Config, RunError, build, fresh_level, level1_step, main
+from test_mlo_mae import same
 
 # ------------------------------------------------------------------------------------------------------- U-MAE
 
@@ -259,10 +260,6 @@ def tensors(run):
 def flat(tree, path=""):
     for name, value in tree.items():
         yield from flat(value, path + name) if isinstance(value, dict) else [(path + name, torch.as_tensor(value))]
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_run_with_uniformity(folder, tmp_path):

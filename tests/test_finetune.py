@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 
 from test_interchange import timm
+from test_mlo_mae import refused
 
 import data
 import finetune
@@ -66,19 +67,6 @@ def run(npz, tmp_path_factory):
     sizes = dict(TINY, batch_size=16, labelled_batch_size=8, epochs=1, device="cpu", checkpoint_minutes=0)
     assert main(["pretrain", "--data", str(npz), "--out", str(out), *flags(sizes)]) == 0
     return out
-
-
-def refused(argv, capsys, *words):
-    """The command ends with status 2 and one line on stderr that holds `words`, apart from the progress bar's."""
-    capsys.readouterr()
-    try:
-        status = main([str(argument) for argument in argv])
-    except SystemExit as exit:  # argparse
-        status = exit.code
-    lines = [line for line in capsys.readouterr().err.splitlines() if line and "step/s" not in line]
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("mlo_mae: "), lines
-    for word in words:
-        assert str(word) in lines[0], lines[0]
 
 
 # ------------------------------------------------------------------------------------------- recipes and schedule

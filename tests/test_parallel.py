@@ -24,7 +24,8 @@ import torch
 
 import data
 import mlo_mae
-from mlo_mae import Config, State, build, decay_of, fresh_level, inverse_fan_in, outer_iteration
+from mlo_mae import Config, State, build, fresh_level, inverse_fan_in, level_decays, outer_iteration
+from test_mlo_mae import weights
 
 TINY = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2, masking_width=12,
               head_norm="layer", dropout=0.3, batch_size=12, labelled_batch_size=8, warmup=0.0, masking_network="mlp",
@@ -65,7 +66,7 @@ def train(dtype, **settings):
             yield data.Batch(batch.images.to(dtype), batch.labels)
 
     batches = [stream(size, seed) for seed, size in enumerate((cfg.batch_size, *2 * [cfg.labelled_batch_size]))]
-    decay = [decay_of(cfg, *some).to(dtype) for some in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
+    decay = [vector.to(dtype) for vector in level_decays(net)]
     rows, gradient = [], None
     for _ in range(ITERATIONS):
         state, losses = outer_iteration(net, state, batches, 10, decay, inverse_fan_in(net.masking).to(dtype))
@@ -227,11 +228,6 @@ def test_two_processes_compute_what_one_computes(folder, case, dtype):
         # In float32 one process alone is off by more than that in T's gradient; two must not be off by more.
         rounding = relative_error(judge[name], train(torch.float64, **CASES[case])[name]) if dtype == torch.float32 else 0
         assert relative_error(first[name], judge[name]) < max(bound, 2 * rounding), name
-
-
-def weights(run):
-    content = mlo_mae.read_checkpoint(Path(run) / "checkpoint.pt")
-    return {(part, name): tensor for part in ("model", "head", "masking") for name, tensor in content[part].items()}
 
 
 def test_a_whole_run_on_two_processes(folder, runs, tmp_path):
