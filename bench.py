@@ -22,6 +22,7 @@ import platform
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which counts me
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -649,8 +651,39 @@ def parts_of(net, theta, psi, head, given, steps):
     }
 
 
+def training_images(cfg, size, device, folder):
+    """Random images as the preset reads them: decoded from JPEG files of ImageNet's usual 500 x 375 in `folder`, or
+    resident and augmented, as CIFAR's are."""
+    if cfg.data != "imagenet":
+        images = torch.randint(256, (1024, 3, size, size), dtype=torch.uint8)
+        return data.Images(images, torch.arange(1024) % 10, (0.5,) * 3, (0.25,) * 3, device=device)
+    for number in range(max(512, 4 * cfg.batch_size)):
+        path = Path(folder, "train" if number > 3 else "val", str(number % 2), f"{number}.jpg")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = np.random.default_rng(number).integers(256, size=(25, 33, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+    return data.load(folder, "", image_size=size, workers=cfg.workers, device=device).train
+
+
+def input_rate(split, cfg, device):
+    """Images a second that reading delivers with nothing else to do, once what was decoded ahead is used up."""
+    stream, count = split.stream(cfg.batch_size, 1), 2 * cfg.workers + 4
+
+    def read():
+        for _ in range(count):
+            next(stream)
+
+    read()
+    return count * cfg.batch_size / seconds(read, device)
+
+
 def run_step(options, device):
     """One outer iteration and its parts, the floor of a mask update, and the projection of the preset's whole run."""
+    with tempfile.TemporaryDirectory() as folder:
+        return measure_step(options, device, folder)
+
+
+def measure_step(options, device, folder):
     cfg = Config(**{"preset": options.preset} | mlo_mae.PRESETS[options.preset] | {"precision": options.precision})
     batch = options.batch_size or cfg.batch_size
     labelled = max(1, round(cfg.labelled_batch_size * batch / cfg.batch_size))
@@ -659,8 +692,7 @@ def run_step(options, device):
     theta, psi, head, _, _ = arguments
     state = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device))
     decay, mask_rate = [vector.to(device) for vector in mlo_mae.level_decays(net)], mlo_mae.inverse_fan_in(net.masking).to(device)
-    images = torch.randint(256, (1024, 3, pixels, pixels), dtype=torch.uint8)  # resident and augmented, as CIFAR's are
-    split = data.Images(images, torch.arange(1024) % 10, (0.5,) * 3, (0.25,) * 3, device=device)
+    split = training_images(cfg, pixels, device, folder)
     streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
 
     def whole(backend="auto"):
@@ -695,6 +727,8 @@ def run_step(options, device):
         "images_per_second": batch * cfg.level1_steps / total["seconds"], "peak_bytes": total["peak_bytes"],
         "time_ratio": time_ratio, "operation_ratio": operation_ratio, "overhead": time_ratio / operation_ratio,
         "peak_flops": ceiling, "updates": updates, "hours": updates * pace / 3600,
+        "input_images_per_second": input_rate(split, cfg, device),
+        "needed_images_per_second": (batch * cfg.level1_steps + 2 * labelled) / total["seconds"],
     }  # fmt: skip
     lines = [["part", "times", "ms", "MiB", "GFLOP", "of peak", "of the time", "of the operations"]]
     for row in rows.values():
@@ -708,7 +742,9 @@ def run_step(options, device):
         f"operations: {summary['overhead']:.2f}x the floor. {summary['images_per_second']:.0f} images a second.",
         f"{updates} mask updates, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
         + (f", the first {100 * cfg.mask_start:.0f} % of them plain MAE steps" if cfg.mask_start else "")
-        + (" (decoding of image files not included)." if cfg.data == "imagenet" else "."),
+        + ".",
+        f"Reading by itself ({f'JPEG files, {cfg.workers} processes' if cfg.workers else 'from memory'}) delivers "
+        f"{summary['input_images_per_second']:.0f} images a second; levels 1 to 3 take {summary['needed_images_per_second']:.0f}.",
         f"Peak: a large matrix product's {ceiling / 1e9:.3g} GFLOP/s. Parts are timed apart."
         + ("" if triton else " No Triton on this device: kernels are off."),
     ]  # fmt: skip

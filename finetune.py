@@ -315,10 +315,14 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
     if checkpoint:
         step, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
         loss_sum += checkpoint["loss_sum"]
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+            load_moments(optimizer, checkpoint["optimizer"])
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise RunError(f"{out / 'checkpoint.pt'} is damaged: its weights do not fit its settings; start again") from None
     if out:
         out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
+        mlo_mae.claim(out)
         write_whole(out / "config.json", json.dumps(describe(net, splits, recipe), indent=2).encode())
         mlo_mae.truncate_metrics(out / "metrics.jsonl", step)
 
@@ -382,6 +386,20 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
     return result
 
 
+def load_moments(optimizer, content):
+    """Put a checkpoint's state into an optimizer. Raises ValueError where its groups or shapes are not this optimizer's, or
+    what torch raises."""
+    def settings():
+        return [{name: value for name, value in group.items() if name not in ("params", "lr")} for group in optimizer.param_groups]
+
+    fresh = settings()
+    optimizer.load_state_dict(content)
+    moments = [(parameter, state[name]) for parameter, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq")]
+    if settings() != fresh or any(parameter.shape != moment.shape for parameter, moment in moments) \
+            or any(state["step"].numel() != 1 for state in optimizer.state.values()):  # fmt: skip
+        raise ValueError("another optimizer's state")
+
+
 # ---------------------------------------------------------------------------------------------------------- files
 
 FORMAT = "mlo-mae fine-tuning 1"  # of checkpoint.pt: the state to resume from, and the chosen weights under "best"
@@ -392,6 +410,21 @@ def describe(net, splits, recipe):
     return {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(net.cfg), "data": mlo_mae.data_facts(splits)}
 
 
+def is_whole(content):
+    """Whether a checkpoint's content is of the kinds that `finetune` writes; loading it checks names and shapes."""
+    try:
+        best, recipe = content["best"], content["recipe"]
+        return (
+            mlo_mae.are_facts(content["data"]) and type(recipe) is dict and recipe["pooling"] in ("cls", "mean")
+            and type(best) is dict and type(best["val_top1"]) is type(content["seconds"]) is float
+            and ("model" not in best or mlo_mae.are_weights(best["model"]) and mlo_mae.is_count(best["epoch"]))
+            and mlo_mae.is_count(content["step"]) and mlo_mae.is_tensor(content["loss_sum"])
+            and mlo_mae.are_weights(content["model"]) and type(content["optimizer"]) is dict
+        )  # fmt: skip
+    except (KeyError, TypeError):  # something else stands where a dict should
+        return False
+
+
 def find_checkpoint(net, splits, recipe, out, resume):
     """What there is to resume: None, or a checkpoint. Raises RunError where `out` is taken, or holds something else."""
     path = out / "checkpoint.pt"
@@ -399,7 +432,7 @@ def find_checkpoint(net, splits, recipe, out, resume):
         if not resume:
             mlo_mae.refuse_taken(out)
         return None
-    found, wanted = mlo_mae.read_saved(path, FORMAT), describe(net, splits, recipe)
+    found, wanted = mlo_mae.read_checkpoint(path, {FORMAT: is_whole}), describe(net, splits, recipe)
     for part in wanted:
         for name, value in wanted[part].items():
             if name not in mlo_mae.MACHINE_FIELDS and found[part].get(name) != value:

@@ -89,8 +89,8 @@ import data
 import interchange
 import kernels
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
-from processes import (ExchangeError, agree, average, first_before_others, first_to_fail, from_first, gather, join, leave,
-                       rank, share, summed, world)  # fmt: skip
+from processes import (ExchangeError, agree, average, exchanging, first_before_others, first_to_fail, from_first, gather,
+                       join, leave, rank, share, summed, world)  # fmt: skip
 
 
 class RunError(Exception):
@@ -152,7 +152,7 @@ class Config:
     labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each, over all processes")
     accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result")
     checkpoint_activations: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
-    level1_steps: int = flag(8, "encoder and decoder steps a mask update")
+    level1_steps: int = flag(16, "encoder and decoder steps a mask update")
     head_steps: int = flag(10, "head steps a mask update, on one batch")
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder")
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head")
@@ -164,7 +164,7 @@ class Config:
     seed: int = flag(0, "of weights, batches, masks and dropout")
     device: str = flag("auto", "auto, cpu, cuda, mps")
     precision: Literal["fp32", "bf16"] = flag("fp32", "of encoder and decoder; parameters are fp32 always")
-    log_every: int = flag(20, "mask updates between two lines of metrics.jsonl")
+    log_every: int = flag(10, "mask updates between two lines of metrics.jsonl")
     checkpoint_minutes: float = flag(5.0, "minutes between checkpoints (0: after every mask update)")
 
 
@@ -1097,15 +1097,17 @@ def pretrain(cfg, out, resume=False):
         write_whole(out / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2).encode())
         if cfg.masking == "semantic" and checkpoint is None:
             save_parts(net.parts, parts)
-        truncate_metrics(out / "metrics.jsonl", state.iteration)
+        for name in ("metrics.jsonl", "masks.jsonl"):
+            truncate_metrics(out / name, state.iteration)
     state = as_first(state)
 
     decay = [vector.to(device) for vector in level_decays(net)]
     mask_rate = inverse_fan_in(net.masking).to(device)
     total = mask_updates(cfg, splits)
     mask_steps = sum(learned_by(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
+    waited, exchanging[0] = [0.0], 0.0  # seconds that the loop has waited, since the last metrics line, for images and others
     batches = [
-        split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=used, part=share(size))
+        timed(split.stream(size, generator(cfg.seed, purpose).initial_seed(), start=used, part=share(size)), waited)
         for split, size, purpose, used in (
             (splits.train, cfg.batch_size, LEVEL1_DATA, state.iteration * cfg.level1_steps),
             (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, mask_steps),
@@ -1125,6 +1127,8 @@ def pretrain(cfg, out, resume=False):
             state, new = outer_iteration(net, state, batches, total, decay, mask_rate)
             losses.append(new)
             bar.update()
+            if writer and state.iteration * SNAPSHOTS // total > (state.iteration - 1) * SNAPSHOTS // total:
+                record_masks(net, state, watched, total, out)
             now = time.monotonic()
             due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total
             look, due, stop = agree(now - looked > 1, due, received[0] if received else 0)
@@ -1143,10 +1147,12 @@ def pretrain(cfg, out, resume=False):
                 masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask, progress)
                 epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
                 row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
-                       "images_per_second": speed}  # fmt: skip
+                       "images_per_second": speed, "waiting_share": waited[0] / max(now - logged, 1e-9)}  # fmt: skip
+                if processes > 1:
+                    row["exchange_share"] = exchanging[0] / max(now - logged, 1e-9)
                 if writer:
                     append_line(out / "metrics.jsonl", json.dumps(row))
-                window, logged = [], time.monotonic()
+                window, logged, waited[0], exchanging[0] = [], time.monotonic(), 0.0, 0.0
             if due or stop:
                 if writer:
                     save_checkpoint(net, state, splits, out / "checkpoint.pt")
@@ -1165,9 +1171,29 @@ def pretrain(cfg, out, resume=False):
                **read_metrics(out / "metrics.jsonl")[-1]}  # fmt: skip
     summary["probe"] = linear_probe(net, state, splits)
     write_whole(out / "probe.json", json.dumps(summary["probe"]).encode())
-    draw_images(net, state, splits, out / "masks.png")
-    draw_curves(out)
+    draw_run(net, state, splits, out)
     return summary
+
+
+SNAPSHOTS, SHOWN = 10, 8  # times in a run at which p is recorded, and for how many images
+
+
+@torch.no_grad()
+def record_masks(net, state, images, total, out):
+    """Add a line to masks.jsonl: p [B, L] of the first images, for the picture of masks over training."""
+    if learned_by(net.cfg, state.iteration / total):
+        p = masking_probability(net, state.psi.params, images[:SHOWN], state.theta.params[: net.encoder_size])
+        row = {"iteration": state.iteration, "epoch": round(net.cfg.epochs * state.iteration / total, 3)}
+        append_line(out / "masks.jsonl", json.dumps(row | {"p": [[round(x, 3) for x in line] for line in p.tolist()]}))
+
+
+def timed(stream, waited):
+    """The items of a stream; adds the seconds that each was waited for to waited[0]."""
+    while True:
+        began = time.monotonic()
+        item = next(stream)
+        waited[0] += time.monotonic() - began
+        yield item
 
 
 def mask_updates(cfg, splits):
@@ -1349,14 +1375,60 @@ PROBES = {"lbfgs": ("weight_decay", lbfgs_probes), "mae": ("learning_rate", sgd_
 # --------------------------------------------------------------------------------------------------- pictures
 
 
+def draw_run(net, state, splits, out):
+    """Write all pictures of a run into its folder; returns their paths."""
+    draw_images(net, state, splits, out / "masks.png")
+    draw_curves(out)
+    written = [out / "masks.png", out / "curves.png"]
+    if (out / "masks.jsonl").exists():
+        draw_masks_over_training(net, splits, out)
+        written.append(out / "masks-over-training.png")
+    return written
+
+
+def draw_masks_over_training(net, splits, out):
+    """Write masks-over-training.png from masks.jsonl: images, and below each p at points of the run, from T's first on."""
+    from matplotlib.figure import Figure
+
+    images = next(iter(splits.val.ordered(min(SHOWN, len(splits.val))))).images
+    try:
+        rows = [json.loads(line) for line in (out / "masks.jsonl").read_text().splitlines()]
+        if len(rows) > SNAPSHOTS:
+            raise ValueError
+        p = np.array([row["p"] for row in rows], dtype=float).reshape(len(rows), len(images), net.patches)
+        epochs = [float(row["epoch"]) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        raise RunError(f"{out / 'masks.jsonl'} is damaged, so the masks over training cannot be drawn; move it away") from None
+    figure = Figure(figsize=(1.25 * len(images) + 0.5, 1.3 * (1 + len(rows))), layout="constrained")
+    axes = figure.subplots(1 + len(rows), len(images), squeeze=False)
+    for axis, pixels in zip(axes[0], pictures(gather_patches(images, None, net.cfg.patch_size), net, splits)):
+        axis.imshow(pixels)
+    for line, epoch, values in zip(axes[1:], epochs, p):
+        line[0].set_ylabel(f"p, epoch {epoch:.1f}")
+        for axis, value in zip(line, values):
+            axis.imshow(rearrange(value, "(h w) -> h w", h=int(net.patches**0.5)), cmap="magma", vmin=0, vmax=1)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_ylabel("image")
+    save_figure(figure, out / "masks-over-training.png")
+
+
+def pictures(patches, net, splits):
+    """Patches [B, L, p*p*C] as images [B, H, W, C] for a plot, 0 to 1."""
+    size, grid = net.cfg.patch_size, int(net.patches**0.5)
+    pixels = rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=size, q=size)
+    mean, std = (torch.tensor(value, device=pixels.device) for value in (splits.mean, splits.std))
+    return (pixels * std + mean).clamp(0, 1).cpu().numpy()
+
+
 @torch.no_grad()
-def draw_images(net, state, splits, path, count=8):
+def draw_images(net, state, splits, path):
     """Write a PNG: originals, p (or SemMAE's parts), masked images, reconstructions, the same with the visible patches.
 
     The decoder predicts normalised patches; they are un-normalised here with each patch's own mean and deviation."""
     from matplotlib.figure import Figure
 
-    images = next(iter(splits.val.ordered(min(count, len(splits.val))))).images
+    images = next(iter(splits.val.ordered(min(SHOWN, len(splits.val))))).images
     encoder_params, decoder_params = state.theta.params.tensor_split([net.encoder_size])
     progress = state.iteration / mask_updates(net.cfg, splits)
     prob, keep, restore, mask = draw_masks(net, state.psi.params, images, encoder_params,
@@ -1368,27 +1440,22 @@ def draw_images(net, state, splits, path, count=8):
     pred = pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
     hidden = mask[..., None]
 
-    def picture(patches):
-        pixels = rearrange(patches, "b (h w) (p q c) -> b (h p) (w q) c", h=grid, p=size, q=size)
-        mean, std = (torch.tensor(value, device=pixels.device) for value in (splits.mean, splits.std))
-        return (pixels * std + mean).clamp(0, 1).cpu().numpy()
-
     colour = dict(cmap="gray", vmin=0, vmax=1)
     if net.cfg.masking == "semantic":
         name, values, style = "part", part_ids(net, images), dict(cmap="nipy_spectral", vmin=0, vmax=net.cfg.parts)
     else:
         name, values, style = "p(hide)", prob, dict(cmap="magma", vmin=0, vmax=1)
     rows = [
-        ("image", picture(target), colour),
+        ("image", pictures(target, net, splits), colour),
         (name, rearrange(values, "b (h w) -> b h w", h=grid).cpu().numpy(), style),
-        ("visible", picture(target * (1 - hidden)), colour),  # hidden patches in the data set's mean colour
-        ("reconstruction", picture(pred), colour),
-        ("with visible", picture(target * (1 - hidden) + pred * hidden), colour),
+        ("visible", pictures(target * (1 - hidden), net, splits), colour),  # hidden patches in the data set's mean colour
+        ("reconstruction", pictures(pred, net, splits), colour),
+        ("with visible", pictures(target * (1 - hidden) + pred * hidden, net, splits), colour),
     ]
     figure = Figure(figsize=(1.25 * len(images) + 0.5, 1.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(images), squeeze=False)
-    for line, (title, pictures, style) in zip(axes, rows):
-        for axis, pixels in zip(line, pictures):
+    for line, (title, shown, style) in zip(axes, rows):
+        for axis, pixels in zip(line, shown):
             axis.imshow(pixels, **style)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title)
@@ -1544,8 +1611,10 @@ def read_metrics(path):
 
 def truncate_metrics(path, iteration):
     """Drop the lines after `iteration`, which a resumed run writes again, and a line cut short by a crash."""
+    if not path.exists():
+        return
     try:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True)
         lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
         kept = [line for line in lines if json.loads(line)["iteration"] <= iteration]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -1599,41 +1668,54 @@ def read_saved(path, *kinds):
     return content
 
 
-def read_checkpoint(path, *other_kinds):
-    """The content of a run's checkpoint. Raises RunError as `read_saved`, and for one of another version."""
-    content = read_saved(path, FORMAT, *other_kinds)
+def read_checkpoint(path, checks=None):
+    """The content of a run's checkpoint, or of a file of other kinds: `checks` are {kind: function that says whether a
+    content is whole}. Raises RunError as `read_saved`, and for one of another version."""
+    checks = checks or {FORMAT: is_whole}
+    content = read_saved(path, *checks)
     try:
         check_settings(content.get("config"))
     except (ValueError, TypeError, OverflowError) as error:
         raise RunError(f"{path} was written by another version of this program ({error})") from None
-    if content["format"] == FORMAT and not is_whole(content):
+    if not checks[content["format"]](content):
         raise RunError(f"{path} is damaged: it does not hold what this program writes; use a copy, or start again")
     return content
 
 
 def is_whole(content):
     """Whether a checkpoint's content is of the kinds that `save_checkpoint` writes; `restore` checks names and shapes."""
-
-    def tensors(values):
-        return all(type(value) is Tensor and (value.dtype, value.layout, value.device.type)
-                   == (torch.float32, torch.strided, "cpu") for value in values)  # fmt: skip
-
-    def count(value):
-        return type(value) is int and 0 <= value < 2**48
-
     try:
-        facts, parts = content["data"], ("model", "head", "masking")
+        parts = ("model", "head", "masking")
         moments = [content["moments"][part] for part in parts]
         return (
-            all(type(value) is dict for value in (facts, *moments, *(content[part] for part in parts)))
-            and count(content["iteration"]) and all(count(moment["t"]) for moment in moments)
-            and tensors(moment[name] for moment in moments for name in "mv")
-            and tensors(value for part in parts for value in content[part].values())
-            and count(facts["image_size"]) and count(facts["channels"]) and facts["channels"] in (1, 3)
-            and all(type(x) is str for x in facts["class_names"])
+            all(type(moment) is dict and is_count(moment["t"]) for moment in moments)
+            and are_facts(content["data"]) and is_count(content["iteration"])
+            and all(is_tensor(moment[name]) for moment in moments for name in "mv")
+            and all(are_weights(content[part]) for part in parts)
         )  # fmt: skip
     except (KeyError, TypeError, IndexError):  # something else stands where a dict should
         return False
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 2**48
+
+
+def is_tensor(value):
+    return type(value) is Tensor and (value.dtype, value.layout, value.device.type) == (torch.float32, torch.strided, "cpu")
+
+
+def are_weights(value):
+    return isinstance(value, dict) and all(type(name) is str and is_tensor(tensor) for name, tensor in value.items())
+
+
+def are_facts(value):
+    """Whether this is of the kinds that `data_facts` returns."""
+    return (
+        type(value) is dict and is_count(value["image_size"]) and is_count(value["channels"]) and value["channels"] in (1, 3)
+        and type(value["class_names"]) is list and all(type(name) is str for name in value["class_names"])
+        and all(type(value[name]) is list and all(type(x) is float for x in value[name]) for name in ("mean", "std"))
+    )  # fmt: skip
 
 
 def restore(net, content, device):
@@ -1742,7 +1824,7 @@ def export(run, to, file=None):
     Raises RunError where the file exists already, or where a fine-tuning does not have what is asked for."""
     import finetune  # which imports this module
 
-    content = read_checkpoint(run / "checkpoint.pt", finetune.FORMAT)
+    content = read_checkpoint(run / "checkpoint.pt", {FORMAT: is_whole, finetune.FORMAT: finetune.is_whole})
     tuned = content["format"] == finetune.FORMAT
     if tuned and to == "mae":
         raise RunError(f"{run} is a fine-tuning, which has no decoder; export it --to timm, or the run that it started from")
@@ -1810,7 +1892,7 @@ def parse(argv):
     add_flags(pretraining, dataclasses.fields(Config))
     pretraining.add_argument("--out", type=Path, help="folder of the run (default runs/<preset>-<masking>-<seed>)")
     pretraining.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
-    for command, purpose in (("probe", "linear probe of a run"), ("show", "pictures of a run: masks.png, curves.png")):
+    for command, purpose in (("probe", "linear probe of a run"), ("show", "pictures of a run")):
         reading = commands.add_parser(command, help=purpose)
         reading.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
         reading.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
@@ -1855,9 +1937,7 @@ def run_command(arguments):
         return {"verb": "probe", "run": str(run), **how, **linear_probe(net, state, splits, **how)}
     if net.cfg.masking == "semantic":
         net.parts = read_parts(net.cfg, splits, run / "parts.pt", choose_device(device))
-    draw_images(net, state, splits, run / "masks.png")
-    draw_curves(run)
-    return {"verb": "show", "run": str(run), "pictures": [str(run / "masks.png"), str(run / "curves.png")]}
+    return {"verb": "show", "run": str(run), "pictures": list(map(str, draw_run(net, state, splits, run)))}
 
 
 def main(argv=None):

@@ -6,6 +6,7 @@ that together they compute what one process computes with the joined batch. With
 
 import contextlib
 import os
+import time
 
 import torch
 import torch.distributed as dist
@@ -52,11 +53,16 @@ def share(count):
     return slice(rank() * count // world(), (rank() + 1) * count // world())
 
 
+exchanging = [0.0]  # seconds that this process has spent in exchanges; one that a GPU makes does not hold it up
+
+
 @contextlib.contextmanager
 def exchange():
     """Around whatever the processes do together. Raises ExchangeError where one of them has ended or cannot be reached."""
+    began = time.monotonic()
     try:
         yield
+        exchanging[0] += time.monotonic() - began
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:200]
         raise ExchangeError(f"the exchange with another process failed ({reason}); continue with --resume") from None

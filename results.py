@@ -103,19 +103,32 @@ def pretraining_seconds(folder, cfg):
     return seconds
 
 
+def needed(method, rule):
+    """The cells of the same seed that must be finished before this one."""
+    if rule == "time":
+        return [("MLO-MAE", "steps"), (method, "steps")]
+    return [("MAE", "steps")] if method == "SemMAE" else []
+
+
 def grid(name, methods, seeds, out, data_dir, workers, threads):
-    """Run what is not finished. SemMAE needs MAE's encoder, and the rule "time" needs all times of the rule "steps"."""
-    stages = [[(method, "steps") for method in methods if method != "SemMAE"],
-              [(method, "steps") for method in methods if method == "SemMAE"],
-              [(method, "time") for method in methods if method in TIMED]]  # fmt: skip
+    """Run what is not finished, each cell as soon as what it needs is."""
+
+    def finished(method, rule, seed):
+        return read_cell(folder_of(out, method, rule, seed)) is not None
+
+    cells = [(method, rule, seed) for rule in ("steps", "time") for seed in seeds for method in methods
+             if rule == "steps" or method in TIMED]  # fmt: skip
+    todo, running = [cell for cell in cells if not finished(*cell)], {}
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for stage in stages:
-            todo = [(*cell, seed) for seed in seeds for cell in stage if read_cell(folder_of(out, *cell, seed)) is None]
-            running = {pool.submit(run_cell, *settings(name, cell[0], cell[2], out, data_dir), *cell, out, threads): cell
-                       for cell in todo}  # fmt: skip
-            for future in concurrent.futures.as_completed(running):
+        while todo or running:
+            for method, rule, seed in list(todo):
+                if all(finished(*cell, seed) for cell in needed(method, rule)):
+                    arguments = (*settings(name, method, seed, out, data_dir), method, rule, seed, out, threads)
+                    running[pool.submit(run_cell, *arguments)] = (method, rule, seed)
+                    todo.remove((method, rule, seed))
+            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
                 future.result()
-                print("finished", *running[future], file=sys.stderr)
+                print("finished", *running.pop(future), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------- table and figure
@@ -230,7 +243,9 @@ def run(options):
     if options.save:
         folder = Path(__file__).parent / "benchmarks"
         write_whole(folder / f"results-{options.data}.md", (text + "\n").encode())
-        write_whole(folder / f"results-{options.data}.png", (out / "results.png").read_bytes())
+        masks = folder_of(out, "MLO-MAE", "steps", 0) / "masks-over-training.png"
+        for name, picture in (("", out / "results.png"), ("-masks", masks)):
+            write_whole(folder / f"results-{options.data}{name}.png", picture.read_bytes())
     return {"verb": "results", "machine": facts, "rows": rows}
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -160,8 +161,26 @@ def test_step(capsys, tmp_path):
     plain, whole = (rows[name]["seconds"] for name in ("plain MAE step", "outer iteration"))
     pace = 0.25 * 2 * plain + 0.75 * whole  # of NANO's mask_start
     assert summary["hours"] == pytest.approx(summary["updates"] * pace / 3600) and "the first 25 % of them plain MAE" in out
+    assert summary["input_images_per_second"] > summary["needed_images_per_second"]  # from memory
+    assert summary["needed_images_per_second"] == pytest.approx((6 * 2 + 2 * 6) / whole)
     assert summary["overhead"] == pytest.approx(summary["time_ratio"] / summary["operation_ratio"])
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_the_images_of_a_preset_that_decodes_files(tmp_path):
+    cfg = mlo_mae.Config(data="imagenet", batch_size=8, workers=0)
+    split = bench.training_images(cfg, 32, torch.device("cpu"), tmp_path)
+    assert abs(len(split) - 0.8 * 508) < 1  # 512 files, 4 of them for testing, a fifth held out
+    assert next(split.stream(8, 0)).images.shape == (8, 3, 32, 32)
+    slow, real = 0.01, split.stream
+
+    def delayed(*arguments):
+        for batch in real(*arguments):
+            time.sleep(slow)
+            yield batch
+
+    split.stream = delayed
+    assert 0 < bench.input_rate(split, cfg, torch.device("cpu")) < 8 / slow
 
 
 @pytest.mark.parametrize("argv", [["hypergradient", "--sizes", "huge"], ["step", "--repeats", "0"], ["kernel"], []])

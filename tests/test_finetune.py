@@ -479,7 +479,7 @@ def test_resuming_what_is_finished_repeats_its_result(run, tuned, capsys):
 
 
 def test_files_of_a_fine_tuning(run, tuned):
-    assert {path.name for path in tuned.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json"}
+    assert {path.name for path in tuned.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "lock"}
     rows = [json.loads(line) for line in (tuned / "metrics.jsonl").read_text().splitlines()]
     assert [(row["epoch"], row["iteration"]) for row in rows] == [(1, 8), (2, 16), (3, 24)]
     result = json.loads((tuned / "result.json").read_text())
@@ -700,3 +700,68 @@ def test_a_fine_tuned_model_is_timms(given, pooling, theirs):
     other.load_state_dict(model.state_dict())  # strict: every name and shape
     images = splits.val.pick(torch.arange(4)).images
     assert torch.allclose(model(images), other.eval()(images), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+FIELDS = ["recipe", "config", "data", "step", "seconds", "best", "loss_sum", "model", "optimizer"]
+
+
+@pytest.mark.parametrize("value", ["absent", 7, {}], ids=str)
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_forged_checkpoint_ends_in_one_line(run, tuned, tmp_path, capsys, field, value):
+    content = torch.load(tuned / "checkpoint.pt", weights_only=True)
+    assert sorted(content) == sorted([*FIELDS, "format"])
+    if field == "step" and value == 7 or field == "seconds" and value == 7:
+        value = "seven"  # a number is what stands there
+    content |= {field: value}
+    if value == "absent":
+        del content[field]
+    out = tmp_path / "forged"
+    out.mkdir()
+    torch.save(content, out / "checkpoint.pt")
+    before = (out / "checkpoint.pt").read_bytes()
+    refused(command(run, out, "--resume"), capsys, str(out))
+    if (field, value) not in [("model", {}), ("optimizer", {}), ("optimizer", "absent")]:  # what an export does not read
+        refused(["export", out, "--to", "timm"], capsys, str(out))
+    assert {path.name for path in out.iterdir()} <= {"checkpoint.pt", "encoder-timm.safetensors"}
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def forged_groups(optimizer):
+    del optimizer["param_groups"][0]["scale"]
+
+
+def forged_betas(optimizer):
+    optimizer["param_groups"][0]["betas"] = "high"
+
+
+def forged_moments(optimizer):
+    optimizer["state"][0]["exp_avg"] = torch.zeros(7)
+
+
+def forged_count(optimizer):
+    optimizer["state"][0]["step"] = torch.zeros(7)
+
+
+@pytest.mark.parametrize("forge", [forged_groups, forged_betas, forged_moments, forged_count])
+def test_a_forged_optimizer_ends_in_one_line(run, tuned, tmp_path, capsys, forge):
+    content = torch.load(tuned / "checkpoint.pt", weights_only=True)
+    forge(content["optimizer"])
+    out = tmp_path / "forged"
+    out.mkdir()
+    torch.save(content, out / "checkpoint.pt")
+    refused(command(run, out, "--resume"), capsys, "checkpoint.pt is damaged")
+
+
+def test_a_second_fine_tuning_of_a_folder_is_refused(run, tmp_path, capsys):
+    out = tmp_path / "taken"
+    out.mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", f"import pathlib, sys, mlo_mae; mlo_mae.claim(pathlib.Path({str(out)!r}));"
+                               "print('held', flush=True); sys.stdin.read()"], cwd=Path(SCRIPT).parent,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    refused(command(run, out, "--resume"), capsys, "another process is at work")
+    holder.communicate("")
+    assert main(command(run, out, "--resume")) == 0
