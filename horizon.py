@@ -60,7 +60,7 @@ class Training(NamedTuple):
 def begin(seed, number, total):
     """The Training of a seed after `number` of `total` steps with all patches alike."""
     cfg = replace(CONFIG, seed=seed)
-    splits = data.load("shapes", "data", seed=seed)
+    splits = mlo_mae.load_data(cfg, torch.device("cpu"))
     net, (theta, phi, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
     net.masking = ObjectWeights(cfg.patch_size)
     start = Training(net, splits, mlo_mae.level_decays(net), total, 0, *(mlo_mae.fresh_level(x, "cpu") for x in (theta, phi)))
