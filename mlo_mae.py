@@ -358,7 +358,8 @@ class Encoder(nn.Module):
 
         scales [depth, 2, B, 1, 1] are factors of the residual branches: fine-tuning's drop path (None: 1)."""
         x = self.patch_embed(gather_patches(images, keep, self.patch))  # [B, K, D]
-        x = x + (self.pos_embed[:, 1:] if keep is None else self.pos_embed[0, 1:][keep])
+        positions = self.pos_embed[:, 1:]  # [1, L, D]
+        x = x + (positions if keep is None else F.embedding(keep, positions[0]))  # indexing's gradient varies with threads
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+K, D]
         return self.norm(through(self.blocks, x, self.recompute, scales))

@@ -180,18 +180,19 @@ def table(methods, seeds, out):
 
 
 def figure(methods, seeds, out, path):
-    """How object patches are hidden and weighted over training (`shapes` only), and the linear probes."""
+    """How the masks stood over training: objects hidden and weighted, where the data knows its objects, else p's spread."""
     from matplotlib.figure import Figure
 
+    runs = {method: [mlo_mae.read_metrics(folder_of(out, method, "steps", seed) / "metrics.jsonl") for seed in seeds]
+            for method in methods if METHODS[method] is not None
+            and all(read_cell(folder_of(out, method, "steps", seed)) for seed in seeds)}  # fmt: skip
     panels = [("object patches hidden, ratio to chance", "object_hidden"),
               ("weight p of object patches, ratio to mean", "object_weight")]  # fmt: skip
+    if "object_hidden" not in runs["MAE"][0][-1]:
+        panels = [("standard deviation of p", "p_std"), ("hidden patches that two images have in common", "mask_overlap")]
     drawing = Figure(figsize=(10, 3.5), layout="constrained")
     for axis, (title, name) in zip(drawing.subplots(1, len(panels)), panels):
-        for method in methods:
-            curves = [mlo_mae.read_metrics(folder_of(out, method, "steps", seed) / "metrics.jsonl") for seed in seeds
-                      if METHODS[method] is not None]  # fmt: skip
-            if not curves or name not in curves[0][-1]:
-                continue
+        for method, curves in runs.items():
             values = np.array([[row[name] for row in rows] for rows in curves])  # [seeds, lines]
             epochs = [row["epoch"] for row in curves[0]]
             (line,) = axis.plot(epochs, values.mean(0), label=method)

@@ -542,6 +542,20 @@ def test_a_stop_is_saved_whenever_it_comes(npz, tmp_path, monkeypatch):
     assert mlo_mae.read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["iteration"] >= 2
 
 
+def test_gradients_do_not_depend_on_how_threads_are_scheduled():
+    cfg = Config(masking="random")
+    net, (theta, _, _) = build(cfg, 32, 3, 8)
+    images = torch.randn(cfg.batch_size, 3, 32, 32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = [mlo_mae.level1_step(net, mlo_mae.fresh_level(theta, "cpu"), None, images, mlo_mae.Rates(1e-3, torch.zeros(())), 0)[1]
+                 for _ in range(12)]  # fmt: skip
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(step.gradient, found[0].gradient) for step in found)
+
+
 def test_resume_before_the_first_checkpoint_starts_the_run(run, npz, tmp_path):
     assert main(arguments(npz, tmp_path / "new", "--epochs", 20, "--resume")) == 0
     assert same(weights(run[0]), weights(tmp_path / "new"))
