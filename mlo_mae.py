@@ -89,7 +89,7 @@ import data
 import interchange
 import kernels
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
-from processes import (ExchangeError, agree, average, exchanging, first_before_others, first_to_fail, from_first, gather,
+from processes import (ExchangeError, agree, average, end, exchanging, first_before_others, first_to_fail, from_first, gather,
                        join, leave, rank, share, summed, world)  # fmt: skip
 
 
@@ -1973,4 +1973,4 @@ def reported(program, work, remedy="Lower --batch-size"):
 if __name__ == "__main__":
     import mlo_mae  # so that finetune.py, which imports it too, meets the same classes
 
-    sys.exit(mlo_mae.main())
+    end(mlo_mae.main())

@@ -163,7 +163,7 @@ def killed(arguments):
 
     mlo_mae.outer_iteration = dying
     mlo_mae.draw_run = lambda *arguments: None
-    sys.exit(mlo_mae.main(arguments))
+    mlo_mae.end(mlo_mae.main(arguments))
 
 
 if __name__ == "__main__":
