@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import logging
 import math
 import os
@@ -41,7 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import kernels
 import mlo_mae
-from mlo_mae import Config, Level, Rates, RunError
+from mlo_mae import Config, Level, Rates
 
 with contextlib.suppress(ImportError):  # the engine under the published code (PyPI: betty-ml), a row where it is installed
     import betty.configs, betty.engine, betty.problems  # noqa: E401
@@ -204,7 +203,7 @@ def problem(cfg, size, device, count=2, warm=4):
     cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0)  # masks are T's from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
-    decay, mask_rate = [vector.to(device) for vector in mlo_mae.level_decays(net)], mlo_mae.inverse_fan_in(net.masking).to(device)
+    decay, mask_rate = mlo_mae.level_decays(net, device), mlo_mae.inverse_fan_in(net.masking).to(device)
     torch.manual_seed(1)
     batches = [random_batches(cfg, size, n, device) for n in (cfg.batch_size, *[cfg.labelled_batch_size] * 2)]
     for _ in range(warm):
@@ -684,6 +683,7 @@ def run_step(options, device):
 
 
 def measure_step(options, device, folder):
+    """`run_step`, with a folder for the images of presets that decode files."""
     cfg = Config(**{"preset": options.preset} | mlo_mae.PRESETS[options.preset] | {"precision": options.precision})
     batch = options.batch_size or cfg.batch_size
     labelled = max(1, round(cfg.labelled_batch_size * batch / cfg.batch_size))
@@ -691,7 +691,7 @@ def measure_step(options, device, folder):
     net, arguments = problem(cfg, pixels, device, warm=2)
     theta, psi, head, _, _ = arguments
     state = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device))
-    decay, mask_rate = [vector.to(device) for vector in mlo_mae.level_decays(net)], mlo_mae.inverse_fan_in(net.masking).to(device)
+    decay, mask_rate = mlo_mae.level_decays(net, device), mlo_mae.inverse_fan_in(net.masking).to(device)
     split = training_images(cfg, pixels, device, folder)
     streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
 

@@ -106,7 +106,7 @@ def derivative(training, steps_ahead, look):
     steps: below 0 where objects should weigh more."""
     net = training.net
     theta, steps = go_on(training, "all alike", steps_ahead, order=1 + look)
-    (of_a, of_b) = mlo_mae.exact(net, theta, torch.zeros(2), training.head, labelled(training, 100 + look), steps).hypergradient
+    of_a, of_b = mlo_mae.exact(net, theta, torch.zeros(2), training.head, labelled(training, 100 + look), steps).hypergradient
     objects = torch.cat([mlo_mae.call(net.masking, torch.tensor([50.0, -50.0]), step.images) for step in steps]).mean()
     return ((of_a / objects - of_b / (1 - objects)) / steps_ahead).item()
 

@@ -92,7 +92,7 @@ def check_records(path):
         if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
             raise WeightsError("its records claim more bytes than the file has")
         if damaged := archive.testzip():
-            raise WeightsError(f"its record {damaged} fails its checksum")
+            raise WeightsError(f"its record {damaged} fails its checksum; use another copy of the file")
 
 
 def read_safetensors(path):

@@ -62,7 +62,6 @@ import os
 import signal
 import sys
 import time
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin
@@ -964,9 +963,9 @@ def decay_of(cfg, *modules):
     return torch.cat([torch.full((p.numel(),), cfg.weight_decay if decays(name, p) else 0.0) for name, p in named])
 
 
-def level_decays(net):
+def level_decays(net, device="cpu"):
     """Weight decay vectors of the three levels, [P1], [P2] and [P3]."""
-    return [decay_of(net.cfg, *modules) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
+    return [decay_of(net.cfg, *modules).to(device) for modules in ((net.encoder, net.decoder), (net.head,), (net.masking,))]
 
 
 def inverse_fan_in(module):
@@ -1102,8 +1101,7 @@ def pretrain(cfg, out, resume=False):
             truncate_metrics(out / name, state.iteration)
     state = as_first(state)
 
-    decay = [vector.to(device) for vector in level_decays(net)]
-    mask_rate = inverse_fan_in(net.masking).to(device)
+    decay, mask_rate = level_decays(net, device), inverse_fan_in(net.masking).to(device)
     total = mask_updates(cfg, splits)
     mask_steps = sum(learned_by(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
     waited, exchanging[0] = [0.0], 0.0  # seconds that the loop has waited, since the last metrics line, for images and others
@@ -1128,8 +1126,10 @@ def pretrain(cfg, out, resume=False):
             state, new = outer_iteration(net, state, batches, total, decay, mask_rate)
             losses.append(new)
             bar.update()
-            if writer and state.iteration * SNAPSHOTS // total > (state.iteration - 1) * SNAPSHOTS // total:
-                record_masks(net, state, watched, total, out)
+            progress, epoch = state.iteration / total, state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
+            snapshot = state.iteration * SNAPSHOTS // total > (state.iteration - 1) * SNAPSHOTS // total
+            if writer and snapshot and learned_by(cfg, progress):
+                record_masks(net, state, watched, epoch, out)
             now = time.monotonic()
             due = now - saved >= 60 * cfg.checkpoint_minutes or state.iteration == total
             look, due, stop = agree(now - looked > 1, due, received[0] if received else 0)
@@ -1138,19 +1138,18 @@ def pretrain(cfg, out, resume=False):
                 continue  # reading a loss waits for the device
             window += read_losses(net, losses, state, out)
             losses, looked = [], now
-            speed = len(window) * cfg.batch_size * cfg.level1_steps / max(now - logged, 1e-9)
+            elapsed = max(now - logged, 1e-9)
+            speed = len(window) * cfg.batch_size * cfg.level1_steps / elapsed
             shown = {f"L{level}": f"{window[-1][f'level{level}_loss']:.3f}"
                      for level in (1, 2, 3) if f"level{level}_loss" in window[-1]}  # fmt: skip
             bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
             if line:
                 means = {name: float(np.mean([row[name] for row in window if name in row])) for name in window[-1]}
-                progress = state.iteration / total
                 masks, previous_mask = mask_statistics(net, state, watched, objects, previous_mask, progress)
-                epoch = state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train)
                 row = {"iteration": state.iteration, "epoch": round(epoch, 3), **means, **masks,
-                       "images_per_second": speed, "waiting_share": waited[0] / max(now - logged, 1e-9)}  # fmt: skip
+                       "images_per_second": speed, "waiting_share": waited[0] / elapsed}  # fmt: skip
                 if processes > 1:
-                    row["exchange_share"] = exchanging[0] / max(now - logged, 1e-9)
+                    row["exchange_share"] = exchanging[0] / elapsed
                 if writer:
                     append_line(out / "metrics.jsonl", json.dumps(row))
                 window, logged, waited[0], exchanging[0] = [], time.monotonic(), 0.0, 0.0
@@ -1180,12 +1179,11 @@ SNAPSHOTS, SHOWN = 10, 8  # times in a run at which p is recorded, and for how m
 
 
 @torch.no_grad()
-def record_masks(net, state, images, total, out):
+def record_masks(net, state, images, epoch, out):
     """Add a line to masks.jsonl: p [B, L] of the first images, for the picture of masks over training."""
-    if learned_by(net.cfg, state.iteration / total):
-        p = masking_probability(net, state.psi.params, images[:SHOWN], state.theta.params[: net.encoder_size])
-        row = {"iteration": state.iteration, "epoch": round(net.cfg.epochs * state.iteration / total, 3)}
-        append_line(out / "masks.jsonl", json.dumps(row | {"p": [[round(x, 3) for x in line] for line in p.tolist()]}))
+    p = masking_probability(net, state.psi.params, images[:SHOWN], state.theta.params[: net.encoder_size])
+    row = {"iteration": state.iteration, "epoch": round(epoch, 3), "p": [[round(x, 3) for x in line] for line in p.tolist()]}
+    append_line(out / "masks.jsonl", json.dumps(row))
 
 
 def timed(stream, waited):
@@ -1661,6 +1659,8 @@ def read_saved(path, *kinds):
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; give a folder that has it") from None
+    except interchange.WeightsError as error:
+        raise RunError(f"{path} is damaged: {error}") from None
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise RunError(f"{path} cannot be read ({reason}); it is damaged, or no file of the kind '{wanted}'") from None

@@ -40,9 +40,9 @@ def leave():
 
 
 def end(status):
-    """End this process. One of several ends at once: Python's own tear-down can meet a thread of the exchange that has not
-    ended, and abort (seen in 1 of 24 restarted runs), whereupon torchrun calls a finished run failed."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    """End this process. One of several that has finished ends at once: Python's own tear-down can meet a thread of the
+    exchange that has not ended, and abort (seen in 1 of 24 restarted runs), whereupon torchrun calls the run failed."""
+    if status == 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

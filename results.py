@@ -11,7 +11,6 @@ are taken in pairs. Every method has the same labels: all of the training split 
 validation split to choose with. A cell of the grid is a run's folder; a finished cell is not run again.
 """
 
-import argparse
 import concurrent.futures
 import json
 import math

@@ -225,7 +225,7 @@ def test_kernels_forced_on_give_the_same_run():
         labels = torch.arange(40, device=device) % CLASSES
         batches = [iter([mlo_mae.data.Batch(images[i : i + size].to(device), labels[i : i + size]) for i in range(0, 30, size)])
                    for size in (cfg.batch_size, cfg.labelled_batch_size, cfg.labelled_batch_size)]  # fmt: skip
-        decay = [vector.to(device) for vector in mlo_mae.level_decays(net)]
+        decay = mlo_mae.level_decays(net, device)
         rate, rows = mlo_mae.inverse_fan_in(net.masking).to(device), []
         with kernels.use(backend):
             for _ in range(2):

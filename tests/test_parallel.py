@@ -282,7 +282,8 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(folder, 
     finished = subprocess.run([*run, __file__, "killed", *flags], capture_output=True, text=True, timeout=300,
                               env=os.environ | place | {"DYING_MARK": str(tmp_path / "killed")})  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    assert (tmp_path / "killed").exists() and "failed (exitcode: " in finished.stderr  # of either: the other ends as well
+    assert (tmp_path / "killed").exists()
+    assert "Signal 9" in finished.stderr or "exitcode: -9" in finished.stderr
     ours, theirs = weights(tmp_path / "run"), weights(folder / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
