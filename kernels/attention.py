@@ -80,9 +80,9 @@ def attention_jvp_kernel(
     b_tq = load_rows(p_tq, start, N, 3 * H * D, D, ROWS, COLS)
     b_max = tl.full([ROWS], float("-inf"), tl.float32)
     b_sum = tl.zeros([ROWS], tl.float32)  # of p = exp(s)
-    b_mean = tl.zeros([ROWS], tl.float32)  # of p * ts, with ts the tangent of s
-    b_out = tl.zeros([ROWS, COLS], tl.float32)  # of p v
-    b_tout = tl.zeros([ROWS, COLS], tl.float32)  # of p (ts v + tv)
+    b_mean = tl.zeros([ROWS], tl.float32)  # of ts, the tangent of s, weighted by p
+    b_out = tl.zeros([ROWS, COLS], tl.float32)  # sum of p v
+    b_tout = tl.zeros([ROWS, COLS], tl.float32)  # sum of p ((ts - mean) v + tv)
     for j in range(0, ROWS if WHOLE else N, ROWS):
         b_k = load_rows(p_q + H * D, j, N, 3 * H * D, D, ROWS, COLS)
         b_tk = load_rows(p_tq + H * D, j, N, 3 * H * D, D, ROWS, COLS)
@@ -92,18 +92,19 @@ def attention_jvp_kernel(
         b_ts = (dot(b_tq, tl.trans(b_k)) + dot(b_q, tl.trans(b_tk))) * (scale / LOG2_E)  # zero at overrunning keys
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
         b_p, b_shrink = tl.exp2(b_s - b_new[:, None]), tl.exp2(b_max - b_new)
-        b_pts = b_p * b_ts
         b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
-        b_mean = b_mean * b_shrink + tl.sum(b_pts, axis=1)
+        b_step = tl.sum(b_p * (b_ts - b_mean[:, None]), axis=1) / b_sum
+        b_mean += b_step  # taken off before rounding: off the final sums, large tangents would cancel
+        b_tp = (b_p * (b_ts - b_mean[:, None])).to(b_v.dtype)
         b_p = b_p.to(b_v.dtype)
+        b_tout = (b_tout - b_step[:, None] * b_out) * b_shrink[:, None]
         b_out = b_out * b_shrink[:, None] + dot(b_p, b_v)
-        b_tout = b_tout * b_shrink[:, None] + dot(b_pts.to(b_v.dtype), b_v) + dot(b_p, b_tv)
+        b_tout += dot(b_tp, b_v)
+        b_tout += dot(b_p, b_tv)
         b_max = b_new
-    b_out = b_out / b_sum[:, None]
-    b_tout = (b_tout - b_mean[:, None] * b_out) / b_sum[:, None]  # the softmax's quotient rule
     o_head = (i_b * N * H + i_h) * D
-    store_rows(p_out + o_head, start, b_out, N, H * D, D, ROWS, COLS)
-    store_rows(p_out_tangent + o_head, start, b_tout, N, H * D, D, ROWS, COLS)
+    store_rows(p_out + o_head, start, b_out / b_sum[:, None], N, H * D, D, ROWS, COLS)
+    store_rows(p_out_tangent + o_head, start, b_tout / b_sum[:, None], N, H * D, D, ROWS, COLS)
 
 
 @jit
@@ -128,12 +129,18 @@ def attention_backward_kernel(
     for j in range(0, ROWS if WHOLE else N, ROWS):  # all queries meet my keys
         b_q = load_rows(p_q, j, N, 3 * H * D, D, ROWS, COLS)
         b_do = load_rows(p_do, j, N, H * D, D, ROWS, COLS)
-        b_o = load_rows(p_o, j, N, H * D, D, ROWS, COLS)
         b_lse = tl.load(p_lse + j + o_n, mask=j + o_n < N, other=0)  # beyond N, q = do = 0 add nothing
-        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
         b_s = tl.where(m_mine, dot(b_q, tl.trans(b_k)) * scale, float("-inf"))
         b_p = tl.exp2(b_s - b_lse[:, None])  # [queries, keys]
-        b_ds = (b_p * (dot(b_do, tl.trans(b_v)) - b_delta[:, None])).to(b_q.dtype)
+        if WHOLE:  # all keys are here: no rounding of b_lse need stay, and no output be read
+            b_p /= tl.sum(b_p, axis=1)[:, None]
+            b_dp = dot(b_do, tl.trans(b_v))
+            b_delta = tl.sum(b_p * b_dp, axis=1)
+        else:
+            b_o = load_rows(p_o, j, N, H * D, D, ROWS, COLS)
+            b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
+            b_dp = dot(b_do, tl.trans(b_v))
+        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q.dtype)
         b_dv += dot(tl.trans(b_p.to(b_do.dtype)), b_do)
         b_dk += dot(tl.trans(b_ds), b_q)
         if WHOLE:  # one block holds the row, and these are all the keys as well
