@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import pytest
 import torch  # after the number of threads is set
 
@@ -19,3 +20,28 @@ if not torch.cuda.is_available():
 def same_draws():
     """Each test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def bfloat16_as_on_a_chip(monkeypatch):
+    """Triton's interpreter keeps bfloat16 as bits in integers, multiplies those, and cuts float32 off where chips round."""
+    try:
+        import triton.language as tl
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    except ImportError:
+        return
+
+    def wide(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def cast(self, x, dtype):
+        if dtype.scalar != tl.bfloat16:
+            return former_cast(self, wide(x), dtype)
+        rounded = torch.from_numpy(np.array(x.data, np.float32)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
+
+    former_cast, former_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: former_dot(self, wide(a), wide(b), *rest))

@@ -10,7 +10,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -31,29 +30,7 @@ try:
 except ImportError:
     triton = None
 needs_triton = pytest.mark.skipif(triton is None, reason="triton is not installed here: the references are all there is")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def bfloat16_as_on_a_chip():
-    """Triton's interpreter keeps bfloat16 as bits in integers, multiplies those, and cuts float32 off where chips round."""
-    with pytest.MonkeyPatch.context() as patch:
-        if triton is not None:
-            from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-            def wide(x):
-                is_bf16 = x.dtype.scalar == triton.language.bfloat16
-                return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), triton.language.float32) if is_bf16 else x
-
-            def cast(self, x, dtype):
-                if dtype.scalar != triton.language.bfloat16:
-                    return former_cast(self, wide(x), dtype)
-                rounded = torch.from_numpy(np.array(x.data, np.float32)).bfloat16()
-                return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), dtype.scalar)
-
-            former_cast, former_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-            patch.setattr(InterpreterBuilder, "cast_impl", cast)
-            patch.setattr(InterpreterBuilder, "create_dot", lambda self, a, b, *rest: former_dot(self, wide(a), wide(b), *rest))
-        yield
+pytestmark = pytest.mark.usefixtures("bfloat16_as_on_a_chip")
 
 
 @pytest.fixture(autouse=True)
