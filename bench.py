@@ -170,7 +170,7 @@ class Method(NamedTuple):
     given: int = 1  # level-1 steps that the form is given
 
 
-REDRAWN, IDENTITY = {"redraw_dropout": True}, {"update_jacobian": "identity"}
+REDRAWN, IDENTITY, HALF = {"redraw_dropout": True}, {"update_jacobian": "identity"}, {"precision": "bf16"}
 METHODS = {
     "exact": Method("exact", "exact"),
     "unrolled": Method("unrolled autograd", "unrolled"),
@@ -179,6 +179,8 @@ METHODS = {
     "published": Method("as published: redrawn, and dU/dg = -1", "finite-difference", REDRAWN | IDENTITY),
     "identity": Method("exact but for dU/dg = -1", "exact", IDENTITY),
     "first-order": Method("first-order (L2's curvature left out)", "first-order"),
+    "exact-bf16": Method("networks in bfloat16: exact", "exact", HALF),
+    "finite-difference-bf16": Method("networks in bfloat16: finite differences", "finite-difference", HALF),
     "exact-2": Method("two steps: exact", "exact", {}, 2, 2),
     "unrolled-2": Method("two steps: unrolled autograd", "unrolled", {}, 2, 2),
     "last-of-2": Method("two steps: exact, of the last alone", "exact", {}, 2, 1),
@@ -310,14 +312,16 @@ def run_hypergradient(options, device):
     rows, text = [], []
     for size in options.sizes or ["tiny", "small", "medium"] + ["vit-b/2"] * (device.type == "cuda"):
         pixels, settings = SIZES[size]
+        emulated = device.type == "cpu" and size != "tiny" and not options.sizes  # bfloat16 on a CPU: minutes, unless asked for
+        methods = {name: method for name, method in METHODS.items() if not (emulated and method.settings == HALF)}
         cfg = Config(**PUBLISHED | settings)
         net, single = problem(cfg, pixels, device)
         double = in_double(net, single)
-        precise = {name: bound(net, method, double)().hypergradient for name, method in METHODS.items()}
-        judges = {method.judged: precise[name] for name, method in METHODS.items() if method.form == "unrolled"}
-        results, costs = cost(net, single, METHODS, options.repeats, device)
+        precise = {name: bound(net, method, double)().hypergradient for name, method in methods.items()}
+        judges = {method.judged: precise[name] for name, method in methods.items() if method.form == "unrolled"}
+        results, costs = cost(net, single, methods, options.repeats, device)
         found = []
-        for name, method in METHODS.items():
+        for name, method in methods.items():
             judge, result = judges[method.judged], results[name].hypergradient.double()
             row = {"size": size, "method": name, "error_float32": relative_error(result, judge),
                    "error_float64": relative_error(precise[name], judge),
@@ -333,7 +337,8 @@ def run_hypergradient(options, device):
     note = ("Error: |h - judge| / |judge|; the judge is autograd through the same steps in float64 (two steps: through both). "
             f"Exact: within {LIMIT['float64']:.0e} of it in float64, and within {LIMIT['float32']:.0e} in float32. Noise: "
             f"cosine below {NOISE}. Cosine, ms (median [quartiles] of {options.repeats}), MiB (the most held at once) and GFLOP "
-            "(matrix products) are float32's.")  # fmt: skip
+            "(matrix products) are float32's. Networks in bfloat16: encoder and decoder under autocast, which leaves float64 as it "
+            "is.")  # fmt: skip
     if "betty" in METHODS:
         note += (f" Betty {betty.__version__} runs our networks, batches, masks and AdamW steps, with dropout held. Its "
                  "own are dU/dg = -1, differences around the parameters after the steps, and a pass of level 1 for each of "
@@ -402,9 +407,8 @@ def draw(rows, grown, path):
         axis.scatter(1e3 * row["seconds"], row["error_float32"], s=70, color=colour, marker="os"[method.judged - 1],
                      label=method.label, zorder=3)  # fmt: skip
     axis.axhspan(1e-8, LIMIT["float32"], color="green", alpha=0.07, lw=0, label="what float32 allows")
-    axis.set(yscale="log", xlabel="milliseconds", ylabel="relative error, judged by autograd in float64")
-    axis.set_xlim(left=0)
-    axis.set_title(f"Error against cost ({size}, float32; squares: two level-1 steps)", fontsize=11)
+    axis.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="relative error, judged by autograd in float64")
+    axis.set_title(f"Error against cost ({size}; squares: two level-1 steps)", fontsize=11)
     left.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     panels = right.subplots(2, 3, sharex="col")
     for column, along in enumerate(dict.fromkeys(row["along"] for row in grown)):
@@ -790,7 +794,7 @@ def parse(argv):
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
     forms = verbs.add_parser("hypergradient", parents=[common], help="the forms of the hypergradient against autograd")
-    forms.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: all; without a GPU, not vit-b/2")
+    forms.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: all; without a GPU, not vit-b/2, and bfloat16 at tiny alone")
     forms.add_argument("--plot", type=Path, help="where to write the picture (with --save: beside the table)")
     each = verbs.add_parser("kernels", parents=[common], help="each kernel against the best that PyTorch offers")
     each.add_argument("--shapes", nargs="+", default=list(GEOMETRY), choices=list(GEOMETRY), help="default: both")

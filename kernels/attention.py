@@ -266,7 +266,8 @@ def attention(qkv):
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"attention: qkv must be [B, N, 3, H, d], got {tuple(qkv.shape)}")
     device = qkv.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocasts and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))  # as autocast does to the matrix products of the reference
     d = qkv.shape[-1]
     if runs_triton("attention", qkv, limit=f"head dim {d} exceeds {WIDEST_HEAD}" if d > WIDEST_HEAD else None):

@@ -52,8 +52,10 @@ def test_hypergradient(capsys):
     for name in ("exact", "exact-2"):
         assert rows[name]["verdict"] == "exact" and rows[name]["error_float64"] < 1e-12
     assert rows["unrolled"]["error_float64"] == 0 and rows["unrolled"]["peak_bytes"] > rows["exact"]["peak_bytes"]
-    for name in ("finite-difference", "redrawn", "published", "identity", "first-order", "last-of-2"):
+    for name in ("finite-difference", "redrawn", "published", "identity", "first-order", "last-of-2", "exact-bf16"):
         assert rows[name]["verdict"] != "exact"
+    assert rows["exact-bf16"]["cosine"] > 0.999 and rows["exact-bf16"]["error_float64"] < 1e-12  # bfloat16 costs it digits only
+    assert rows["finite-difference-bf16"]["verdict"] == "noise"
     assert ("Betty" in out) == ("betty" in rows)  # silent where it is not installed
     assert rows["redrawn"]["error_float64"] > 10 * rows["finite-difference"]["error_float64"]
 

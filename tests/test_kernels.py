@@ -380,6 +380,8 @@ def test_autocast_gives_the_dtypes_of_eager():
         grads = torch.autograd.grad(joined.sum(), tokens[1:])
         assert all(g.dtype == torch.float32 for g in grads)
         torch.testing.assert_close(loss, patch_loss_reference(pred.bfloat16(), images, mask))
+    with kernels.use("reference"), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert kernels.attention(rows.double()).dtype == (rows.double() @ rows.double().mT).dtype == torch.float64
 
 
 # -- beyond the first derivative: right, to any order -----------------------------------------------------------------
