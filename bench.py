@@ -794,7 +794,8 @@ def parse(argv):
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
     forms = verbs.add_parser("hypergradient", parents=[common], help="the forms of the hypergradient against autograd")
-    forms.add_argument("--sizes", nargs="+", choices=list(SIZES), help="default: all; without a GPU, not vit-b/2, and bfloat16 at tiny alone")
+    forms.add_argument("--sizes", nargs="+", choices=list(SIZES),
+                       help="default: all; without a GPU, not vit-b/2, and bfloat16 at tiny alone")  # fmt: skip
     forms.add_argument("--plot", type=Path, help="where to write the picture (with --save: beside the table)")
     each = verbs.add_parser("kernels", parents=[common], help="each kernel against the best that PyTorch offers")
     each.add_argument("--shapes", nargs="+", default=list(GEOMETRY), choices=list(GEOMETRY), help="default: both")
