@@ -101,28 +101,26 @@ def operations(call):
     return counter.get_total_flops()
 
 
-def ceilings(device, dtype):
-    """What this machine reaches: {"flops": operations/s of a large matrix product, "bytes": bytes/s of a large copy}."""
-    gpu = device.type == "cuda"
-    side, source = 8192 if gpu else 1024, torch.randn(2**28 if gpu else 2**24, device=device)
-    target, work = torch.empty_like(source), {"bytes": 2 * source.nbytes}
-    calls = {"bytes": lambda: target.copy_(source)}
+def product_rate(device, dtype):
+    """Operations a second of a large matrix product on this machine, in the faster of dtype and float32."""
+    side, calls = 8192 if device.type == "cuda" else 1024, {}
     for kind in {dtype, torch.float32}:  # a CPU may well be slower in bfloat16
         a, b = (torch.randn(side, side, device=device).to(kind) for _ in range(2))
-        calls[kind], work[kind] = (lambda a=a, b=b: a @ b), 2 * side**3
+        calls[kind] = lambda a=a, b=b: a @ b
     interleaved(lambda: calls, 2, device)
-    rates = {name: work[name] / min(times) for name, times in interleaved(lambda: calls, 5, device).items()}
-    return {"bytes": rates.pop("bytes"), "flops": max(rates.values())}
+    return 2 * side**3 / min(map(min, interleaved(lambda: calls, 5, device).values()))
 
 
 def machine(device):
     """{name: text or number}: all that a time depends on beside the program."""
-    cpu = platform.processor() or platform.machine()
+    cpu, kind = platform.processor() or platform.machine(), None
     with contextlib.suppress(OSError, TypeError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        text = Path("/proc/cpuinfo").read_text()
+        cpu = re.search(r"model name\s*: (.*)", text)[1]
+        kind = "/".join(re.search(rf"{name}\s*: (\d+)", text)[1] for name in ("family", "model"))  # where a name covers several
     triton = sys.modules.get("triton")
     return {
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None, "cpu": cpu,
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None, "cpu": cpu, "family/model": kind,
         "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(), "torch": torch.__version__, "triton": triton and triton.__version__,
     }  # fmt: skip
@@ -436,7 +434,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 class Case(NamedTuple):
     """One kernel at one shape. The first `variables` of `tensors`, which the functions take, are differentiated; `work`
-    is the least that each direction costs: bytes moved, or operations for attention."""
+    is the least that each direction costs: bytes moved, and operations of matrix products."""
 
     kernel: str
     shape: str
@@ -463,31 +461,32 @@ def cases(geometry, batch, dtype, device):
     shown = batch * visible * values * images.element_size()  # bytes of the visible patches
     yield Case("gather_patches", f"{list(images.shape)} to {visible} of {values}", (images, keep), 1,
                lambda x, ids: kernels.gather_patches(x, ids, patch), lambda x, ids: gather(x, ids, patch),
-               {"forward": 2 * shown, "backward": shown + images.nbytes, "jvp": 4 * shown})  # fmt: skip
+               {"forward": (2 * shown, 0), "backward": (shown + images.nbytes, 0), "jvp": (4 * shown, 0)})  # fmt: skip
     yield Case("select_patches", f"{list(prob.shape)} to {visible}", (prob,), 0,
                lambda p: kernels.select_patches(p, visible), lambda p: select(p, visible),
-               {"forward": sum(x.nbytes for x in (prob, keep, restore, mask))})  # fmt: skip
+               {"forward": (sum(x.nbytes for x in (prob, keep, restore, mask)), 0)})  # fmt: skip
 
     tokens, single = normal(batch, 1 + visible, 512), torch.float32  # embeddings are parameters, so float32
     embeddings = (normal(1, 1, 512, dtype=single), normal(1, 1 + length, 512, dtype=single))
     moved = tokens.nbytes + restore.nbytes + embeddings[1].nbytes + batch * (1 + length) * 512 * single.itemsize
     yield Case("scatter_tokens", f"{list(tokens.shape)} to {1 + length}", (tokens, *embeddings, restore), 3,
                kernels.scatter_tokens, modules["tokens"].scatter_tokens_reference,
-               {"forward": moved, "backward": moved, "jvp": 2 * moved - restore.nbytes})  # fmt: skip
+               {"forward": (moved, 0), "backward": (moved, 0), "jvp": (2 * moved - restore.nbytes, 0)})  # fmt: skip
 
     pred, target = normal(batch, length, values), normal(batch, 3, size, size, dtype=single)
     hidden = (1 - visible / length) * pred.nbytes
     moved = hidden + (1 - visible / length) * target.nbytes + 2 * mask.nbytes
     yield Case("patch_loss", str(list(pred.shape)), (pred, target, mask), 1,
                kernels.patch_loss, modules["loss"].patch_loss_reference,
-               {"forward": moved, "backward": moved + pred.nbytes, "jvp": moved + hidden + mask.nbytes})  # fmt: skip
+               {"forward": (moved, 0), "backward": (moved + pred.nbytes, 0), "jvp": (moved + hidden + mask.nbytes, 0)})  # fmt: skip
 
     for where, n, heads, d in (("encoder, visible", 1 + visible, 12, 64), ("encoder, all", 1 + length, 12, 64),
                                ("decoder", 1 + length, 16, 32)):  # fmt: skip
-        product = 2 * batch * heads * n * n * d
-        yield Case("attention", f"{[batch, n, 3, heads, d]} {where}", (normal(batch, n, 3, heads, d),), 1,
+        product, qkv = 2 * batch * heads * n * n * d, normal(batch, n, 3, heads, d)
+        once = qkv.nbytes // 3  # bytes of the output, or of one of queries, keys and values
+        yield Case("attention", f"{list(qkv.shape)} {where}", (qkv,), 1,
                    kernels.attention, modules["attention"].attention_reference,
-                   {"forward": 2 * product, "backward": 5 * product, "jvp": 6 * product})  # fmt: skip
+                   {"forward": (4 * once, 2 * product), "backward": (7 * once, 5 * product), "jvp": (8 * once, 6 * product)})  # fmt: skip
 
 
 def pinned(backend):
@@ -537,13 +536,47 @@ def compiled(function):
     return torch.compile(function, dynamic=False)
 
 
-def repeat(call, count):
-    for _ in range(count):
-        call()
+def copier(work, device):
+    """A maker as `maker` returns: a plain copy that moves as many bytes as must move."""
+
+    def make(*_):
+        source = torch.randn(max(1, int(work[0]) // 8), device=device)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    return make
+
+
+CACHE = 2**28  # bytes, several times what any GPU's last cache holds
+
+
+def in_a_row(make, inputs, count, device):
+    """A function that makes `count` calls, of the inputs in turn. On a GPU they are one CUDA graph, whose replay takes the
+    device's time alone: Python and launches, which other work hides in a program, do not count."""
+
+    def run(calls):
+        for number in range(count):
+            calls[number % len(calls)]()
+
+    if device.type != "cuda":
+        return functools.partial(run, [make(*each) for each in inputs])
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a backward runs on the stream of its forward
+        calls = [make(*each) for each in inputs]
+        run(calls)
+    with torch.cuda.graph(graph, stream=stream):
+        run(calls)
+
+    def replay(held=calls):  # the graph reads and writes their tensors
+        graph.replay()
+
+    replay()  # the first one uploads the graph
+    return replay
 
 
 def compare(case, direction, compiles, repeats, device):
-    """([one row an implementation, ours first], what is wrong with ours or None)."""
+    """([one row an implementation, ours first and a plain copy of as many bytes last], what is wrong with ours or None)."""
     candidates = {"ours": case.ours, "eager": case.eager} | ({"compile": case.eager} if compiles else {})
     if case.kernel == "attention":
         candidates |= {name: pinned(SDPA[name]) for name in (["SDPA math"] if direction == "jvp" else SDPA)}
@@ -556,20 +589,24 @@ def compare(case, direction, compiles, repeats, device):
             call = make(*inputs)
             errors[name] = max(map(relative_error, tree_leaves(call()), map(torch.Tensor.double, tree_leaves(judge))))
             once = min(seconds(call, device) for _ in range(3))
+            in_a_row(make, [inputs], 1, device)
         except Exception:
             if name in ("ours", "eager"):
                 raise
             continue  # rivals refuse, or run out of memory, in many ways
-        makers[name], counts[name] = make, max(1, min(50, int(2e-3 / once)))  # so many that the clock does not matter
+        makers[name], counts[name] = make, max(1, min(200, int(1e-2 / once)))  # so many that the clock does not matter
+    makers["copy"], counts["copy"] = copier(case.work[direction], device), counts["ours"]
+    moved = sum(x.nbytes for x in tree_leaves(inputs))
+    sets = 1 if device.type == "cpu" else max(1, min(counts["ours"], CACHE // moved))  # else the cache, not the memory, is timed
 
     def fresh():
-        inputs = drawn(case, direction)
-        return {name: functools.partial(repeat, make(*inputs), counts[name]) for name, make in makers.items()}
+        inputs = [drawn(case, direction) for _ in range(sets)]
+        return {name: in_a_row(make, inputs, counts[name], device) for name, make in makers.items()}
 
     times = interleaved(fresh, repeats, device)
     rows = [{"implementation": name, "error": errors.get(name, math.nan),
              **quartiles([t / counts[name] for t in times[name]] if name in times else [math.nan])}
-            for name in candidates]  # fmt: skip
+            for name in [*candidates, "copy"]]  # fmt: skip
     if errors["ours"] <= 2 * errors["eager"]:
         return rows, None
     return rows, f"relative error {errors['ours']:.1e}, more than twice eager's {errors['eager']:.1e}"
@@ -581,28 +618,31 @@ def run_kernels(options, device):
     batch = options.batch_size or (128 if gpu else 4)
     rivals = ["eager", "compile", *SDPA]
     rows, wrong = [], []
-    lines = [["kernel", "shape", "dtype", "direction", "ours, ms", *rivals, "speedup", "rate", "of ceiling"]]
+    lines = [["kernel", "shape", "dtype", "direction", "ours, ms", *rivals, "speedup", "rate", "copy, ms", "of ceiling"]]
     torch.manual_seed(0)
     for dtype in options.dtypes:
-        ceiling = ceilings(device, DTYPES[dtype])
+        most = product_rate(device, DTYPES[dtype])
         for case in (case for name in options.shapes for case in cases(name, batch, DTYPES[dtype], device)):
-            for direction, work in case.work.items():
+            for direction, (moved, made) in case.work.items():
                 found, error = compare(case, direction, options.compile, options.repeats, device)
                 ours, times = found[0], {row["implementation"]: row["seconds"] for row in found}
-                measure, unit = ("flops", "GFLOP/s") if case.kernel == "attention" else ("bytes", "GB/s")
-                best = min(times[name] for name in times if name != "ours" and math.isfinite(times[name]))
-                ours |= {"rate": work / ours["seconds"], "share_of_ceiling": work / ours["seconds"] / ceiling[measure],
+                best = min(times[name] for name in times if name not in ("ours", "copy") and math.isfinite(times[name]))
+                floor, work, unit = max((times["copy"], moved, "GB/s"), (made / most, made, "GFLOP/s"))
+                ours |= {"rate": work / ours["seconds"], "share_of_ceiling": floor / ours["seconds"],
                          "speedup": math.nan if error else best / ours["seconds"]}  # fmt: skip
                 what = {"kernel": case.kernel, "shape": case.shape, "dtype": dtype, "direction": direction}
                 rows += [what | row for row in found]
                 wrong += [f"{' '.join(what.values())}: {error}"] if error else []
-                shown = [times.get(name, math.nan) for name in ("ours", *rivals)]
-                lines.append([*what.values(), *(f"{1e3 * t:.3g}" if math.isfinite(t) else "-" for t in shown),
-                              "WRONG" if error else f"{ours['speedup']:.2f}", f"{ours['rate'] / 1e9:.3g} {unit}",
+                shown = [f"{1e3 * t:.3g}" if math.isfinite(t) else "-"
+                         for t in (times.get(name, math.nan) for name in ("ours", *rivals, "copy"))]  # fmt: skip
+                lines.append([*what.values(), *shown[:-1], "WRONG" if error else f"{ours['speedup']:.2f}",
+                              f"{ours['rate'] / 1e9:.3g} {unit}", shown[-1],
                               f"{100 * ours['share_of_ceiling']:.0f}%"])  # fmt: skip
-    note = ("ms: medians of calls in a row, on new inputs each time. Speedup: over the best rival. Rate: of the bytes that must move "
-            "(attention: operations), beside a large copy's (a large matrix product's). -: refused, out of memory, or not run.")  # fmt: skip
-    note += "" if gpu else f" No GPU here: ours IS the reference path, at batch {batch}."
+    note = ("ms: medians of calls in a row, on new inputs each time. Speedup: over the best rival. Rate and ceiling: of the bytes that must "
+            "move, beside a plain copy that moves as many, or of the operations that must be made, beside a large matrix product's, "
+            "whichever takes longer. -: refused, out of memory, or not run.")  # fmt: skip
+    note += (" The device's time, without Python's: calls in a row are a CUDA graph, on inputs that no cache holds." if gpu else
+             f" No GPU here: ours IS the reference path, at batch {batch}.")  # fmt: skip
     text = ["", table(lines), "", note]
     print("\n".join(text))
     return {"rows": rows}, text, wrong
@@ -717,7 +757,7 @@ def measure_step(options, device, folder):
     once = dict.fromkeys(["data", *list(parts)[2:]], 1) | {"level-1 step": cfg.level1_steps}
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
         row |= {"times": once.get(name, 0), "flops": operations(calls[name])}
-    ceiling = ceilings(device, DTYPES[cfg.precision])["flops"]
+    ceiling = product_rate(device, DTYPES[cfg.precision])
     total, update, plain = (rows[name] for name in ("outer iteration", "mask update", "plain MAE step"))
     for row in rows.values():
         row["share_of_time"] = row["times"] * row["seconds"] / total["seconds"]

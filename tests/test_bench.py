@@ -14,6 +14,7 @@ import mlo_mae
 
 CPU = torch.device("cpu")
 TIMES = {"seconds", "seconds_q1", "seconds_q3"}
+PEAK = 1e9  # operations a second, so low that attention is bound by it
 NANO = (8, dict(width=8, depth=1, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2, masking_width=8,
                 level1_steps=2, mask_start=0.25, batch_size=4, labelled_batch_size=4))  # fmt: skip
 
@@ -23,7 +24,7 @@ def nano(monkeypatch):
     monkeypatch.setitem(bench.SIZES, "tiny", NANO)
     monkeypatch.setitem(mlo_mae.PRESETS, "shapes", NANO[1] | {"image_size": NANO[0]})
     monkeypatch.setitem(bench.GEOMETRY, "cifar", (8, 2))
-    monkeypatch.setattr(bench, "ceilings", lambda device, dtype: {"flops": 1e9, "bytes": 1e9})
+    monkeypatch.setattr(bench, "product_rate", lambda device, dtype: PEAK)
 
 
 def run(capsys, *argv):
@@ -113,6 +114,18 @@ def test_kernels(capsys):
     common = {"kernel", "shape", "dtype", "direction", "implementation", "error"} | TIMES
     for row in report["rows"]:
         assert set(row) == common | ({"rate", "share_of_ceiling", "speedup"} if row["implementation"] == "ours" else set())
+    cells = {}
+    for row in report["rows"]:
+        cells.setdefault((row["kernel"], row["shape"], row["direction"]), {})[row["implementation"]] = row
+    for (kernel, shape, direction), cell in cells.items():
+        ours, copy = cell["ours"], cell["copy"]["seconds"]
+        if kernel != "attention":
+            assert ours["share_of_ceiling"] == pytest.approx(copy / ours["seconds"])
+            continue
+        batch, n, _, heads, d = json.loads(shape.split("]")[0] + "]")
+        made = {"forward": 2, "backward": 5, "jvp": 6}[direction] * 2 * batch * heads * n * n * d
+        assert ours["rate"] == pytest.approx(made / ours["seconds"])
+        assert ours["share_of_ceiling"] == pytest.approx(made / PEAK / ours["seconds"])
     flash = [row for row in report["rows"] if row["implementation"] == "SDPA flash"]
     assert flash and {row["direction"] for row in flash} == {"forward", "backward"}
     cudnn = [row for row in report["rows"] if row["implementation"] == "SDPA cuDNN"]
@@ -126,11 +139,39 @@ def test_every_repeat_of_a_kernel_has_new_inputs():
         seen.append((float(x.sum()), ids))
         return x * ids
 
-    case = bench.Case("watched", "", (torch.ones(4, 3), torch.arange(12).view(4, 3)), 1, watched, torch.mul, {})
+    case = bench.Case("watched", "", (torch.ones(4, 3), torch.arange(12).view(4, 3)), 1, watched, torch.mul, {"forward": (144, 0)})
     rows, error = bench.compare(case, "forward", False, 3, CPU)
     assert error is None and all(torch.equal(ids.sort(0).values, case.tensors[1]) for _, ids in seen)
     assert len({total for total, _ in seen}) == 1 + 3  # the check, and three repeats
     assert 12.0 not in {total for total, _ in seen}  # none with the inputs as they were given
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_calls_in_a_row_take_their_inputs_in_turn(device):
+    device = torch.device(device)
+    inputs = [(torch.zeros(3, device=device), torch.full((), float(10**n), device=device)) for n in range(2)]
+    run = bench.in_a_row(lambda total, step: lambda: total.add_(step), inputs, 5, device)
+    before = [total.clone() for total, _ in inputs]
+    run()
+    assert [(total - old).tolist() for (total, _), old in zip(inputs, before)] == [[3.0] * 3, [20.0] * 3]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("direction", ["forward", "backward", "jvp"])
+def test_calls_in_a_row_run_every_direction(device, direction):
+    device = torch.device(device)
+    case = bench.Case("twice", "", (torch.ones(4, 3, device=device),), 1, torch.square, torch.square, {direction: (96, 0)})
+    rows, error = bench.compare(case, direction, False, 1, device)
+    assert error is None and [row["implementation"] for row in rows] == ["ours", "eager", "copy"]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_plain_copy_moves_the_bytes_that_it_is_asked_to():
+    make = bench.copier((4096.0, 0), CPU)
+    assert make()().nbytes == 4096 // 2  # read once, written once
 
 
 def test_a_wrong_kernel_gets_no_speedup(capsys, monkeypatch):

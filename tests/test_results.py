@@ -20,7 +20,8 @@ def test_t_quantiles(freedom, value):
 def test_spread_and_paired_difference():
     assert results.spread([0.1, 0.2, 0.3]) == "20.0 ± 10.0" and results.spread([0.25]) == "25.0"
     ours, theirs = [0.50, 0.60, 0.70], [0.48, 0.59, 0.67]  # gaps 2, 1, 3: mean 2, deviation 1
-    assert results.difference(ours, theirs) == f"+2.0 ± {4.3027 / np.sqrt(3):.1f}"
+    assert results.difference(ours, theirs) == f"+2.0 ± {4.3027 / np.sqrt(3):.1f} (3:0)"
+    assert results.difference([0.7, 0.5, 0.1 + 0.2], [0.6, 0.6, 0.3]).endswith(" (1:1)")  # 0.1 + 0.2 is no better than 0.3
     assert results.difference([0.5], [0.6]) == "-10.0"
 
 
@@ -37,7 +38,7 @@ def test_the_table_pairs_seeds_and_leaves_out_what_is_not_finished(tmp_path):
     cell(tmp_path, "no pretraining", "steps", 0, finetune=0.3)  # seed 1 is missing
     lines, rows = results.table(results.MAIN, range(2), tmp_path)
     assert [(row["rule"], row["method"]) for row in rows] == [("steps", "MLO-MAE"), ("steps", "MAE")]
-    assert "+15.0 ± 63.5" in lines[2] and "70.0 ± 28.3" in lines[2]  # gaps 10 and 20: deviation 7.07, times 12.7 / sqrt(2)
+    assert "+15.0 ± 63.5 (2:0)" in lines[2] and "70.0 ± 28.3" in lines[2]  # gaps 10 and 20: deviation 7.07, times 12.7 / sqrt(2)
 
 
 def test_a_grid_of_tiny_runs_and_its_rules(tmp_path, monkeypatch, capsys):
