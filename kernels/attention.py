@@ -1,11 +1,19 @@
-"""Multi-head self-attention on a packed qkv."""
+"""Multi-head self-attention on a packed qkv.
+
+A ViT's row is short and odd: a square of patches and the class token. The kernels waste little on what is odd. Queries meet
+whole tiles of keys without masks, and the keys that are left in the smallest tile that holds them, which comes first, to
+start the running sums. Queries left over have a program with a small tile of its own. Where the chip has room, the backward
+keeps all queries of a row in one program, so that every product is made once; a class token left over then meets the keys
+in products of vectors, beside the tensor cores.
+"""
 
 import torch
 
-from .backend import ByFormula, apply_fused, jit, launch, pushforward, runs_triton, tl, triton
+from .backend import ByFormula, apply_fused, architecture, jit, launch, pushforward, runs_triton, tl, triton
 
 WIDEST_HEAD = 128  # beyond it the backward's tiles outgrow the registers
 LOG2_E = 1.4426950408889634  # the kernels' softmax runs on exp2, so the scale carries this factor
+TALL_TILES = ("cuda:90", "cuda:100")  # chips whose tensor cores take 64 rows at once, both operands from shared memory
 
 
 def attention_reference(qkv):
@@ -16,20 +24,31 @@ def attention_reference(qkv):
 
 
 @jit
-def load_rows(p_head, start, N, stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Rows start.. of one head, [ROWS, COLS]; zeros beyond N and D."""
+def load_rows(p_head, start, N, stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr):
+    """Rows start.. of one head, [ROWS, COLS]; zeros beyond D, and beyond N unless all rows are WITHIN it."""
     o_n, o_d = tl.arange(0, ROWS), tl.arange(0, COLS)
     p_head += tl.full([], start, tl.int64) * stride  # the tile itself is small: 32-bit offsets spare registers
-    m = (start + o_n < N)[:, None] & (o_d < D)[None, :]
-    return tl.load(p_head + o_n[:, None] * stride + o_d[None, :], mask=m, other=0)
+    p_rows = p_head + o_n[:, None] * stride + o_d[None, :]
+    if not WITHIN:
+        b_x = tl.load(p_rows, mask=(start + o_n < N)[:, None] & (o_d < D)[None, :], other=0)
+    elif D < COLS:
+        b_x = tl.load(p_rows, mask=(o_d < D)[None, :], other=0)
+    else:
+        b_x = tl.load(p_rows)
+    return b_x
 
 
 @jit
-def store_rows(p_head, start, b_x, N, stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+def store_rows(p_head, start, b_x, N, stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr):
     o_n, o_d = tl.arange(0, ROWS), tl.arange(0, COLS)
     p_head += tl.full([], start, tl.int64) * stride  # the tile itself is small: 32-bit offsets spare registers
-    m = (start + o_n < N)[:, None] & (o_d < D)[None, :]
-    tl.store(p_head + o_n[:, None] * stride + o_d[None, :], b_x, mask=m)
+    p_rows = p_head + o_n[:, None] * stride + o_d[None, :]
+    if not WITHIN:
+        tl.store(p_rows, b_x, mask=(start + o_n < N)[:, None] & (o_d < D)[None, :])
+    elif D < COLS:
+        tl.store(p_rows, b_x, mask=(o_d < D)[None, :])
+    else:
+        tl.store(p_rows, b_x)
 
 
 @jit
@@ -38,188 +57,405 @@ def dot(b_a, b_b):
     return tl.dot(b_a, b_b, input_precision="ieee")
 
 
+# -- forward ----------------------------------------------------------------------------------------------------------
+
+
 @jit
-def attention_forward_kernel(
-    p_qkv, p_out, p_lse, N, H, scale,
-    WHOLE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(N, ROWS)
-    i_row, start = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * ROWS  # row: an image's head
-    i_b, i_h = i_row // H, i_row % H
-    p_q = p_qkv + (i_b * N * 3 * H + i_h) * D
-    p_k, p_v = p_q + H * D, p_q + 2 * H * D
-    b_q = load_rows(p_q, start, N, 3 * H * D, D, ROWS, COLS)
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
-    b_sum = tl.zeros([ROWS], tl.float32)
-    b_out = tl.zeros([ROWS, COLS], tl.float32)
-    for j in range(0, ROWS if WHOLE else N, ROWS):
-        b_k = load_rows(p_k, j, N, 3 * H * D, D, ROWS, COLS)
-        b_v = load_rows(p_v, j, N, 3 * H * D, D, ROWS, COLS)
-        b_s = tl.where((j + tl.arange(0, ROWS) < N)[None, :], dot(b_q, tl.trans(b_k)) * scale, float("-inf"))
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_p, b_shrink = tl.exp2(b_s - b_new[:, None]), tl.exp2(b_max - b_new)
+def attend(b_q, b_k, b_v, m_k, scale, b_max, b_sum, b_out, FIRST: tl.constexpr):
+    """The online softmax of some queries meets a tile of keys and values: running maximum, sum of weights, output.
+
+    The FIRST tile sets the running values, and may hold rows that are no keys: m_k says which are."""
+    b_s = dot(b_q, tl.trans(b_k))  # [queries, keys]
+    if FIRST:
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+        b_new = tl.max(b_s, axis=1) * scale
+        b_p = tl.exp2(b_s * scale - b_new[:, None])
+        b_sum = tl.sum(b_p, axis=1)
+        b_out = dot(b_p.to(b_v.dtype), b_v)
+    else:
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1) * scale)
+        b_p, b_shrink = tl.exp2(b_s * scale - b_new[:, None]), tl.exp2(b_max - b_new)
         b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
         b_out = b_out * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v)
-        b_max = b_new
-    store_rows(p_out + (i_b * N * H + i_h) * D, start, b_out / b_sum[:, None], N, H * D, D, ROWS, COLS)
+    return b_new, b_sum, b_out
+
+
+@jit
+def forward_rows(
+    p_q, p_out, p_lse, start, N, H, scale, ROWS: tl.constexpr, WITHIN: tl.constexpr,
+    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    p_k, p_v, stride, last = p_q + H * D, p_q + 2 * H * D, 3 * H * D, (N - 1) // KEYS * KEYS
+    b_q = load_rows(p_q, start, N, stride, D, ROWS, COLS, WITHIN)
+    b_k_last = load_rows(p_k, last, N, stride, D, LAST, COLS, False)
+    b_v_last = load_rows(p_v, last, N, stride, D, LAST, COLS, False)
+    m_k = last + tl.arange(0, LAST) < N
+    b_max, b_sum, b_out = attend(b_q, b_k_last, b_v_last, m_k, scale, None, None, None, True)
+    if not WHOLE:
+        for j in range(0, last, KEYS):
+            b_k = load_rows(p_k, j, N, stride, D, KEYS, COLS, True)
+            b_v = load_rows(p_v, j, N, stride, D, KEYS, COLS, True)
+            b_max, b_sum, b_out = attend(b_q, b_k, b_v, None, scale, b_max, b_sum, b_out, False)
+    store_rows(p_out, start, b_out * (1 / b_sum)[:, None], N, H * D, D, ROWS, COLS, WITHIN)
     o_n = start + tl.arange(0, ROWS)
-    tl.store(p_lse + i_row * N + o_n, b_max + tl.log2(b_sum), mask=o_n < N)
+    tl.store(p_lse + o_n, b_max + tl.log2(b_sum), mask=o_n < N)
+
+
+@jit
+def attention_forward_kernel(
+    p_qkv, p_out, p_lse, N, H, scale, parts, ROWS: tl.constexpr, REST: tl.constexpr,
+    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS  # row: an image's head
+    i_b, i_h = i_row // H, i_row % H
+    p_qkv, p_out, p_lse = p_qkv + (i_b * N * 3 * H + i_h) * D, p_out + (i_b * N * H + i_h) * D, p_lse + i_row * N
+    if not REST:
+        forward_rows(p_qkv, p_out, p_lse, start, N, H, scale, ROWS, False, WHOLE, KEYS, LAST, D, COLS)
+    elif start + ROWS <= N:
+        forward_rows(p_qkv, p_out, p_lse, start, N, H, scale, ROWS, True, WHOLE, KEYS, LAST, D, COLS)
+    else:
+        forward_rows(p_qkv, p_out, p_lse, start, N, H, scale, REST, False, WHOLE, KEYS, LAST, D, COLS)
+
+
+# -- output and tangent -----------------------------------------------------------------------------------------------
+
+
+@jit
+def attend_with_tangent(
+    b_q, b_tq, b_k, b_tk, b_v, b_tv, m_k, scale, slope, b_max, b_sum, b_mean, b_out, b_tout, FIRST: tl.constexpr
+):
+    """`attend`, and ts, the tangents of the scores: their running mean, weighted by p, and the output's tangent, the
+    sum of p ((ts - mean) v + tv). The mean is taken off before rounding: off the final sums, large tangents would cancel."""
+    b_s = dot(b_q, tl.trans(b_k))  # [queries, keys]
+    b_ts = (dot(b_tq, tl.trans(b_k)) + dot(b_q, tl.trans(b_tk))) * slope  # zero where there is no key
+    if FIRST:
+        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
+        b_new = tl.max(b_s, axis=1) * scale
+        b_p = tl.exp2(b_s * scale - b_new[:, None])
+        b_sum = tl.sum(b_p, axis=1)
+        b_mean = tl.sum(b_p * b_ts, axis=1) / b_sum
+        b_tp = b_p * (b_ts - b_mean[:, None])
+        b_out, b_tout = dot(b_p.to(b_v.dtype), b_v), dot(b_tp.to(b_v.dtype), b_v)
+    else:
+        b_new = tl.maximum(b_max, tl.max(b_s, axis=1) * scale)
+        b_p, b_shrink = tl.exp2(b_s * scale - b_new[:, None]), tl.exp2(b_max - b_new)
+        b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
+        b_ts -= b_mean[:, None]
+        b_step = tl.sum(b_p * b_ts, axis=1) / b_sum
+        b_mean += b_step
+        b_tp = b_p * (b_ts - b_step[:, None])
+        b_tout = (b_tout - b_step[:, None] * b_out) * b_shrink[:, None] + dot(b_tp.to(b_v.dtype), b_v)
+        b_out = b_out * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v)
+    b_tout += dot(b_p.to(b_v.dtype), b_tv)
+    return b_new, b_sum, b_mean, b_out, b_tout
+
+
+@jit
+def jvp_rows(
+    p_q, p_tq, p_out, p_tout, start, N, H, scale, slope, ROWS: tl.constexpr, WITHIN: tl.constexpr,
+    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    p_k, p_tk, p_v, p_tv = p_q + H * D, p_tq + H * D, p_q + 2 * H * D, p_tq + 2 * H * D
+    stride, last = 3 * H * D, (N - 1) // KEYS * KEYS
+    b_q = load_rows(p_q, start, N, stride, D, ROWS, COLS, WITHIN)
+    b_tq = load_rows(p_tq, start, N, stride, D, ROWS, COLS, WITHIN)
+    b_k_last = load_rows(p_k, last, N, stride, D, LAST, COLS, False)
+    b_tk_last = load_rows(p_tk, last, N, stride, D, LAST, COLS, False)
+    b_v_last = load_rows(p_v, last, N, stride, D, LAST, COLS, False)
+    b_tv_last = load_rows(p_tv, last, N, stride, D, LAST, COLS, False)
+    m_k = last + tl.arange(0, LAST) < N
+    b_max, b_sum, b_mean, b_out, b_tout = attend_with_tangent(
+        b_q, b_tq, b_k_last, b_tk_last, b_v_last, b_tv_last, m_k, scale, slope, None, None, None, None, None, True
+    )
+    if not WHOLE:
+        for j in range(0, last, KEYS):
+            b_k = load_rows(p_k, j, N, stride, D, KEYS, COLS, True)
+            b_tk = load_rows(p_tk, j, N, stride, D, KEYS, COLS, True)
+            b_v = load_rows(p_v, j, N, stride, D, KEYS, COLS, True)
+            b_tv = load_rows(p_tv, j, N, stride, D, KEYS, COLS, True)
+            b_max, b_sum, b_mean, b_out, b_tout = attend_with_tangent(
+                b_q, b_tq, b_k, b_tk, b_v, b_tv, None, scale, slope, b_max, b_sum, b_mean, b_out, b_tout, False
+            )
+    store_rows(p_out, start, b_out * (1 / b_sum)[:, None], N, H * D, D, ROWS, COLS, WITHIN)
+    store_rows(p_tout, start, b_tout * (1 / b_sum)[:, None], N, H * D, D, ROWS, COLS, WITHIN)
 
 
 @jit
 def attention_jvp_kernel(
-    p_qkv, p_tangent, p_out, p_out_tangent, N, H, scale,
-    WHOLE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LOG2_E: tl.constexpr,
+    p_qkv, p_tangent, p_out, p_tout, N, H, scale, slope, parts, ROWS: tl.constexpr, REST: tl.constexpr,
+    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(N, ROWS)
-    i_row, start = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * ROWS
+    i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS
     i_b, i_h = i_row // H, i_row % H
-    o_head = (i_b * N * 3 * H + i_h) * D
-    p_q, p_tq = p_qkv + o_head, p_tangent + o_head
-    b_q = load_rows(p_q, start, N, 3 * H * D, D, ROWS, COLS)
-    b_tq = load_rows(p_tq, start, N, 3 * H * D, D, ROWS, COLS)
-    b_max = tl.full([ROWS], float("-inf"), tl.float32)
-    b_sum = tl.zeros([ROWS], tl.float32)  # of p = exp(s)
-    b_mean = tl.zeros([ROWS], tl.float32)  # of ts, the tangent of s, weighted by p
-    b_out = tl.zeros([ROWS, COLS], tl.float32)  # sum of p v
-    b_tout = tl.zeros([ROWS, COLS], tl.float32)  # sum of p ((ts - mean) v + tv)
-    for j in range(0, ROWS if WHOLE else N, ROWS):
-        b_k = load_rows(p_q + H * D, j, N, 3 * H * D, D, ROWS, COLS)
-        b_tk = load_rows(p_tq + H * D, j, N, 3 * H * D, D, ROWS, COLS)
-        b_v = load_rows(p_q + 2 * H * D, j, N, 3 * H * D, D, ROWS, COLS)
-        b_tv = load_rows(p_tq + 2 * H * D, j, N, 3 * H * D, D, ROWS, COLS)
-        b_s = tl.where((j + tl.arange(0, ROWS) < N)[None, :], dot(b_q, tl.trans(b_k)) * scale, float("-inf"))
-        b_ts = (dot(b_tq, tl.trans(b_k)) + dot(b_q, tl.trans(b_tk))) * (scale / LOG2_E)  # zero at overrunning keys
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1))
-        b_p, b_shrink = tl.exp2(b_s - b_new[:, None]), tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
-        b_step = tl.sum(b_p * (b_ts - b_mean[:, None]), axis=1) / b_sum
-        b_mean += b_step  # taken off before rounding: off the final sums, large tangents would cancel
-        b_tp = (b_p * (b_ts - b_mean[:, None])).to(b_v.dtype)
-        b_p = b_p.to(b_v.dtype)
-        b_tout = (b_tout - b_step[:, None] * b_out) * b_shrink[:, None]
-        b_out = b_out * b_shrink[:, None] + dot(b_p, b_v)
-        b_tout += dot(b_tp, b_v)
-        b_tout += dot(b_p, b_tv)
-        b_max = b_new
-    o_head = (i_b * N * H + i_h) * D
-    store_rows(p_out + o_head, start, b_out / b_sum[:, None], N, H * D, D, ROWS, COLS)
-    store_rows(p_out_tangent + o_head, start, b_tout / b_sum[:, None], N, H * D, D, ROWS, COLS)
+    p_qkv, p_tangent = p_qkv + (i_b * N * 3 * H + i_h) * D, p_tangent + (i_b * N * 3 * H + i_h) * D
+    p_out, p_tout = p_out + (i_b * N * H + i_h) * D, p_tout + (i_b * N * H + i_h) * D
+    if not REST:
+        jvp_rows(p_qkv, p_tangent, p_out, p_tout, start, N, H, scale, slope, ROWS, False, WHOLE, KEYS, LAST, D, COLS)
+    elif start + ROWS <= N:
+        jvp_rows(p_qkv, p_tangent, p_out, p_tout, start, N, H, scale, slope, ROWS, True, WHOLE, KEYS, LAST, D, COLS)
+    else:
+        jvp_rows(p_qkv, p_tangent, p_out, p_tout, start, N, H, scale, slope, REST, False, WHOLE, KEYS, LAST, D, COLS)
+
+
+# -- backward ---------------------------------------------------------------------------------------------------------
+
+
+@jit
+def load_queries(
+    p_q, p_out, p_grad, p_lse, start, N, H,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Queries start.., the cotangents of their outputs, log-sum-exps, and delta = <cotangent, output>; ONE needs no delta."""
+    b_q = load_rows(p_q, start, N, 3 * H * D, D, ROWS, COLS, WITHIN)
+    b_do = load_rows(p_grad, start, N, H * D, D, ROWS, COLS, WITHIN)
+    o_n = start + tl.arange(0, ROWS)
+    b_lse = tl.load(p_lse + o_n, mask=o_n < N, other=0)
+    if ONE:
+        b_delta = b_lse  # not read
+    else:
+        b_o = load_rows(p_out, start, N, H * D, D, ROWS, COLS, WITHIN)
+        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
+    return b_q, b_do, b_lse, b_delta
+
+
+@jit
+def weigh(queries, b_k, b_v, m_k, scale, MASKED: tl.constexpr, ONE: tl.constexpr):
+    """The weights of keys for queries, [queries, keys], and the cotangents of their scores."""
+    b_q, b_do, b_lse, b_delta = queries
+    b_p = tl.exp2(dot(b_q, tl.trans(b_k)) * scale - b_lse[:, None])
+    b_dp = dot(b_do, tl.trans(b_v))
+    if MASKED:
+        b_p = tl.where(m_k[None, :], b_p, 0.0)
+    if ONE:  # all keys are here: no rounding of b_lse need stay, and no output be read
+        b_p *= (1 / tl.sum(b_p, axis=1))[:, None]
+        b_delta = tl.sum(b_p * b_dp, axis=1)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    return b_p.to(b_q.dtype), b_ds.to(b_q.dtype)
+
+
+@jit
+def meet_keys(
+    p_qkv, p_grad_qkv, j, queries, token, b_dq, b_dq_token, N, H, scale, slope, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    TOKEN: tl.constexpr, ONE: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """All queries of a row meet keys j..: add to the queries' gradients, write the keys' and values'."""
+    b_k = load_rows(p_qkv + H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
+    b_v = load_rows(p_qkv + 2 * H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
+    m_k = j + tl.arange(0, KEYS) < N
+    b_p, b_ds = weigh(queries, b_k, b_v, m_k, scale, MASKED, ONE)
+    b_dq += dot(b_ds, b_k)
+    b_dk = dot(tl.trans(queries[0]), b_ds)  # [COLS, KEYS]: TALL_TILES chips want 64 rows, and KEYS may be 32
+    b_dv = dot(tl.trans(queries[1]), b_p)
+    if TOKEN:
+        b_q, b_do, lse, delta = token
+        b_p = tl.exp2(tl.sum(b_k * b_q[None, :], axis=1) * scale - lse)  # [KEYS]
+        if MASKED:
+            b_p = tl.where(m_k, b_p, 0.0)
+        b_ds = b_p * (tl.sum(b_v * b_do[None, :], axis=1) - delta)
+        b_dq_token += b_ds[:, None] * b_k
+        b_dk += b_q[:, None] * b_ds[None, :]
+        b_dv += b_do[:, None] * b_p[None, :]
+    store_rows(p_grad_qkv + H * D, j, tl.trans(b_dk) * slope, N, 3 * H * D, D, KEYS, COLS, not MASKED)
+    store_rows(p_grad_qkv + 2 * H * D, j, tl.trans(b_dv), N, 3 * H * D, D, KEYS, COLS, not MASKED)
+    return b_dq, b_dq_token
 
 
 @jit
 def attention_backward_kernel(
-    p_qkv, p_out, p_grad, p_lse, p_grad_qkv, N, H, scale,
-    WHOLE: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LOG2_E: tl.constexpr,
+    p_qkv, p_out, p_grad, p_lse, p_grad_qkv, N, H, scale, slope, ROWS: tl.constexpr, TOKEN: tl.constexpr,
+    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries, keys and values of this program's own block: no two programs write one place."""
-    blocks = tl.cdiv(N, ROWS)
-    i_row, start = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * ROWS
+    """One program a row: it holds all queries, but for a TOKEN beyond ROWS, and meets the keys tile by tile."""
+    N = ROWS + 1 if TOKEN else N  # the same, but known to the compiler
+    i_row = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_row // H, i_row % H
-    o_head, o_heads = (i_b * N * H + i_h) * D, (i_b * N * 3 * H + i_h) * D
-    p_q, p_k, p_v = p_qkv + o_heads, p_qkv + o_heads + H * D, p_qkv + o_heads + 2 * H * D
-    p_o, p_do, p_lse = p_out + o_head, p_grad + o_head, p_lse + i_row * N
-    o_n = tl.arange(0, ROWS)
-    m_mine = (start + o_n < N)[None, :]
-    b_k = load_rows(p_k, start, N, 3 * H * D, D, ROWS, COLS)
-    b_v = load_rows(p_v, start, N, 3 * H * D, D, ROWS, COLS)
+    p_qkv, p_grad_qkv = p_qkv + (i_b * N * 3 * H + i_h) * D, p_grad_qkv + (i_b * N * 3 * H + i_h) * D
+    p_out, p_grad, p_lse = p_out + (i_b * N * H + i_h) * D, p_grad + (i_b * N * H + i_h) * D, p_lse + i_row * N
+    stride, last, o_d = 3 * H * D, (N - 1) // KEYS * KEYS, tl.arange(0, COLS)
+    queries = load_queries(p_qkv, p_out, p_grad, p_lse, 0, N, H, D, ROWS, COLS, TOKEN, WHOLE)
     b_dq = tl.zeros([ROWS, COLS], tl.float32)
+    token, b_dq_token, b_dq_token_last = None, 0.0, 0.0
+    if TOKEN:
+        b_q = tl.load(p_qkv + ROWS * stride + o_d, mask=o_d < D, other=0).to(tl.float32)
+        b_do = tl.load(p_grad + ROWS * H * D + o_d, mask=o_d < D, other=0).to(tl.float32)
+        b_o = tl.load(p_out + ROWS * H * D + o_d, mask=o_d < D, other=0).to(tl.float32)
+        token = (b_q, b_do, tl.load(p_lse + ROWS), tl.sum(b_do * b_o, axis=0))
+        b_dq_token, b_dq_token_last = tl.zeros([KEYS, COLS], tl.float32), tl.zeros([LAST, COLS], tl.float32)
+    b_dq, b_dq_token_last = meet_keys(
+        p_qkv, p_grad_qkv, last, queries, token, b_dq, b_dq_token_last, N, H, scale, slope, LAST, True, TOKEN, WHOLE, D, COLS
+    )
+    if not WHOLE:
+        for j in range(0, last, KEYS):
+            b_dq, b_dq_token = meet_keys(
+                p_qkv, p_grad_qkv, j, queries, token, b_dq, b_dq_token, N, H, scale, slope, KEYS, False, TOKEN, WHOLE, D, COLS
+            )
+    store_rows(p_grad_qkv, 0, b_dq * slope, N, stride, D, ROWS, COLS, TOKEN)
+    if TOKEN:
+        b_dq = tl.sum(b_dq_token, axis=0) + tl.sum(b_dq_token_last, axis=0)
+        tl.store(p_grad_qkv + ROWS * stride + o_d, b_dq * slope, mask=o_d < D)
+
+
+@jit
+def gradient_of_queries(
+    p_qkv, j, queries, b_dq, N, H, scale, KEYS: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr
+):
+    """Add to the gradients of queries what keys j.. bring."""
+    b_k = load_rows(p_qkv + H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
+    b_v = load_rows(p_qkv + 2 * H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
+    _, b_ds = weigh(queries, b_k, b_v, j + tl.arange(0, KEYS) < N, scale, MASKED, False)
+    return b_dq + dot(b_ds, b_k)
+
+
+@jit
+def gradient_of_keys(
+    p_qkv, p_out, p_grad, p_lse, j, b_k, b_v, b_dk, b_dv, N, H, scale,
+    ROWS: tl.constexpr, WITHIN: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradients of keys and values what queries j.. bring: nothing beyond N, where q = do = 0.
+
+    `weigh` the other way round, [keys, queries], so that no product needs the transpose of what was just computed."""
+    b_q, b_do, b_lse, b_delta = load_queries(p_qkv, p_out, p_grad, p_lse, j, N, H, D, ROWS, COLS, WITHIN, False)
+    b_p = tl.exp2(dot(b_k, tl.trans(b_q)) * scale - b_lse[None, :])
+    b_ds = b_p * (dot(b_v, tl.trans(b_do)) - b_delta[None, :])
+    return b_dk + dot(b_ds.to(b_q.dtype), b_q), b_dv + dot(b_p.to(b_q.dtype), b_do)
+
+
+@jit
+def backward_rows(
+    p_qkv, p_out, p_grad, p_lse, p_grad_qkv, start, N, H, scale, slope, ROWS: tl.constexpr, WITHIN: tl.constexpr,
+    KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    stride, last = 3 * H * D, (N - 1) // KEYS * KEYS
+    queries = load_queries(p_qkv, p_out, p_grad, p_lse, start, N, H, D, ROWS, COLS, WITHIN, False)
+    b_dq = tl.zeros([ROWS, COLS], tl.float32)
+    b_dq = gradient_of_queries(p_qkv, last, queries, b_dq, N, H, scale, LAST, True, D, COLS)
+    for j in range(0, last, KEYS):
+        b_dq = gradient_of_queries(p_qkv, j, queries, b_dq, N, H, scale, KEYS, False, D, COLS)
+    store_rows(p_grad_qkv, start, b_dq * slope, N, stride, D, ROWS, COLS, WITHIN)
+    b_k = load_rows(p_qkv + H * D, start, N, stride, D, ROWS, COLS, WITHIN)
+    b_v = load_rows(p_qkv + 2 * H * D, start, N, stride, D, ROWS, COLS, WITHIN)
     b_dk = tl.zeros([ROWS, COLS], tl.float32)
     b_dv = tl.zeros([ROWS, COLS], tl.float32)
-    for j in range(0, ROWS if WHOLE else N, ROWS):  # all queries meet my keys
-        b_q = load_rows(p_q, j, N, 3 * H * D, D, ROWS, COLS)
-        b_do = load_rows(p_do, j, N, H * D, D, ROWS, COLS)
-        b_lse = tl.load(p_lse + j + o_n, mask=j + o_n < N, other=0)  # beyond N, q = do = 0 add nothing
-        b_s = tl.where(m_mine, dot(b_q, tl.trans(b_k)) * scale, float("-inf"))
-        b_p = tl.exp2(b_s - b_lse[:, None])  # [queries, keys]
-        if WHOLE:  # all keys are here: no rounding of b_lse need stay, and no output be read
-            b_p /= tl.sum(b_p, axis=1)[:, None]
-            b_dp = dot(b_do, tl.trans(b_v))
-            b_delta = tl.sum(b_p * b_dp, axis=1)
-        else:
-            b_o = load_rows(p_o, j, N, H * D, D, ROWS, COLS)
-            b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
-            b_dp = dot(b_do, tl.trans(b_v))  # after b_o: the other way round, sm_80 spills
-        b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_q.dtype)
-        b_dv += dot(tl.trans(b_p.to(b_do.dtype)), b_do)
-        b_dk += dot(tl.trans(b_ds), b_q)
-        if WHOLE:  # one block holds the row, and these are all the keys as well
-            b_dq += dot(b_ds, b_k)
-    p_dq = p_grad_qkv + o_heads
-    store_rows(p_dq + H * D, start, b_dk * (scale / LOG2_E), N, 3 * H * D, D, ROWS, COLS)  # now, to free their registers
-    store_rows(p_dq + 2 * H * D, start, b_dv, N, 3 * H * D, D, ROWS, COLS)
-    if not WHOLE:
-        b_q = load_rows(p_q, start, N, 3 * H * D, D, ROWS, COLS)
-        b_do = load_rows(p_do, start, N, H * D, D, ROWS, COLS)
-        b_o = load_rows(p_o, start, N, H * D, D, ROWS, COLS)
-        b_lse = tl.load(p_lse + start + o_n, mask=start + o_n < N, other=0)
-        b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), axis=1)
-        for j in range(0, N, ROWS):  # my queries meet all keys
-            b_k = load_rows(p_k, j, N, 3 * H * D, D, ROWS, COLS)
-            b_v = load_rows(p_v, j, N, 3 * H * D, D, ROWS, COLS)
-            b_s = tl.where((j + o_n < N)[None, :], dot(b_q, tl.trans(b_k)) * scale, float("-inf"))
-            b_p = tl.exp2(b_s - b_lse[:, None])
-            b_ds = (b_p * (dot(b_do, tl.trans(b_v)) - b_delta[:, None])).to(b_q.dtype)
-            b_dq += dot(b_ds, b_k)
-    store_rows(p_dq, start, b_dq * (scale / LOG2_E), N, 3 * H * D, D, ROWS, COLS)
+    b_dk, b_dv = gradient_of_keys(
+        p_qkv, p_out, p_grad, p_lse, last, b_k, b_v, b_dk, b_dv, N, H, scale, LAST, False, D, COLS
+    )
+    for j in range(0, last, KEYS):
+        b_dk, b_dv = gradient_of_keys(
+            p_qkv, p_out, p_grad, p_lse, j, b_k, b_v, b_dk, b_dv, N, H, scale, KEYS, True, D, COLS
+        )
+    store_rows(p_grad_qkv + H * D, start, b_dk * slope, N, stride, D, ROWS, COLS, WITHIN)
+    store_rows(p_grad_qkv + 2 * H * D, start, b_dv, N, stride, D, ROWS, COLS, WITHIN)
 
 
-def _config(qkv, light):
-    """Tile sizes by shape: the largest that spill no registers (`python -m kernels.cross_compile` shows them).
-
-    65 to 96 rows waste less in tiles of 32. The forward is light and takes half the warps, but for wide heads in float32,
-    which would spill on sm_100.
-    """
-    N, D, single = qkv.shape[1], qkv.shape[4], qkv.dtype == torch.float32
-    if single:
-        ROWS = 32 if D <= 64 else 16
+@jit
+def attention_backward_parts_kernel(
+    p_qkv, p_out, p_grad, p_lse, p_grad_qkv, N, H, scale, slope, parts, ROWS: tl.constexpr, REST: tl.constexpr,
+    KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Several programs a row: each takes some queries past all keys, and the keys in their places past all queries. So no
+    two programs write one place, and no sum is left to atomics, whose order varies; two products in seven are made twice."""
+    i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS
+    i_b, i_h = i_row // H, i_row % H
+    p_qkv, p_grad_qkv = p_qkv + (i_b * N * 3 * H + i_h) * D, p_grad_qkv + (i_b * N * 3 * H + i_h) * D
+    p_out, p_grad, p_lse = p_out + (i_b * N * H + i_h) * D, p_grad + (i_b * N * H + i_h) * D, p_lse + i_row * N
+    if not REST:
+        backward_rows(p_qkv, p_out, p_grad, p_lse, p_grad_qkv, start, N, H, scale, slope, ROWS, False, KEYS, LAST, D, COLS)
+    elif start + ROWS <= N:
+        backward_rows(p_qkv, p_out, p_grad, p_lse, p_grad_qkv, start, N, H, scale, slope, ROWS, True, KEYS, LAST, D, COLS)
     else:
-        ROWS = 32 if D > 64 or N <= 32 or 64 < N <= 96 else 64
-    small = not single and ROWS == 32 and D <= 64
-    COLS = max(16, triton.next_power_of_2(D))
-    warps = 4 if small else 8
-    if light and not (single and D > 64):
-        warps //= 2
-    return {"WHOLE": N <= ROWS, "D": D, "ROWS": ROWS, "COLS": COLS, "num_warps": warps, "num_stages": 2}
+        backward_rows(p_qkv, p_out, p_grad, p_lse, p_grad_qkv, start, N, H, scale, slope, REST, False, KEYS, LAST, D, COLS)
 
 
-def _arguments(qkv, ROWS):
-    """Number of programs, and the kernels' common scalars."""
-    B, N, _, H, D = qkv.shape
-    return B * H * triton.cdiv(N, ROWS), (N, H, LOG2_E * D**-0.5)
+def _tiles(qkv, kind):
+    """Queries a program, keys a step, warps: the largest that spill no registers (`python -m kernels.cross_compile`)."""
+    N, D, chip = qkv.shape[1], qkv.shape[4], architecture(qkv.device)
+    if qkv.dtype == torch.float32:  # outside the tensor cores, and in twice the registers
+        ROWS, KEYS, warps = {"forward": (64, 32, 8), "jvp": (32, 32, 8), "backward": (64, 16, 8)}[kind]
+        ROWS, KEYS = (ROWS, KEYS) if D <= 64 else (16, 16)
+    elif D > 64:
+        ROWS, KEYS, warps = 128 if kind == "forward" else 64, 32, 8
+    elif N <= 32:
+        ROWS, KEYS, warps = 32, 32, 2 if kind == "forward" else 4
+    elif N <= 64 or N <= 80 and kind != "backward":
+        ROWS, KEYS, warps = 64, 64, 4
+    elif chip == "cuda:90":
+        ROWS, KEYS, warps = 128, 32 if kind == "jvp" else 64, 8
+    else:
+        ROWS, KEYS, warps = {"forward": (128, 32, 4), "jvp": (128, 32, 8), "backward": (64, 32, 4)}[kind]
+    return min(ROWS, max(16, triton.next_power_of_2(N))), KEYS, warps
+
+
+def _row_tiles(qkv):
+    """`_tiles` of a backward program that holds all queries of a row; None where its registers do not suffice."""
+    N, D, half, chip = qkv.shape[1], qkv.shape[4], qkv.dtype != torch.float32, architecture(qkv.device)
+    ROWS, KEYS, warps = _tiles(qkv, "backward")
+    if N <= min(ROWS, KEYS):
+        return ROWS, KEYS, warps
+    if half and N == 65 and D <= 64 and chip in TALL_TILES:
+        return 64, 32, 4
+    if half and 65 < N <= 257 and 32 < D <= 64 and chip == "cuda:90":
+        return triton.next_power_of_2(N - 1), 32, 8
+    return None
+
+
+def _keys(qkv, KEYS, warps):
+    """The part of a configuration that all kernels share."""
+    N, D = qkv.shape[1], qkv.shape[4]
+    LAST = max(16, triton.next_power_of_2((N - 1) % KEYS + 1))
+    return {"KEYS": KEYS, "LAST": LAST, "D": D, "COLS": max(16, triton.next_power_of_2(D)), "num_warps": warps, "num_stages": 2}
+
+
+def _parts(qkv, kind):
+    """Programs a row, and the configuration of a kernel that runs so. A short rest of the queries gets a tile of its own."""
+    N, (ROWS, KEYS, warps) = qkv.shape[1], _tiles(qkv, kind)
+    rest = N % ROWS
+    REST = max(16, triton.next_power_of_2(rest)) if N > ROWS and 0 < rest <= ROWS // 4 else 0
+    return triton.cdiv(N, ROWS), {"ROWS": ROWS, "REST": REST, **_keys(qkv, KEYS, warps)}
+
+
+def _scalars(qkv):
+    """N, H, and the factors of the scores before exp2, and of their derivatives."""
+    return qkv.shape[1], qkv.shape[3], LOG2_E * qkv.shape[4] ** -0.5, qkv.shape[4] ** -0.5
 
 
 def forward_triton(qkv):
     B, N, _, H, D = qkv.shape
-    qkv, config = qkv.contiguous(), _config(qkv, light=True)
+    qkv, (parts, config) = qkv.contiguous(), _parts(qkv, "forward")
     out = torch.empty(B, N, H * D, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(B, H, N, device=qkv.device, dtype=torch.float32)
-    programs, scalars = _arguments(qkv, config["ROWS"])
-    launch(attention_forward_kernel, programs, qkv, out, lse, *scalars, **config)
-    return out, lse
-
-
-def backward_triton(out, lse, qkv, grad):
-    qkv, config = qkv.contiguous(), _config(qkv, light=False)
-    grad_qkv = torch.empty_like(qkv)
-    programs, scalars = _arguments(qkv, config["ROWS"])
     launch(
-        attention_backward_kernel, programs, qkv, out, grad.contiguous(), lse, grad_qkv, *scalars,
-        LOG2_E=LOG2_E, **config,
+        attention_forward_kernel, B * H * parts, qkv, out, lse, *_scalars(qkv)[:3], parts,
+        WHOLE=N <= config["KEYS"], **config,
     )  # fmt: skip
-    return grad_qkv
+    return out, lse
 
 
 def jvp_triton(qkv, tangent):
     B, N, _, H, D = qkv.shape
-    qkv, config = qkv.contiguous(), _config(qkv, light=False)
+    qkv, (parts, config) = qkv.contiguous(), _parts(qkv, "jvp")
     out, out_tangent = (torch.empty(B, N, H * D, device=qkv.device, dtype=qkv.dtype) for _ in range(2))
-    programs, scalars = _arguments(qkv, config["ROWS"])
     launch(
-        attention_jvp_kernel, programs, qkv, tangent.contiguous(), out, out_tangent, *scalars,
-        LOG2_E=LOG2_E, **config,
+        attention_jvp_kernel, B * H * parts, qkv, tangent.contiguous(), out, out_tangent, *_scalars(qkv), parts,
+        WHOLE=N <= config["KEYS"], **config,
     )  # fmt: skip
     return out, out_tangent
+
+
+def backward_triton(out, lse, qkv, grad):
+    B, N, _, H, _ = qkv.shape
+    qkv = qkv.contiguous()
+    grad_qkv, tiles = torch.empty_like(qkv), _row_tiles(qkv)
+    arguments = qkv, out, grad.contiguous(), lse, grad_qkv, *_scalars(qkv)
+    if tiles:
+        ROWS, KEYS, warps = tiles
+        launch(
+            attention_backward_kernel, B * H, *arguments,
+            ROWS=ROWS, TOKEN=N > ROWS, WHOLE=N <= KEYS, **_keys(qkv, KEYS, warps),
+        )  # fmt: skip
+    else:
+        parts, config = _parts(qkv, "backward")
+        launch(attention_backward_parts_kernel, B * H * parts, *arguments, parts, **config)
+    return grad_qkv
 
 
 def backward_formula(out, lse, qkv, grad):

@@ -1,5 +1,6 @@
 """Which implementation runs, how a Triton kernel is started, and where derivatives beyond a kernel's own come from."""
 
+import functools
 import os
 import types
 
@@ -86,6 +87,14 @@ def runs_triton(operation, *tensors, limit=None):
     if backend == "triton" and obstacle:
         raise RuntimeError(f'{operation}: Triton was asked for, but {obstacle}; kernels.use("auto") picks what can run')
     return not obstacle and (backend == "triton" or tensors[0].is_cuda)
+
+
+@functools.cache
+def architecture(device):
+    """"cuda:90" for a Hopper GPU, say, and "hip" for AMD's. A CPU, where Triton's interpreter runs, counts as Hopper."""
+    if device.type != "cuda":
+        return "cuda:90"
+    return "hip" if torch.version.hip else "cuda:{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 def tile(rows, columns, widest):

@@ -55,7 +55,7 @@ def gather_patches_kernel(
 @jit
 def spread_patches_kernel(
     p_patches, p_keep, p_images, K, L, columns, stride_b, stride_c, stride_h, stride_w,
-    ALL: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+    ALL: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L, ROWS) * tl.cdiv(P * P * C, VALUES)
     i_b, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
@@ -67,9 +67,16 @@ def spread_patches_kernel(
         b_x = tl.load(p_row + o_l[:, None] * (P * P * C), mask=m, other=0).to(tl.float32)
     else:
         b_x = tl.zeros([ROWS, VALUES], tl.float32)
-        for k in range(K):  # each image patch collects its copies, in order: every pixel is written once, without atomics
-            m_k = (o_l == tl.load(p_keep + i_b * K + k))[:, None] & m
-            b_x += tl.load(p_row + k * (P * P * C), mask=m_k, other=0).to(tl.float32)
+        b_k, some = tl.full([ROWS], -1, tl.int32), 1
+        while some > 0:  # as often as the most repeated patch: each collects its copies in order, so atomics are not needed
+            b_next = tl.full([ROWS], K, tl.int32)  # the copy after b_k
+            for j in range(0, K, BLOCK):
+                o_k = j + tl.arange(0, BLOCK)
+                b_id = tl.load(p_keep + i_b * K + o_k, mask=o_k < K, other=-1).to(tl.int32)
+                m_copy = (b_id[None, :] == o_l[:, None]) & (o_k[None, :] > b_k[:, None])
+                b_next = tl.minimum(b_next, tl.min(tl.where(m_copy, o_k[None, :], K), axis=1))
+            b_x += tl.load(p_row + b_next[:, None] * (P * P * C), mask=m & (b_next < K)[:, None], other=0).to(tl.float32)
+            b_k, some = b_next, tl.max((b_next < K).to(tl.int32), axis=0)
     o_image = patch_offsets(o_l, o_v, columns, stride_c, stride_h, stride_w, C, P)  # [ROWS, VALUES]
     tl.store(p_images + i_b * stride_b + o_image, b_x, mask=m)
 
@@ -93,10 +100,11 @@ def spread_triton(patches, keep, patch, shape):
     L, K, values = (H // patch) * (W // patch), patches.shape[1], patch * patch * C
     images = torch.empty(shape, device=patches.device, dtype=patches.dtype)
     ROWS, VALUES = tile(L, values, 1024)
+    ROWS = max(1, ROWS // 2)  # looking for copies takes registers
     launch(
         spread_patches_kernel, B * triton.cdiv(L, ROWS) * triton.cdiv(values, VALUES),
         patches.contiguous(), None if keep is None else keep.contiguous(), images, K, L, W // patch, *images.stride(),
-        ALL=keep is None, C=C, P=patch, ROWS=ROWS, VALUES=VALUES,
+        ALL=keep is None, C=C, P=patch, ROWS=ROWS, VALUES=VALUES, BLOCK=min(triton.next_power_of_2(max(K, 1)), 4096 // ROWS),
     )  # fmt: skip
     return images
 
