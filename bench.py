@@ -3,6 +3,7 @@
     python bench.py hypergradient    # every form of dL3/dpsi (and Betty's, where it is installed) against autograd
     python bench.py kernels          # each kernel against the best that PyTorch offers
     python bench.py step             # one outer iteration, its parts, and its floor
+    python bench.py tiles            # attention in the tiles in use against the neighbouring ones (GPU)
 
 Each prints the machine, a table, and one last line of compact JSON; --save writes the table under benchmarks/.
 Times are medians (with quartiles) of interleaved runs after a warm-up. A number that was not measured is not printed.
@@ -23,6 +24,7 @@ import shlex
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -528,6 +530,10 @@ def maker(direction, function, wrap, count):
     return backward
 
 
+def eager(function):
+    return function
+
+
 def compiled(function):
     from torch._functorch import config
 
@@ -580,7 +586,7 @@ def compare(case, direction, compiles, repeats, device):
     candidates = {"ours": case.ours, "eager": case.eager} | ({"compile": case.eager} if compiles else {})
     if case.kernel == "attention":
         candidates |= {name: pinned(SDPA[name]) for name in (["SDPA math"] if direction == "jvp" else SDPA)}
-    inputs, eager = drawn(case, direction), lambda function: function
+    inputs = drawn(case, direction)
     judge = maker(direction, case.eager, eager, case.variables)(*to_double(inputs))()
     errors, makers, counts = {}, {}, {}
     for name, function in candidates.items():
@@ -644,6 +650,108 @@ def run_kernels(options, device):
     note += (" The device's time, without Python's: calls in a row are a CUDA graph, on inputs that no cache holds." if gpu else
              f" No GPU here: ours IS the reference path, at batch {batch}.")  # fmt: skip
     text = ["", table(lines), "", note]
+    print("\n".join(text))
+    return {"rows": rows}, text, wrong
+
+
+# ---------------------------------------------------------------------------------------------------------- tiles
+
+
+class Tiles(NamedTuple):
+    """How an attention kernel cuts its work. `alone`: a backward whose program holds all queries of a row."""
+
+    queries: int
+    keys: int
+    warps: int
+    alone: bool
+
+    def __str__(self):
+        return f"{self.queries} x {self.keys}, {self.warps} warps{', a row' * self.alone}"
+
+
+def tile_choices(qkv, direction):
+    """[Tiles]: those in use, then those with half or twice as many of one thing, and the backward's other scheme."""
+    module = sys.modules["kernels.attention"]
+    whole = module._row_tiles(qkv) if direction == "backward" else None
+    chosen = Tiles(*(whole or module._tiles(qkv, direction)), bool(whole))
+    choices = [chosen]
+    for field, least in (("queries", 16), ("keys", 16), ("warps", 1)):
+        if whole and field == "queries":
+            continue  # it holds them all
+        size = getattr(chosen, field)
+        choices += [chosen._replace(**{field: other}) for other in (size // 2, 2 * size) if other >= least]
+    return choices + ([Tiles(*module._tiles(qkv, direction), False)] if whole and qkv.shape[1] > chosen.keys else [])
+
+
+@contextlib.contextmanager
+def cut_into(tiles):
+    """Attention's kernels started in here are cut so."""
+    module, cut = sys.modules["kernels.attention"], (tiles.queries, tiles.keys, tiles.warps)
+    with unittest.mock.patch.object(module, "_tiles", lambda *_: cut):
+        with unittest.mock.patch.object(module, "_row_tiles", lambda _: cut if tiles.alone else None):
+            yield
+
+
+def race_tiles(case, direction, repeats, device):
+    """One row a choice of tiles, those in use first; of the others, those that the chip has room for. ValueError where a
+    choice errs more than twice as much as eager."""
+    make, inputs = maker(direction, case.ours, eager, 1), drawn(case, direction)
+    judge, plain = (maker(direction, case.eager, eager, 1)(*x)() for x in (to_double(inputs), inputs))
+
+    def error(result):
+        return max(map(relative_error, tree_leaves(result), map(torch.Tensor.double, tree_leaves(judge))))
+
+    def timed(tiles, *given):  # the calls are made in here, or on a CPU each time anew
+        with cut_into(tiles):
+            run = in_a_row(make, [given], count, device)
+
+        def cut():
+            with cut_into(tiles):
+                run()
+
+        return cut
+
+    fitting, count = [], 1
+    for tiles in tile_choices(case.tensors[0], direction):
+        with cut_into(tiles):
+            try:
+                found = error(make(*inputs)())
+            except Exception:
+                if not fitting:
+                    raise
+                continue  # too much shared memory, or a tile that the compiler cannot cut
+            if found > 2 * error(plain):
+                raise ValueError(f"{case.shape} {direction} in {tiles}: relative error {found:.1e}")
+            if not fitting:
+                once = min(seconds(make(*inputs), device) for _ in range(3))
+                count = max(1, min(200, int(1e-2 / once)))
+            fitting.append(tiles)
+    times = interleaved(lambda: {tiles: timed(tiles, *drawn(case, direction)) for tiles in fitting}, repeats, device)
+    return [{"tiles": str(tiles), **quartiles([t / count for t in times[tiles]])} for tiles in fitting]
+
+
+def run_tiles(options, device):
+    """Attention at every shape, dtype and direction, in the tiles in use and in the neighbouring ones."""
+    if device.type not in kernels.backend.DEVICES:
+        raise mlo_mae.RunError("tiles are of Triton's kernels, which need a GPU here; run it where there is one")
+    rows, wrong = [], []
+    lines = [["shape", "dtype", "direction", "in use", "ms", "fastest neighbour", "ms", "in use takes"]]
+    torch.manual_seed(0)
+    for dtype in options.dtypes:
+        for case in (case for name in options.shapes for case in cases(name, options.batch_size, DTYPES[dtype], device)):
+            for direction in case.work if case.kernel == "attention" else ():
+                what = {"shape": case.shape, "dtype": dtype, "direction": direction}
+                try:
+                    with kernels.use("triton"):
+                        found = race_tiles(case, direction, options.repeats, device)
+                except ValueError as error:
+                    wrong.append(f"{dtype} {error}")
+                    continue
+                rows += [what | row for row in found]
+                ours, best = found[0], min(found[1:], key=lambda row: row["seconds"])
+                lines.append([*what.values(), ours["tiles"], f"{1e3 * ours['seconds']:.3g}", best["tiles"],
+                              f"{1e3 * best['seconds']:.3g}", f"{ours['seconds'] / best['seconds']:.2f}x"])  # fmt: skip
+    text = ["", table(lines), "", "ms: medians of calls in a row. Queries a program x keys a step; neighbours have half or twice as many of one."]
     print("\n".join(text))
     return {"rows": rows}, text, wrong
 
@@ -803,7 +911,7 @@ def measure_step(options, device, folder):
 
 # --------------------------------------------------------------------------------------------------- command line
 
-VERBS = {"hypergradient": run_hypergradient, "kernels": run_kernels, "step": run_step}
+VERBS = {"hypergradient": run_hypergradient, "kernels": run_kernels, "step": run_step, "tiles": run_tiles}
 
 
 def saved_path(verb, device, suffix):
@@ -848,6 +956,10 @@ def parse(argv):
     whole.add_argument("--batch-size", type=positive, help="of level 1; levels 2 and 3 keep their ratio to it")
     whole.add_argument("--precision", default="fp32", choices=["fp32", "bf16"], help="default fp32")
     whole.add_argument("--profile", type=Path, help="where to write a trace for chrome://tracing")
+    cut = verbs.add_parser("tiles", parents=[common], help="attention in the tiles in use against the neighbouring ones")
+    cut.add_argument("--shapes", nargs="+", default=list(GEOMETRY), choices=list(GEOMETRY), help="default: both")
+    cut.add_argument("--dtypes", nargs="+", default=["bf16"], choices=list(DTYPES), help="default: bf16")
+    cut.add_argument("--batch-size", type=positive, default=128, help="default 128")
     return parser.parse_args(argv)
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import sys
 import time
 
 import pytest
@@ -144,6 +145,40 @@ def test_every_repeat_of_a_kernel_has_new_inputs():
     assert error is None and all(torch.equal(ids.sort(0).values, case.tensors[1]) for _, ids in seen)
     assert len({total for total, _ in seen}) == 1 + 3  # the check, and three repeats
     assert 12.0 not in {total for total, _ in seen}  # none with the inputs as they were given
+
+
+@pytest.mark.skipif("triton" not in sys.modules, reason="triton is not installed here")
+def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch):
+    attention, seen, factor = sys.modules["kernels.attention"], [], 1
+    launch = attention.launch
+
+    def watched(kernel, *rest, **cut):
+        seen.append(f"{cut['ROWS']} x {cut['KEYS']}, {cut['num_warps']} warps" + ", a row" * ("TOKEN" in cut))
+        launch(kernel, *rest, **cut)
+
+    def cases(geometry, batch, dtype, device):
+        qkv, work = torch.randn(batch, 20, 3, 1, 16, device=device, dtype=dtype), dict.fromkeys(["forward", "backward", "jvp"])
+        yield bench.Case("attention", "short", (qkv,), 1, lambda x: factor * bench.kernels.attention(x),
+                         attention.attention_reference, work)  # fmt: skip
+
+    monkeypatch.setattr(attention, "launch", watched)
+    monkeypatch.setattr(bench, "cases", cases)
+    arguments = "tiles", "--shapes", "cifar", "--batch-size", "1", "--dtypes", "fp32", "--repeats", "1"
+    status, report, out = run(capsys, *arguments)
+    assert status == 0 and {row["tiles"] for row in report["rows"]} == set(seen)
+    for direction in ("forward", "backward", "jvp"):
+        tiles = [row["tiles"] for row in report["rows"] if row["direction"] == direction]
+        assert len(set(tiles)) == len(tiles) > 2
+    assert all(set(row) == {"shape", "dtype", "direction", "tiles"} | TIMES and row["seconds"] > 0 for row in report["rows"])
+    factor = 1.01
+    status, report, out = run(capsys, *arguments)
+    assert status == 1 and not report["rows"] and out.count("WRONG: fp32 short") == 3
+
+
+def test_tiles_need_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(bench.kernels.backend, "DEVICES", {"cuda"})
+    assert bench.main(["tiles", "--device", "cpu"]) == 2
+    assert "need a GPU" in capsys.readouterr().err
 
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
