@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from .backend import ByFormula, apply_fused, jit, launch, pushforward, runs_triton, tile, tl, triton
-from .patches import gather_patches_reference, load_pixels, patch_offsets
+from .backend import ByFormula, apply_fused, jit, launch, pushforward, runs_triton, tl, triton
+from .patches import gather_patches_reference, image_offsets, load_pixels, patch_tiles, patch_values
 
 LONGEST_PATCH = 8192  # values: a program holds at least one whole patch, 64 values a thread of 4 warps
 
@@ -26,34 +26,36 @@ def patch_loss_reference(pred, images, mask):
 @jit
 def patch_error(
     p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w,
-    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
     """The difference prediction - target of this program's patches, [ROWS, VALUES], read where hidden and else zero.
 
-    Also returns the offsets of these values in pred and of these patches in mask, and the masks of both.
+    Also returns the offsets of these values in pred and of these patches in mask, which values were read, which patches
+    there are, and which of a patch's values.
     """
     blocks = tl.cdiv(L, ROWS)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
-    o_l, o_v = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, VALUES)
+    o_l, o_padded = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, VALUES)
+    o_v, m_v = patch_values(o_padded, C, P, CHANNELS)
     o_patch = i_b * L + o_l
     m_hidden = tl.load(p_mask + o_patch, mask=o_l < L, other=0) != 0
-    m = m_hidden[:, None] & (o_v < P * P * C)[None, :]
-    o_image = patch_offsets(o_l, o_v, columns, stride_c, stride_h, stride_w, C, P)
+    m = m_hidden[:, None] & m_v[None, :]
+    o_image = image_offsets(o_l, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)
     b_x = load_pixels(p_images + i_b * stride_b + o_image, m)
     b_x = tl.where(m, b_x - (tl.sum(b_x, axis=1) / (P * P * C))[:, None], 0.0)
     b_var = tl.sum(b_x * b_x, axis=1) / (P * P * C - 1)
     o_pred = o_patch[:, None] * (P * P * C) + o_v[None, :]
     b_pred = tl.load(p_pred + o_pred, mask=m, other=0).to(tl.float32)
-    return b_pred - b_x / tl.sqrt(b_var + 1e-6)[:, None], o_pred, o_patch, m, o_l < L
+    return b_pred - b_x / tl.sqrt(b_var + 1e-6)[:, None], o_pred, o_patch, m, o_l < L, m_v
 
 
 @jit
 def patch_loss_kernel(
     p_pred, p_tangent, p_images, p_mask, p_loss, p_loss_tangent, L, columns, stride_b, stride_c, stride_h, stride_w,
-    TANGENT: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+    TANGENT: tl.constexpr, C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    b_error, o_pred, o_patch, m, m_l = patch_error(
-        p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, ROWS, VALUES
+    b_error, o_pred, o_patch, m, m_l, _ = patch_error(
+        p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, CHANNELS, ROWS, VALUES
     )
     tl.store(p_loss + o_patch, tl.sum(b_error * b_error, axis=1) / (P * P * C), mask=m_l)
     if TANGENT:
@@ -64,23 +66,22 @@ def patch_loss_kernel(
 @jit
 def patch_loss_backward_kernel(
     p_grad, p_pred, p_images, p_mask, p_grad_pred, L, columns, stride_b, stride_c, stride_h, stride_w,
-    C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    b_error, o_pred, o_patch, m_hidden, m_l = patch_error(
-        p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, ROWS, VALUES
+    b_error, o_pred, o_patch, m_hidden, m_l, m_v = patch_error(
+        p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, CHANNELS, ROWS, VALUES
     )
     b_grad = tl.load(p_grad + o_patch, mask=m_l, other=0).to(tl.float32) * (2 / (P * P * C))
-    m = m_l[:, None] & (tl.arange(0, VALUES) < P * P * C)[None, :]  # visible patches too: their gradient is an exact zero
+    m = m_l[:, None] & m_v[None, :]  # visible patches too: their gradient is an exact zero
     tl.store(p_grad_pred + o_pred, tl.where(m_hidden, b_error * b_grad[:, None], 0.0), mask=m)
 
 
 def _launch(kernel, tensors, images, mask, outputs, pred_shape, **flags):
     (B, L, values), (_, C, _, W) = pred_shape, images.shape
-    P = _side(values, C)
-    ROWS, VALUES = tile(L, values, LONGEST_PATCH)  # whole patches: their statistics stay on chip
+    config = patch_tiles(L, _side(values, C), C, LONGEST_PATCH)  # whole patches: their statistics stay on chip
     launch(
-        kernel, B * triton.cdiv(L, ROWS), *tensors, images, mask.contiguous(), *outputs, L, W // P, *images.stride(),
-        C=C, P=P, ROWS=ROWS, VALUES=VALUES, **flags,
+        kernel, B * triton.cdiv(L, config["ROWS"]), *tensors, images, mask.contiguous(), *outputs, L, W // config["P"],
+        *images.stride(), **config, **flags,
     )  # fmt: skip
 
 
@@ -156,7 +157,8 @@ def patch_loss(pred, images, mask):
     if pred.shape != (B, mask.shape[-1], side * side * C) or mask.shape != (B, (H // max(side, 1)) * (W // max(side, 1))):
         shapes = ", ".join(str(tuple(t.shape)) for t in (pred, images, mask))
         raise ValueError(f"patch_loss: want [B, L, p*p*C], [B, C, H, W], [B, L], L = H/p * W/p, got {shapes}")
-    limit = f"patches of {pred.shape[-1]} values exceed {LONGEST_PATCH}" if pred.shape[-1] > LONGEST_PATCH else None
+    padded = side * side * 2 ** max(0, C - 1).bit_length()  # channels up to a power of two
+    limit = f"patches of {padded} values, padding included, exceed {LONGEST_PATCH}" if padded > LONGEST_PATCH else None
     if runs_triton("patch_loss", pred, images, mask, limit=limit):
         return apply_fused(PatchLoss.apply, loss_with_tangent, pred, images, mask)
     return patch_loss_reference(pred, images, mask)

@@ -15,10 +15,21 @@ def gather_patches_reference(images, keep, patch):
     return patches
 
 
+# Tiles count CHANNELS >= C values a pixel, a power of two: then neighbouring threads take neighbouring pixels of one channel,
+# which lie side by side in the image, and nearly so in the patch.
+
+
 @jit
-def patch_offsets(o_patch, o_value, columns, stride_c, stride_h, stride_w, C: tl.constexpr, P: tl.constexpr):
-    """Where values o_value [V], in (p q c) order, of patches o_patch [R] lie within one image: [R, V]."""
-    o_c, o_q, o_p = o_value % C, o_value // C % P, o_value // (C * P)
+def patch_values(o_padded, C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr):
+    """Places of a tile's values in a patch of (p q c), and which of them exist."""
+    o_c, o_pixel = o_padded % CHANNELS, o_padded // CHANNELS
+    return o_pixel * C + o_c, (o_c < C) & (o_pixel < P * P)
+
+
+@jit
+def image_offsets(o_patch, o_padded, columns, stride_c, stride_h, stride_w, P: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where a tile's values [V] of patches o_patch [R] lie within one image: [R, V]."""
+    o_c, o_q, o_p = o_padded % CHANNELS, o_padded // CHANNELS % P, o_padded // (CHANNELS * P)
     corner = (o_patch // columns) * (P * stride_h) + (o_patch % columns) * (P * stride_w)
     return corner[:, None] + (o_p * stride_h + o_q * stride_w + o_c * stride_c)[None, :]
 
@@ -35,33 +46,35 @@ def load_pixels(pointers, mask):
 
 @jit
 def gather_patches_kernel(
-    p_images, p_keep, p_out, K, columns, stride_b, stride_c, stride_h, stride_w,
-    ALL: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+    p_images, p_keep, p_out, K, columns, stride_b, stride_c, stride_h, stride_w, ALL: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(K, ROWS) * tl.cdiv(P * P * C, VALUES)
+    blocks = tl.cdiv(K, ROWS) * tl.cdiv(P * P * CHANNELS, VALUES)
     i_b, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     o_k = i_block % tl.cdiv(K, ROWS) * ROWS + tl.arange(0, ROWS)
-    o_v = i_block // tl.cdiv(K, ROWS) * VALUES + tl.arange(0, VALUES)
-    m = (o_k < K)[:, None] & (o_v < P * P * C)[None, :]
+    o_padded = i_block // tl.cdiv(K, ROWS) * VALUES + tl.arange(0, VALUES)
+    o_v, m_v = patch_values(o_padded, C, P, CHANNELS)
+    m = (o_k < K)[:, None] & m_v[None, :]
     if ALL:
         o_patch = o_k
     else:
         o_patch = tl.load(p_keep + i_b * K + o_k, mask=o_k < K, other=0).to(tl.int32)
-    o_image = patch_offsets(o_patch, o_v, columns, stride_c, stride_h, stride_w, C, P)  # [ROWS, VALUES]
+    o_image = image_offsets(o_patch, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)  # [ROWS, VALUES]
     b_x = load_pixels(p_images + i_b * stride_b + o_image, m)
     tl.store(p_out + i_b * K * (P * P * C) + o_k[:, None] * (P * P * C) + o_v[None, :], b_x, mask=m)
 
 
 @jit
 def spread_patches_kernel(
-    p_patches, p_keep, p_images, K, L, columns, stride_b, stride_c, stride_h, stride_w,
-    ALL: tl.constexpr, C: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
+    p_patches, p_keep, p_images, K, L, columns, stride_b, stride_c, stride_h, stride_w, ALL: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(L, ROWS) * tl.cdiv(P * P * C, VALUES)
+    blocks = tl.cdiv(L, ROWS) * tl.cdiv(P * P * CHANNELS, VALUES)
     i_b, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     o_l = i_block % tl.cdiv(L, ROWS) * ROWS + tl.arange(0, ROWS)
-    o_v = i_block // tl.cdiv(L, ROWS) * VALUES + tl.arange(0, VALUES)
-    m = (o_l < L)[:, None] & (o_v < P * P * C)[None, :]
+    o_padded = i_block // tl.cdiv(L, ROWS) * VALUES + tl.arange(0, VALUES)
+    o_v, m_v = patch_values(o_padded, C, P, CHANNELS)
+    m = (o_l < L)[:, None] & m_v[None, :]
     p_row = p_patches + i_b * K * (P * P * C) + o_v[None, :]
     if ALL:
         b_x = tl.load(p_row + o_l[:, None] * (P * P * C), mask=m, other=0).to(tl.float32)
@@ -77,34 +90,42 @@ def spread_patches_kernel(
                 b_next = tl.minimum(b_next, tl.min(tl.where(m_copy, o_k[None, :], K), axis=1))
             b_x += tl.load(p_row + b_next[:, None] * (P * P * C), mask=m & (b_next < K)[:, None], other=0).to(tl.float32)
             b_k, some = b_next, tl.max((b_next < K).to(tl.int32), axis=0)
-    o_image = patch_offsets(o_l, o_v, columns, stride_c, stride_h, stride_w, C, P)  # [ROWS, VALUES]
+    o_image = image_offsets(o_l, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)  # [ROWS, VALUES]
     tl.store(p_images + i_b * stride_b + o_image, b_x, mask=m)
+
+
+def patch_tiles(rows, patch, channels, widest=1024):
+    """The configuration of tiles of `rows` patches of `patch` x `patch` pixels: half of `tile`, since these offsets and masks
+    take registers, and at most 64 patches, or a small batch of small patches leaves multiprocessors idle."""
+    CHANNELS = triton.next_power_of_2(channels)
+    ROWS, VALUES = tile(rows, patch * patch * CHANNELS, widest)
+    return {"C": channels, "P": patch, "CHANNELS": CHANNELS, "ROWS": min(64, max(1, ROWS // 2)), "VALUES": VALUES}
+
+
+def _programs(images, rows, patch, config):
+    return images * triton.cdiv(rows, config["ROWS"]) * triton.cdiv(patch * patch * config["CHANNELS"], config["VALUES"])
 
 
 def gather_triton(images, keep, patch):
     B, C, H, W = images.shape
     K = (H // patch) * (W // patch) if keep is None else keep.shape[1]
-    values, dtype = patch * patch * C, torch.float32 if images.dtype == torch.uint8 else images.dtype
-    out = torch.empty(B, K, values, device=images.device, dtype=dtype)
-    ROWS, VALUES = tile(K, values, 1024)
+    dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
+    out, config = torch.empty(B, K, patch * patch * C, device=images.device, dtype=dtype), patch_tiles(K, patch, C)
     launch(
-        gather_patches_kernel, B * triton.cdiv(K, ROWS) * triton.cdiv(values, VALUES),
-        images, None if keep is None else keep.contiguous(), out, K, W // patch, *images.stride(),
-        ALL=keep is None, C=C, P=patch, ROWS=ROWS, VALUES=VALUES,
+        gather_patches_kernel, _programs(B, K, patch, config), images, None if keep is None else keep.contiguous(), out,
+        K, W // patch, *images.stride(), ALL=keep is None, **config,
     )  # fmt: skip
     return out
 
 
 def spread_triton(patches, keep, patch, shape):
     B, C, H, W = shape
-    L, K, values = (H // patch) * (W // patch), patches.shape[1], patch * patch * C
-    images = torch.empty(shape, device=patches.device, dtype=patches.dtype)
-    ROWS, VALUES = tile(L, values, 1024)
-    ROWS = max(1, ROWS // 2)  # looking for copies takes registers
+    L, K = (H // patch) * (W // patch), patches.shape[1]
+    images, config = torch.empty(shape, device=patches.device, dtype=patches.dtype), patch_tiles(L, patch, C)
     launch(
-        spread_patches_kernel, B * triton.cdiv(L, ROWS) * triton.cdiv(values, VALUES),
+        spread_patches_kernel, _programs(B, L, patch, config),
         patches.contiguous(), None if keep is None else keep.contiguous(), images, K, L, W // patch, *images.stride(),
-        ALL=keep is None, C=C, P=patch, ROWS=ROWS, VALUES=VALUES, BLOCK=min(triton.next_power_of_2(max(K, 1)), 4096 // ROWS),
+        ALL=keep is None, BLOCK=min(triton.next_power_of_2(max(K, 1)), 2048 // config["ROWS"]), **config,
     )  # fmt: skip
     return images
 
