@@ -648,6 +648,7 @@ def test_every_kernel_compiles_for_every_target_within_its_shared_memory_and_reg
         compiled = [row for row in rows if row["target"] == target]
         assert {row["kernel"] for row in compiled} == written
         assert all(row["shared"] <= shared for row in compiled)
+        assert all(row["registers"] > 8 for row in compiled)  # fewer: a stub, where sm_100's tensor memory was too small
         heads = {(row["dtypes"][0], row["configuration"]["D"]) for row in compiled if row["kernel"] == "attention_forward_kernel"}
         assert {("float16", 80), ("float16", 128), ("float32", 128)} <= heads
     spilling = [row for row in rows if row["target"].startswith("cuda") and row["spills"]]
