@@ -684,10 +684,11 @@ def tile_choices(qkv, direction):
 
 
 @contextlib.contextmanager
-def cut_into(tiles):
-    """Attention's kernels started in here are cut so."""
+def cut_into(tiles, direction):
+    """Attention's kernels of that direction, started in here, are cut so."""
     module, cut = sys.modules["kernels.attention"], (tiles.queries, tiles.keys, tiles.warps)
-    with unittest.mock.patch.object(module, "_tiles", lambda *_: cut):
+    in_use = module._tiles
+    with unittest.mock.patch.object(module, "_tiles", lambda qkv, kind: cut if kind == direction else in_use(qkv, kind)):
         with unittest.mock.patch.object(module, "_row_tiles", lambda _: cut if tiles.alone else None):
             yield
 
@@ -702,18 +703,18 @@ def race_tiles(case, direction, repeats, device):
         return max(map(relative_error, tree_leaves(result), map(torch.Tensor.double, tree_leaves(judge))))
 
     def timed(tiles, *given):  # the calls are made in here, or on a CPU each time anew
-        with cut_into(tiles):
+        with cut_into(tiles, direction):
             run = in_a_row(make, [given], count, device)
 
         def cut():
-            with cut_into(tiles):
+            with cut_into(tiles, direction):
                 run()
 
         return cut
 
     fitting, count = [], 1
     for tiles in tile_choices(case.tensors[0], direction):
-        with cut_into(tiles):
+        with cut_into(tiles, direction):
             try:
                 found = error(make(*inputs)())
             except Exception:
@@ -751,7 +752,8 @@ def run_tiles(options, device):
                 ours, best = found[0], min(found[1:], key=lambda row: row["seconds"])
                 lines.append([*what.values(), ours["tiles"], f"{1e3 * ours['seconds']:.3g}", best["tiles"],
                               f"{1e3 * best['seconds']:.3g}", f"{ours['seconds'] / best['seconds']:.2f}x"])  # fmt: skip
-    text = ["", table(lines), "", "ms: medians of calls in a row. Queries a program x keys a step; neighbours have half or twice as many of one."]
+    text = ["", table(lines), "",
+            "ms: medians of calls in a row. Queries a program x keys a step; neighbours have half or twice as many of one."]  # fmt: skip
     print("\n".join(text))
     return {"rows": rows}, text, wrong
 

@@ -280,6 +280,13 @@ def test_attention_in_the_tiles_of_other_chips(N, d, chip, monkeypatch):
     check(kernels.attention, attention_reference, [normal(1, N, 3, 1, d, dtype=torch.float16)])
 
 
+@pytest.mark.parametrize("capability, hip, name", [((9, 0), None, "cuda:90"), ((12, 0), None, "cuda:120"), ((9, 4), "6.4", "hip")])
+def test_chips_are_told_apart(capability, hip, name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert kernels.backend.architecture.__wrapped__(torch.device("cuda:0")) == name
+
+
 @needs_triton
 @pytest.mark.parametrize("N, dtype", [(17, HALVES[0]), (50, HALVES[0]), (65, HALVES[0]), (257, HALVES[0]), (65, torch.float32)])
 def test_attention_reads_and_writes_its_own_row_alone(N, dtype):
