@@ -333,6 +333,23 @@ def test_attention_where_every_score_is_far_below_zero(N, d):
 
 
 @needs_triton
+@pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 0.7), (torch.float32, 1.2)])
+@pytest.mark.parametrize("N", [50, 65, 257])
+def test_attention_errs_less_than_pytorch(N, dtype, share):
+    """The norms of errors, which scatter less than maxima."""
+    qkv, tangent, grad = (normal(1, N, *shape, seed=i, dtype=dtype) for i, shape in enumerate([(3, 1, 64), (3, 1, 64), (64,)]))
+
+    def results(function, *inputs):
+        output, pull = torch.func.vjp(function, inputs[0])
+        return output, pull(inputs[2])[0], torch.func.jvp(function, (inputs[0],), (inputs[1],))[1]
+
+    exact = results(attention_reference, *(x.double() for x in (qkv, tangent, grad)))
+    ours, theirs = (results(function, qkv, tangent, grad) for function in (kernels.attention, attention_reference))
+    ratios = [float((x - z).norm() / (y - z).norm()) for x, y, z in zip(ours, theirs, exact)]
+    assert max(ratios) < share, ratios
+
+
+@needs_triton
 @pytest.mark.parametrize("N", [17, 70])  # one tile, and several
 def test_a_tangent_that_all_keys_share_does_not_cost_attention_its_accuracy(N):
     """The softmax does not see it; where it is taken off only at the end, half of PyTorch's error in bfloat16 is left."""
