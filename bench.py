@@ -581,6 +581,24 @@ def in_a_row(make, inputs, count, device):
     return replay
 
 
+def repeats_of(call, device):
+    """So many calls in a row, about 10 ms of them, that the clock does not matter."""
+    return max(1, min(200, int(1e-2 / min(seconds(call, device) for _ in range(3)))))
+
+
+def input_sets(case, direction, count, device):
+    """Inputs for `count` calls to take in turn: as many draws as it takes that no cache of the device holds them."""
+    inputs = [drawn(case, direction)]
+    size = sum(x.nbytes for x in tree_leaves(inputs))
+    more = 0 if device.type == "cpu" else min(count, CACHE // size) - 1
+    return inputs + [drawn(case, direction) for _ in range(more)]
+
+
+def largest_error(result, judge):
+    """Of the tensors that a call returned, the largest relative error against those in float64."""
+    return max(map(relative_error, tree_leaves(result), map(torch.Tensor.double, tree_leaves(judge))))
+
+
 def compare(case, direction, compiles, repeats, device):
     """([one row an implementation, ours first and a plain copy of as many bytes last], what is wrong with ours or None)."""
     candidates = {"ours": case.ours, "eager": case.eager} | ({"compile": case.eager} if compiles else {})
@@ -593,20 +611,18 @@ def compare(case, direction, compiles, repeats, device):
         try:
             make = maker(direction, function, compiled if name == "compile" else eager, case.variables)
             call = make(*inputs)
-            errors[name] = max(map(relative_error, tree_leaves(call()), map(torch.Tensor.double, tree_leaves(judge))))
-            once = min(seconds(call, device) for _ in range(3))
+            errors[name] = largest_error(call(), judge)
+            count = repeats_of(call, device)
             in_a_row(make, [inputs], 1, device)
         except Exception:
             if name in ("ours", "eager"):
                 raise
             continue  # rivals refuse, or run out of memory, in many ways
-        makers[name], counts[name] = make, max(1, min(200, int(1e-2 / once)))  # so many that the clock does not matter
+        makers[name], counts[name] = make, count
     makers["copy"], counts["copy"] = copier(case.work[direction], device), counts["ours"]
-    moved = sum(x.nbytes for x in tree_leaves(inputs))
-    sets = 1 if device.type == "cpu" else max(1, min(counts["ours"], CACHE // moved))  # else the cache, not the memory, is timed
 
     def fresh():
-        inputs = [drawn(case, direction) for _ in range(sets)]
+        inputs = input_sets(case, direction, counts["ours"], device)
         return {name: in_a_row(make, inputs, counts[name], device) for name, make in makers.items()}
 
     times = interleaved(fresh, repeats, device)
@@ -698,36 +714,31 @@ def race_tiles(case, direction, repeats, device):
     choice errs more than twice as much as eager."""
     make, inputs = maker(direction, case.ours, eager, 1), drawn(case, direction)
     judge, plain = (maker(direction, case.eager, eager, 1)(*x)() for x in (to_double(inputs), inputs))
-
-    def error(result):
-        return max(map(relative_error, tree_leaves(result), map(torch.Tensor.double, tree_leaves(judge))))
-
-    def timed(tiles, *given):  # the calls are made in here, or on a CPU each time anew
-        with cut_into(tiles, direction):
-            run = in_a_row(make, [given], count, device)
-
-        def cut():
-            with cut_into(tiles, direction):
-                run()
-
-        return cut
-
-    fitting, count = [], 1
+    allowed, fitting, count = 2 * largest_error(plain, judge), [], 1
     for tiles in tile_choices(case.tensors[0], direction):
         with cut_into(tiles, direction):
             try:
-                found = error(make(*inputs)())
+                found = largest_error(make(*inputs)(), judge)
             except Exception:
                 if not fitting:
                     raise
                 continue  # too much shared memory, or a tile that the compiler cannot cut
-            if found > 2 * error(plain):
+            if found > allowed:
                 raise ValueError(f"{case.shape} {direction} in {tiles}: relative error {found:.1e}")
             if not fitting:
-                once = min(seconds(make(*inputs), device) for _ in range(3))
-                count = max(1, min(200, int(1e-2 / once)))
+                count = repeats_of(make(*inputs), device)
             fitting.append(tiles)
-    times = interleaved(lambda: {tiles: timed(tiles, *drawn(case, direction)) for tiles in fitting}, repeats, device)
+
+    def timed(tiles, inputs):  # a GPU's calls are recorded in here, a CPU's made anew each time
+        with cut_into(tiles, direction):
+            run = in_a_row(make, inputs, count, device)
+        return cut_into(tiles, direction)(run)
+
+    def fresh():
+        inputs = input_sets(case, direction, count, device)
+        return {tiles: timed(tiles, inputs) for tiles in fitting}
+
+    times = interleaved(fresh, repeats, device)
     return [{"tiles": str(tiles), **quartiles([t / count for t in times[tiles]])} for tiles in fitting]
 
 
@@ -749,7 +760,7 @@ def run_tiles(options, device):
                     wrong.append(f"{dtype} {error}")
                     continue
                 rows += [what | row for row in found]
-                ours, best = found[0], min(found[1:], key=lambda row: row["seconds"])
+                ours, best = found[0], min(found[1:], key=lambda row: row["seconds"], default=found[0])
                 lines.append([*what.values(), ours["tiles"], f"{1e3 * ours['seconds']:.3g}", best["tiles"],
                               f"{1e3 * best['seconds']:.3g}", f"{ours['seconds'] / best['seconds']:.2f}x"])  # fmt: skip
     text = ["", table(lines), "",

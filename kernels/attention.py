@@ -203,14 +203,14 @@ def attention_jvp_kernel(
 @jit
 def load_queries(
     p_q, p_out, p_grad, p_lse, start, N, H,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr, ONE: tl.constexpr,
+    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Queries start.., the cotangents of their outputs, log-sum-exps, and delta = <cotangent, output>; ONE needs no delta."""
+    """Queries start.., cotangents of their outputs, log-sum-exps, and (not for a WHOLE row) delta = <cotangent, output>."""
     b_q = load_rows(p_q, start, N, 3 * H * D, D, ROWS, COLS, WITHIN)
     b_do = load_rows(p_grad, start, N, H * D, D, ROWS, COLS, WITHIN)
     o_n = start + tl.arange(0, ROWS)
     b_lse = tl.load(p_lse + o_n, mask=o_n < N, other=0)
-    if ONE:
+    if WHOLE:
         b_delta = b_lse  # not read
     else:
         b_o = load_rows(p_out, start, N, H * D, D, ROWS, COLS, WITHIN)
@@ -219,14 +219,14 @@ def load_queries(
 
 
 @jit
-def weigh(queries, b_k, b_v, m_k, scale, MASKED: tl.constexpr, ONE: tl.constexpr):
+def weigh(queries, b_k, b_v, m_k, scale, MASKED: tl.constexpr, WHOLE: tl.constexpr):
     """The weights of keys for queries, [queries, keys], and the cotangents of their scores."""
     b_q, b_do, b_lse, b_delta = queries
     b_p = tl.exp2(dot(b_q, tl.trans(b_k)) * scale - b_lse[:, None])
     b_dp = dot(b_do, tl.trans(b_v))
     if MASKED:
         b_p = tl.where(m_k[None, :], b_p, 0.0)
-    if ONE:  # all keys are here: no rounding of b_lse need stay, and no output be read
+    if WHOLE:  # all keys are here: no rounding of b_lse need stay, and no output be read
         b_p *= (1 / tl.sum(b_p, axis=1))[:, None]
         b_delta = tl.sum(b_p * b_dp, axis=1)
     b_ds = b_p * (b_dp - b_delta[:, None])
@@ -236,13 +236,13 @@ def weigh(queries, b_k, b_v, m_k, scale, MASKED: tl.constexpr, ONE: tl.constexpr
 @jit
 def meet_keys(
     p_qkv, p_grad_qkv, j, queries, token, b_dq, b_dq_token, N, H, scale, slope, KEYS: tl.constexpr, MASKED: tl.constexpr,
-    TOKEN: tl.constexpr, ONE: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
+    TOKEN: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """All queries of a row meet keys j..: add to the queries' gradients, write the keys' and values'."""
     b_k = load_rows(p_qkv + H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
     b_v = load_rows(p_qkv + 2 * H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
     m_k = j + tl.arange(0, KEYS) < N
-    b_p, b_ds = weigh(queries, b_k, b_v, m_k, scale, MASKED, ONE)
+    b_p, b_ds = weigh(queries, b_k, b_v, m_k, scale, MASKED, WHOLE)
     b_dq += dot(b_ds, b_k)
     b_dk = dot(tl.trans(queries[0]), b_ds)  # [COLS, KEYS]: TALL_TILES chips want 64 rows, and KEYS may be 32
     b_dv = dot(tl.trans(queries[1]), b_p)
@@ -353,7 +353,7 @@ def attention_backward_parts_kernel(
     KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """Several programs a row: each takes some queries past all keys, and the keys in their places past all queries. So no
-    two programs write one place, and no sum is left to atomics, whose order varies; two products in seven are made twice."""
+    two programs write one place, and no sum is left to atomics, whose order varies; two of the five products are made twice."""
     i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS
     i_b, i_h = i_row // H, i_row % H
     p_qkv, p_grad_qkv = p_qkv + (i_b * N * 3 * H + i_h) * D, p_grad_qkv + (i_b * N * 3 * H + i_h) * D

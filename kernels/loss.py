@@ -157,7 +157,7 @@ def patch_loss(pred, images, mask):
     if pred.shape != (B, mask.shape[-1], side * side * C) or mask.shape != (B, (H // max(side, 1)) * (W // max(side, 1))):
         shapes = ", ".join(str(tuple(t.shape)) for t in (pred, images, mask))
         raise ValueError(f"patch_loss: want [B, L, p*p*C], [B, C, H, W], [B, L], L = H/p * W/p, got {shapes}")
-    padded = side * side * 2 ** max(0, C - 1).bit_length()  # channels up to a power of two
+    padded = side * side * 2 ** (C - 1).bit_length()  # channels up to a power of two
     limit = f"patches of {padded} values, padding included, exceed {LONGEST_PATCH}" if padded > LONGEST_PATCH else None
     if runs_triton("patch_loss", pred, images, mask, limit=limit):
         return apply_fused(PatchLoss.apply, loss_with_tangent, pred, images, mask)
