@@ -16,6 +16,7 @@ Files are never trusted: whatever is wrong with one ends in a `DataError`, whose
 import hashlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -45,6 +46,7 @@ from tqdm import tqdm
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # as the paper's code, for CIFAR-10 and -100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_FILE = 2**28  # bytes of one CIFAR file (the largest has 155 MB)
+MAX_JSON = 2**30  # bytes of a file of boxes (COCO's largest has 470 MB)
 MAX_RESIDENT = 2**35  # bytes of images kept in memory
 MAX_SIZE = 4096  # pixels of an image's side
 MAX_CLASSES = 100_000
@@ -110,15 +112,25 @@ def index_batches(count, batch_size, seed, start):
 # ---------------------------------------------------------------------------------------------------- resident images
 
 
+def moved(pixels, top, left, flip, border=0):
+    """[B, C, H, W]: the windows at `top` and `left` [B] of pixels with size/8 of `border` around, mirrored where `flip` [B]."""
+    pad, height, width = pixels.shape[-1] // 8, *pixels.shape[-2:]
+    windows = F.pad(pixels, (pad, pad, pad, pad), value=border).unfold(2, height, 1).unfold(3, width, 1)
+    windows = windows[torch.arange(len(pixels), device=pixels.device), :, top, left]  # [B, C, H, W]
+    return torch.where(flip[:, None, None, None], windows.flip(3), windows)
+
+
 class Images:
     """A split whose images lie on the device as uint8.
 
     images [N, C, H, W] uint8, labels [N] int64, objects [N, H, W] bool (the pixels of the object) or None.
     """
 
+    label_dtype = torch.int64
+
     def __init__(self, images, labels, mean, std, objects=None, device="cpu"):
         self.images = torch.as_tensor(images).contiguous().to(device)
-        self.labels = torch.as_tensor(labels, dtype=torch.int64).to(device)
+        self.labels = torch.as_tensor(labels, dtype=self.label_dtype).to(device)
         self.objects = None if objects is None else torch.as_tensor(objects).to(device)
         self.mean = 255 * torch.tensor(mean, dtype=torch.float32, device=device)[:, None, None]  # [C, 1, 1]
         self.std = 255 * torch.tensor(std, dtype=torch.float32, device=device)[:, None, None]
@@ -144,14 +156,16 @@ class Images:
     def augmented(self, indices, rng, part=slice(None)):
         """A Batch of these images after a random crop (from size/8 pixels of black around) and a random horizontal flip; of
         it, the images that the slice `part` names."""
-        pad, (height, width) = self.images.shape[-1] // 8, self.images.shape[-2:]
+        pad = self.images.shape[-1] // 8
         draws = [rng.integers(0, high, len(indices)) for high in (2 * pad + 1, 2 * pad + 1, 2)]
         drawn = np.stack([indices, *draws])[:, part]
         i, top, left, flip = torch.from_numpy(drawn).to(self.labels.device)  # each [B]; one transfer
-        windows = F.pad(self.images.index_select(0, i), (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
-        crops = windows[torch.arange(len(i), device=i.device), :, top, left]  # [B, C, H, W]
-        crops = torch.where(flip.bool()[:, None, None, None], crops.flip(3), crops)
-        return Batch((crops - self.mean).div_(self.std), self.labels[i])
+        crops = moved(self.images.index_select(0, i), top, left, flip.bool())
+        return Batch((crops - self.mean).div_(self.std), self.moved_labels(self.labels[i], top, left, flip.bool()))
+
+    def moved_labels(self, labels, top, left, flip):
+        """The labels of images that were moved so."""
+        return labels
 
 
 # --------------------------------------------------------------------------------------------------- folders of files
@@ -171,10 +185,11 @@ def crop_box(width, height, rng):
     return (width - w) / 2, (height - h) / 2, w, h
 
 
-def decode(file, size, rng):
+def decode(file, size, rng, whole=False):
     """One image file -> [3, size, size] uint8: cropped and flipped at random with `rng`, else the middle 224/256 of it.
 
-    Raises whatever PIL raises where it cannot, and ValueError for decompression bombs.
+    With `whole`, all of it, squashed into the square. Raises whatever PIL raises where it cannot, and ValueError for
+    decompression bombs.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about bombs, which are refused here
@@ -182,8 +197,12 @@ def decode(file, size, rng):
         width, height = image.size
         if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{width} x {height} pixels are too many")
-        short = min(width, height) * 224 / 256
-        left, top, w, h = crop_box(width, height, rng) if rng else ((width - short) / 2, (height - short) / 2, short, short)
+        w = h = min(width, height) * 224 / 256
+        left, top = (width - w) / 2, (height - h) / 2
+        if whole:
+            left, top, w, h = 0, 0, width, height
+        elif rng:
+            left, top, w, h = crop_box(width, height, rng)
         # JPEGs decode at 1/2, 1/4 or 1/8 for less work: the smallest that still gives the crop `size` pixels
         image.draft(None, (max(1, int(width * size / w)), max(1, int(height * size / h))))
         if image.mode.startswith("I"):  # 16-bit grey
@@ -571,21 +590,21 @@ def pickled_pixels(stub):
     return pixels.reshape(-1, 3072)
 
 
-def read_file(path):
-    """The bytes of a regular file of at most MAX_FILE bytes. Raises OSError, ValueError."""
+def read_file(path, most):
+    """The bytes of a regular file of at most so many. Raises OSError, ValueError."""
     if not path.is_file():  # a pipe would block
         raise OSError("no such file")
     with open(path, "rb") as file:
-        raw = file.read(MAX_FILE + 1)
-    if len(raw) > MAX_FILE:
-        raise ValueError(f"more than {MAX_FILE} bytes")
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"more than {most} bytes")
     return raw
 
 
 def cifar_file(path, layout, classes):
     """images [N, 3, 32, 32] uint8, labels [N] int64 of one file, checked by structure. Raises DataError."""
     with blaming(path, f"put the one from {URL}{layout.archive} in its place"):
-        raw = read_file(path)
+        raw = read_file(path, MAX_FILE)
         if isinstance(layout.labels, int):
             records = np.frombuffer(raw, np.uint8).reshape(-1, layout.labels + 3072)
             pixels, labels = records[:, layout.labels:], records[:, layout.labels - 1].astype(np.int64)
@@ -605,7 +624,7 @@ def cifar_names(path, layout, classes):
     with blaming(path, "delete it"):
         if not path.exists():
             return [str(i) for i in range(classes)]
-        raw = read_file(path)
+        raw = read_file(path, MAX_FILE)
         names = [text(name) for name in unpickle(raw)[layout.names]] if layout.names else raw.decode("latin-1").split()
         if len(names) != classes or not all(isinstance(name, str) for name in names):
             raise ValueError(f"not {classes} names")
@@ -662,7 +681,7 @@ def download(url, path, md5):
 def unpack(archive, layout):
     """Unpacks the files that are expected, and no others, into archive's folder / layout.folder: all of them or none."""
     with blaming(archive, "delete it so that it is downloaded again"):
-        raw = read_file(archive)
+        raw = read_file(archive, MAX_FILE)
         md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         if md5 != layout.md5:
             raise ValueError(f"md5 {md5}, not {layout.md5}")
@@ -843,3 +862,194 @@ def load(name, data_dir, *, image_size=0, limit=0, val_fraction=0.2, seed=0, ski
     mean, std = (CIFAR_MEAN, CIFAR_STD) if name in CIFAR else measure(parts["train"][0])
     splits = (Images(parts[s][0], parts[s][1], mean, std, *parts[s][2:], device=device) for s in ("train", "val", "test"))
     return Splits(*splits, class_names, images.shape[1], size, mean, std)
+
+
+# ------------------------------------------------------------------------------------- labels of pixels, and boxes
+
+IGNORED = 255  # in a mask: no class, neither taught nor counted
+
+
+class Masked(Images):
+    """Images whose labels are masks, [N, H, W] uint8: the class of each pixel, or IGNORED."""
+
+    label_dtype = torch.uint8
+
+    def moved_labels(self, labels, top, left, flip):
+        return moved(labels[:, None], top, left, flip, IGNORED)[:, 0]
+
+
+class Boxed(Images):
+    """Images whose labels are boxes, [N, M, 5] float32: left, top, right, bottom (pixels), class. Unused rows have class -1."""
+
+    label_dtype = torch.float32
+
+    def moved_labels(self, labels, top, left, flip):
+        size = self.images.shape[-1]
+        shift = torch.stack([left, top], dim=1).repeat(1, 2)[:, None] - size // 8  # [B, 1, 4]
+        corners = (labels[..., :4] - shift).clamp(0, size)
+        mirrored = torch.stack([size - corners[..., 2], corners[..., 1], size - corners[..., 0], corners[..., 3]], dim=-1)
+        corners = torch.where(flip[:, None, None], mirrored, corners)
+        inside = ((corners[..., 2:] - corners[..., :2]) >= 1).all(-1)  # a pixel's breadth of it at least is left
+        return torch.cat([corners, torch.where(inside, labels[..., 4], -1)[..., None]], dim=-1)
+
+
+def boxes_of(objects, labels):
+    """The tightest box around each object: [N, H, W] bool and labels [N] -> [N, 1, 5]."""
+    def ends(lines):  # [N, H] -> first and last that is true
+        return lines.argmax(1), lines.shape[1] - lines[:, ::-1].argmax(1)
+
+    (left, right), (top, bottom) = ends(objects.any(1)), ends(objects.any(2))
+    return np.stack([left, top, right, bottom, labels], axis=1)[:, None]
+
+
+def squashed(path, size):
+    """An image file -> [3, size, size] uint8, all of it. Raises DataError."""
+    with blaming(path, "it is listed: restore it, or list it no longer"):
+        try:
+            with open(path, "rb") as file:
+                return decode(file, size, None, whole=True)
+        except OSError as error:
+            if error.errno:
+                raise
+            raise DataError(f"{path}: not a readable image ({error})") from None  # as PIL says it
+
+
+def squashed_all(paths, size, what):
+    """[N, 3, size, size] uint8, decoded by as many threads as there are cores."""
+    check_room(len(paths) * 3 * size**2, what)
+    images = np.empty((len(paths), 3, size, size), np.uint8)
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(squashed, paths, itertools.repeat(size))
+        for pixels, image in zip(tqdm(found, desc=f"reading {what}", total=len(paths)), images):
+            image[:] = pixels
+    return images
+
+
+def mask_file(path, image_path, size):
+    """A mask's file -> [size, size] uint8, of the nearest pixels. Raises DataError where it is none or not its image's."""
+    with blaming(path, "write it again: a PNG of its image's size, grey or with a palette, whose values are classes"):
+        with Image.open(image_path, formats=list(FORMATS)) as image, Image.open(path, formats=["PNG"]) as mask:
+            if mask.mode not in ("L", "P", "1"):
+                raise ValueError(f"its mode is {mask.mode}")
+            if mask.size != image.size:
+                raise ValueError(f"{mask.size[0]} x {mask.size[1]} pixels, but {image_path} has {image.size[0]} x {image.size[1]}")
+            return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST), np.uint8)
+
+
+SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
+
+
+def masked_folder(root, size, ignored):
+    """{"train": (images, masks), "test", and "val" where there are three}, class names, of images/<split>/*.jpg and
+    masks/<split>/*.png of the same names (as ADE20K has them: annotations/). Values of the masks are classes, but for
+    IGNORED and `ignored`."""
+    folders, parts = {"image": ("images",), "mask": ("masks", "annotations")}, {}
+    for part, names in SPLIT_NAMES.items():
+        found = {kind: next((root / top / name for top in tops for name in names if (root / top / name).is_dir()), None)
+                 for kind, tops in folders.items()}  # fmt: skip
+        if None in found.values():
+            continue
+        with blaming(found["image"], "make it readable"):
+            images = sorted(path for path in found["image"].iterdir() if path.name.lower().endswith(SUFFIXES) and path.name[0] != ".")
+        masks = [found["mask"] / f"{path.stem}.png" for path in images]
+        if not images:
+            raise DataError(f"{found['image']}: no images ({' '.join(SUFFIXES)}) in it")
+        pixels = squashed_all(images, size, f"{root}, {part}")
+        parts[part] = pixels, np.stack([mask_file(*paths, size) for paths in zip(masks, images)])
+    check_parts(root, parts, "images/train/*.jpg and masks/train/*.png, and the same in val/ or test/")
+    values = [value for value in np.unique(parts["train"][1]) if value not in (IGNORED, ignored)]
+    if len(values) < 2:
+        raise DataError(f"{root}: its masks for training show {len(values)} classes; at least 2 are needed")
+    classes = np.full(256, 254, np.uint8)  # of each value; 254: unknown
+    classes[values], classes[[IGNORED, ignored]] = np.arange(len(values)), IGNORED
+    for part, (images, masks) in parts.items():
+        parts[part] = images, classes[masks]
+        if (parts[part][1] == 254).any():
+            raise DataError(f"{root}: masks of {part} have the value {masks[parts[part][1] == 254][0]}, those of train do not; "
+                            "remove it, or let --ignore name it")
+    return parts, [str(value) for value in values]
+
+
+def coco(root, size):
+    """{"train": (images, boxes), "test", and "val" where there are three}, class names, of annotations/instances_<name>.json
+    and the images in <name>/, where <name> begins with train, val or test (as COCO has them). Crowds are left out."""
+    parts, class_names, classes = {}, None, {}
+    for part in SPLIT_NAMES:
+        files = sorted((root / "annotations").glob(f"instances_{part}*.json"))
+        if not files:
+            continue
+        if len(files) > 1:
+            raise DataError(f"{root / 'annotations'}: {files[0].name} and {files[1].name}; leave one of them")
+        with blaming(files[0], "fetch it again from its source"):
+            content = json.loads(read_file(files[0], MAX_JSON))
+            if class_names is None:
+                named = sorted((category["id"], str(category["name"])) for category in content["categories"])
+                classes, class_names = {key: label for label, (key, _) in enumerate(named)}, [name for _, name in named]
+                if not 1 <= len(classes) == len(named) <= MAX_CLASSES:
+                    raise ValueError(f"{len(named)} categories, {len(classes)} of them with ids of their own")
+            images = {image["id"]: image for image in content["images"]}
+            boxes = {key: [] for key in images}
+            for annotation in content["annotations"]:
+                if annotation.get("iscrowd"):
+                    continue
+                x, y, w, h = map(float, annotation["bbox"])
+                image = images[annotation["image_id"]]
+                width, height = float(image["width"]), float(image["height"])
+                corners = [size * x / width, size * y / height, size * (x + w) / width, size * (y + h) / height]
+                if not (w >= 0 and h >= 0 and all(map(math.isfinite, corners))):
+                    raise ValueError(f"a box {annotation['bbox']}")
+                boxes[annotation["image_id"]].append([*np.clip(corners, 0, size), classes[annotation["category_id"]]])
+            most = max(map(len, boxes.values()), default=0)
+            if not images or not most or most * len(images) > MAX_RESIDENT // 20:
+                raise ValueError(f"{len(images)} images, and up to {most} boxes in one")
+            labels = np.full((len(images), most, 5), -1, np.float32)
+            for row, found in zip(labels, boxes.values()):
+                row[: len(found)] = np.reshape(found, (-1, 5))
+            names = [str(image["file_name"]) for image in images.values()]
+            if any(os.path.isabs(name) or ".." in Path(name).parts for name in names):
+                raise ValueError("a file name that leads out of its folder")
+        folder = root / files[0].stem.removeprefix("instances_")
+        parts[part] = squashed_all([folder / name for name in names], size, f"{root}, {part}"), labels
+    check_parts(root, parts, "annotations/instances_train*.json, instances_val*.json and the images in train*/ and val*/")
+    return parts, class_names
+
+
+def check_parts(root, parts, expected):
+    if "train" not in parts or len(parts) < 2:
+        raise DataError(f"{root}: expected {expected}")
+    if "test" not in parts:
+        parts["test"] = parts.pop("val")
+
+
+def load_dense(name, kind, *, image_size=0, limit=0, val_fraction=0.2, seed=0, ignored=IGNORED, device="cpu"):
+    """`load`, where images have masks (kind "masks") or boxes (kind "boxes") for labels: Splits of Masked or Boxed.
+
+    name     "shapes", or a folder: for masks as `masked_folder` reads it, for boxes as `coco` does; its images are squashed
+             into squares. With val/ alone, that is the test split, and val is held out of train.
+    ignored  value in a folder's masks that is no class, beside 255
+
+    Raises DataError for data that is absent, damaged, hostile or does not fit together.
+    """
+    if not 0 <= image_size <= MAX_SIZE or limit < 0 or not 0 < val_fraction < 1 or not 0 <= ignored < 256:
+        raise DataError(f"--image-size {image_size} (0 to {MAX_SIZE}), --images {limit}, --val-fraction {val_fraction} (0 to 1) or "
+                        f"--ignore {ignored} (0 to 255) is out of range")
+    split_class, name = {"masks": Masked, "boxes": Boxed}[kind], str(name)
+    if name == "shapes":
+        plain = load(name, "", image_size=image_size, limit=limit, val_fraction=val_fraction, seed=seed)
+        splits, names = [], ["background", *SHAPES] if kind == "masks" else list(SHAPES)
+        for split in (plain.train, plain.val, plain.test):
+            objects, labels = split.objects.numpy(), split.labels.numpy()
+            labels = objects * (1 + labels[:, None, None]) if kind == "masks" else boxes_of(objects, labels)
+            splits.append(split_class(split.images, labels, plain.mean, plain.std, device=device))
+        return Splits(*splits, names, plain.channels, plain.image_size, plain.mean, plain.std)
+    if not os.path.isdir(name):
+        raise DataError(f"--data {name}: neither shapes nor a folder of images with {kind}")
+    size, root = image_size or 224, Path(name)
+    parts, names = masked_folder(root, size, ignored) if kind == "masks" else coco(root, size)
+    kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)
+    chosen = {"train": kept, "test": slice(None), "val": slice(None)}
+    if "val" not in parts:
+        parts["val"], (chosen["train"], chosen["val"]) = parts["train"], hold_out(kept, val_fraction, seed)
+    splits = (split_class(*(array[chosen[part]] for array in parts[part]), IMAGENET_MEAN, IMAGENET_STD, device=device)
+              for part in ("train", "val", "test"))  # fmt: skip
+    return Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD)

@@ -9,7 +9,7 @@
 The training split teaches. After each epoch the validation split is read, and the weights that do best on it are kept;
 those are tested once, at the end. Unlike pretraining, which differentiates through its steps, this is ordinary training:
 a module with parameters of its own, and torch's AdamW. In this order: recipes, the classifier, augmentation, layer-wise
-learning rates and the loop, files, command line.
+learning rates and the loop (which transfer.py runs on other tasks), files, command line.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +36,9 @@ from mlo_mae import Config, RunError, flag, write_whole
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune. Every field is a flag; --recipe fills in published values and flags override them."""
+class Training:
+    """How to train, whatever the task. Every field is a flag."""
 
-    recipe: Literal["short", "cifar", "mae", "mae-large"] = flag("short", "cifar: the paper's; mae: MAE's for ViT-B, ViT-L")
     from_scratch: bool = flag(False, "start from fresh weights of --seed: the baseline without pretraining")
     epochs: int = flag(10, "passes over the training images")
     batch_size: int = flag(64, "images a step")
@@ -49,14 +48,21 @@ class Recipe:
     layer_decay: float = flag(0.75, "each layer's learning rate, as a share of that of the layer above")
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none")
     drop_path: float = flag(0.0, "how often the last block's branches are left out; the first's never are")
+    precision: Literal["fp32", "bf16"] = flag("fp32", "of the encoder; parameters and head are fp32 always")
+    seed: int = flag(0, "of fresh weights, batches and augmentation")
+
+
+@dataclass(frozen=True)
+class Recipe(Training):
+    """How to fine-tune a classifier. --recipe fills in published values and flags override them."""
+
+    recipe: Literal["short", "cifar", "mae", "mae-large"] = flag("short", "cifar: the paper's; mae: MAE's for ViT-B, ViT-L")
     label_smoothing: float = flag(0.0, "share of a label that is spread over all classes")
     mixup: float = flag(0.0, "alpha of Beta(alpha, alpha), the share of one image in a blend of two (0: no mixup)")
     cutmix: float = flag(0.0, "alpha of Beta(alpha, alpha), the share of an image that is kept (0: no cutmix)")
     randaugment: float = flag(0.0, "magnitude, up to 10, of two random distortions an image (0: none)")
     erasing: float = flag(0.0, "how often a rectangle of an image is replaced by noise")
     pooling: Literal["cls", "mean"] = flag("mean", "what the head reads: the CLS token, or the mean of the patches' tokens")
-    precision: Literal["fp32", "bf16"] = flag("fp32", "of the encoder; parameters and head are fp32 always")
-    seed: int = flag(0, "of fresh weights, batches and augmentation")
 
 
 # facebookresearch/mae, FINETUNE.md: batch 1024, lr 5e-4 (ViT-L: 1e-3) x 1024 / 256
@@ -112,10 +118,10 @@ class Classifier(mlo_mae.Encoder):
         return self.head(tokens[:, 0] if self.pooling == "cls" else self.fc_norm(tokens[:, 1:].mean(1)))
 
 
-def start(net, theta, splits, recipe):
-    """The Classifier before its first step: the encoder of theta [P1], or a fresh one; the head is always fresh."""
+def start(net, theta, splits, recipe, model=Classifier):
+    """The model before its first step: the encoder of theta [P1], or a fresh one; the head is always fresh."""
     torch.manual_seed(recipe.seed)
-    model = Classifier(net.cfg, splits, recipe)
+    model = model(net.cfg, splits, recipe)
     if not recipe.from_scratch:
         encoder = mlo_mae.unflatten(net.encoder, theta[: net.encoder_size])
         model.load_state_dict(encoder, strict=False)  # not strict: no head there, and no norm here under mean pooling
@@ -275,6 +281,8 @@ def layer_groups(model, recipe):
     tokens, positions and patch embedding are layer 0, block i is layer i + 1, norm and head depth + 1 (as MAE)."""
     top, groups = len(model.blocks) + 1, {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         part, *rest = name.split(".")
         layer = int(rest[0]) + 1 if part == "blocks" else 0 if part in ("cls_token", "pos_embed", "patch_embed") else top
         decay = recipe.weight_decay if mlo_mae.decays(name, parameter) else 0.0
@@ -289,6 +297,11 @@ def learning_rate(recipe, step, per_epoch):
     return recipe.min_lr + (recipe.lr - recipe.min_lr) * share
 
 
+def classification_loss(model, batch, scales, recipe, splits, step):
+    images, targets = augment(batch, recipe, splits.train, len(splits.class_names), step)
+    return F.cross_entropy(model(images, scales), targets)
+
+
 @torch.no_grad()
 def evaluate(model, split):
     """{"top1": share of the images whose class comes first, and "top5": among the first 5, where there are more classes}"""
@@ -300,17 +313,33 @@ def evaluate(model, split):
     return {"top1": hits[:, 0].mean().item()} | ({"top5": hits.sum(1).mean().item()} if logits.shape[1] > 5 else {})
 
 
-def finetune(net, theta, splits, recipe, out=None, resume=False):
+class Task(NamedTuple):
+    """What the encoder is trained for, and how well it does."""
+
+    name: str  # of the bar
+    format: str  # of checkpoint.pt: the state to resume from, and the chosen weights under "best"
+    model: Callable  # (Config, Splits, recipe) -> an Encoder with a head
+    loss: Callable  # (model, Batch, drop path's factors, recipe, Splits, step) -> a scalar
+    evaluate: Callable  # (model, split) -> {measure: share}
+    measure: str  # what the weights to keep are chosen by
+    draw: Callable | None = None  # (model, Splits, folder): write pictures there
+
+
+FORMAT = "mlo-mae fine-tuning 1"
+CLASSIFY = Task("finetune", FORMAT, Classifier, classification_loss, evaluate, "top1")
+
+
+def finetune(net, theta, splits, recipe, out=None, resume=False, task=CLASSIFY):
     """Fine-tune the encoder of theta [P1], a run's or any; a fresh one where recipe.from_scratch. See the top of this file.
 
     With `out`, write that folder, and with `resume` continue what is there; else touch no file. Returns the accuracies
     (shares) and what they are of (see the end). Raises RunError for what the user can mend, data.DataError, and with
     `out` SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(recipe)
-    checkpoint = find_checkpoint(net, splits, recipe, out, resume) if out else None
-    model = start(net, theta, splits, recipe)
+    checkpoint = find_checkpoint(net, splits, recipe, out, resume, task) if out else None
+    model, measure = start(net, theta, splits, recipe, task.model), f"val_{task.measure}"
     optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, 0.999))
-    step, seconds, best = 0, 0.0, {"val_top1": -1.0}
+    step, seconds, best = 0, 0.0, {measure: -1.0}
     loss_sum = torch.zeros((), device=splits.train.mean.device)  # of this epoch; read seldom: that waits for the device
     if checkpoint:
         step, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
@@ -326,18 +355,18 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
         write_whole(out / "config.json", json.dumps(describe(net, splits, recipe), indent=2).encode())
         mlo_mae.truncate_metrics(out / "metrics.jsonl", step)
 
-    per_epoch, classes = max(1, len(splits.train) // recipe.batch_size), len(splits.class_names)
+    per_epoch = max(1, len(splits.train) // recipe.batch_size)
     total = recipe.epochs * per_epoch
     batches = splits.train.stream(recipe.batch_size, mlo_mae.generator(recipe.seed, BATCHES).initial_seed(), start=step)
     saved = began = time.monotonic()
-    bar = tqdm(total=total, initial=step, desc=f"finetune {recipe.recipe}", unit="step", mininterval=1)
+    bar = tqdm(total=total, initial=step, desc=task.name, unit="step", mininterval=1)
     with bar, mlo_mae.stop_signals() if out else contextlib.nullcontext([]) as stop:
         while step < total:
-            images, targets = augment(next(batches), recipe, splits.train, classes, step)
-            scales = drop_path(recipe.drop_path, net.cfg.depth, len(images), recipe.seed, DROP_PATH, step).to(images.device)
+            batch, keys = next(batches), (recipe.seed, DROP_PATH, step)
+            scales = drop_path(recipe.drop_path, net.cfg.depth, len(batch.images), *keys).to(batch.images.device)
             for group in optimizer.param_groups:
                 group["lr"] = group["scale"] * learning_rate(recipe, step, per_epoch)
-            loss = F.cross_entropy(model(images, scales), targets)
+            loss = task.loss(model, batch, scales, recipe, splits, step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -353,18 +382,18 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
                 kept = f"{out} holds the last good state, if any; " if out else ""
                 raise RunError(f"the loss or a weight is not finite by step {step}; {kept}lower --lr")
             if not within:
-                val_top1, train_loss = evaluate(model, splits.val)["top1"], loss_sum.item() / per_epoch
-                if val_top1 > best["val_top1"]:
+                share, train_loss = task.evaluate(model, splits.val)[task.measure], loss_sum.item() / per_epoch
+                if share > best[measure]:
                     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-                    best = {"val_top1": val_top1, "epoch": epoch, "model": weights}
-                bar.set_postfix(loss=f"{train_loss:.3f}", val=f"{val_top1:.1%}")
+                    best = {measure: share, "epoch": epoch, "model": weights}
+                bar.set_postfix(loss=f"{train_loss:.3f}", val=f"{share:.1%}")
                 loss_sum.zero_()
                 if out:
-                    row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, "val_top1": val_top1}
+                    row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, measure: share}
                     mlo_mae.append_line(out / "metrics.jsonl", json.dumps(row))
             if due:
                 content = describe(net, splits, recipe) | {
-                    "format": FORMAT, "step": step, "seconds": seconds + time.monotonic() - began, "best": best,
+                    "format": task.format, "step": step, "seconds": seconds + time.monotonic() - began, "best": best,
                     "loss_sum": loss_sum, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 }  # fmt: skip
                 write_whole(out / "checkpoint.pt", lambda file: torch.save(content, file))
@@ -376,11 +405,13 @@ def finetune(net, theta, splits, recipe, out=None, resume=False):
         raise SystemExit(128 + stop[0])
 
     model.load_state_dict(best["model"])
-    result = {"recipe": recipe.recipe, "from_scratch": recipe.from_scratch, "seed": recipe.seed,
-              **{f"test_{name}": share for name, share in evaluate(model, splits.test).items()},
-              "val_top1": best["val_top1"], "epoch": best["epoch"], "epochs": recipe.epochs,
+    result = {"recipe": getattr(recipe, "recipe", task.name), "from_scratch": recipe.from_scratch, "seed": recipe.seed,
+              **{f"test_{name}": share for name, share in task.evaluate(model, splits.test).items()},
+              measure: best[measure], "epoch": best["epoch"], "epochs": recipe.epochs,
               "train_labels": len(splits.train), "val_labels": len(splits.val),
               "seconds": round(seconds + time.monotonic() - began, 1)}  # fmt: skip
+    if out and task.draw:
+        task.draw(model, splits, out)
     if out:
         write_whole(out / "result.json", json.dumps(result).encode())
     return result
@@ -402,21 +433,20 @@ def load_moments(optimizer, content):
 
 # ---------------------------------------------------------------------------------------------------------- files
 
-FORMAT = "mlo-mae fine-tuning 1"  # of checkpoint.pt: the state to resume from, and the chosen weights under "best"
-
 
 def describe(net, splits, recipe):
     """What a fine-tuning depends on, for its files."""
     return {"recipe": dataclasses.asdict(recipe), "config": dataclasses.asdict(net.cfg), "data": mlo_mae.data_facts(splits)}
 
 
-def is_whole(content):
+def is_whole(content, task=CLASSIFY):
     """Whether a checkpoint's content is of the kinds that `finetune` writes; loading it checks names and shapes."""
     try:
         best, recipe = content["best"], content["recipe"]
         return (
-            mlo_mae.are_facts(content["data"]) and type(recipe) is dict and recipe["pooling"] in ("cls", "mean")
-            and type(best) is dict and type(best["val_top1"]) is type(content["seconds"]) is float
+            mlo_mae.are_facts(content["data"]) and type(recipe) is dict
+            and (task != CLASSIFY or recipe["pooling"] in ("cls", "mean"))  # which `mlo_mae.export` reads
+            and type(best) is dict and type(best[f"val_{task.measure}"]) is type(content["seconds"]) is float
             and ("model" not in best or mlo_mae.are_weights(best["model"]) and mlo_mae.is_count(best["epoch"]))
             and mlo_mae.is_count(content["step"]) and mlo_mae.is_tensor(content["loss_sum"])
             and mlo_mae.are_weights(content["model"]) and type(content["optimizer"]) is dict
@@ -425,14 +455,15 @@ def is_whole(content):
         return False
 
 
-def find_checkpoint(net, splits, recipe, out, resume):
+def find_checkpoint(net, splits, recipe, out, resume, task=CLASSIFY):
     """What there is to resume: None, or a checkpoint. Raises RunError where `out` is taken, or holds something else."""
     path = out / "checkpoint.pt"
     if not (resume and path.exists()):
         if not resume:
             mlo_mae.refuse_taken(out)
         return None
-    found, wanted = mlo_mae.read_checkpoint(path, {FORMAT: is_whole}), describe(net, splits, recipe)
+    found = mlo_mae.read_checkpoint(path, {task.format: lambda content: is_whole(content, task)})
+    wanted = describe(net, splits, recipe)
     for part in wanted:
         for name, value in wanted[part].items():
             if name not in mlo_mae.MACHINE_FIELDS and found[part].get(name) != value:

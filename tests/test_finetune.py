@@ -107,14 +107,14 @@ def test_layers_learn_at_decaying_rates_and_only_weights_decay(given):
         assert decay == (0.3 if name.endswith(weights) else 0.0), name
 
 
-def test_a_step_uses_each_groups_rate(given, monkeypatch):
+def test_a_step_uses_each_groups_rate(given):
     """AdamW's first step moves an element by its rate, so the layers' movements show their rates."""
     net, theta, splits = given
     recipe = Recipe(epochs=1, batch_size=96, warmup_epochs=0.0, layer_decay=0.5, weight_decay=0.0, lr=1e-2)
     before = finetune.start(net, theta, splits, recipe).state_dict()
     models = []
-    monkeypatch.setattr(finetune, "evaluate", lambda model, split: models.append(model) or {"top1": 0.5})
-    finetune.finetune(net, theta, splits, recipe)
+    task = finetune.CLASSIFY._replace(evaluate=lambda model, split: models.append(model) or {"top1": 0.5})
+    finetune.finetune(net, theta, splits, recipe, task=task)
     scales = {"head.bias": 1, "blocks.1.mlp.fc2.bias": 0.5, "blocks.0.mlp.fc2.bias": 0.25, "pos_embed": 0.125}
     for name, scale in scales.items():
         moved = (models[0].state_dict()[name] - before[name]).abs()
@@ -396,7 +396,7 @@ def test_the_test_split_is_read_once_and_has_no_say(given):
     assert result["test_top1"] != honest["test_top1"]
 
 
-def test_the_weights_of_the_best_validation_epoch_are_tested(given, monkeypatch):
+def test_the_weights_of_the_best_validation_epoch_are_tested(given):
     net, theta, splits = given
     scores, seen, tested = iter([0.2, 0.7, 0.7, 0.4]), [], []
 
@@ -405,8 +405,8 @@ def test_the_weights_of_the_best_validation_epoch_are_tested(given, monkeypatch)
         (tested if split is splits.test else seen).append(weights)
         return {"top1": 0.1 if split is splits.test else next(scores)}
 
-    monkeypatch.setattr(finetune, "evaluate", scored)
-    result = finetune.finetune(net, theta, splits, Recipe(epochs=4, batch_size=48))
+    task = finetune.CLASSIFY._replace(evaluate=scored)
+    result = finetune.finetune(net, theta, splits, Recipe(epochs=4, batch_size=48), task=task)
     assert (result["epoch"], result["val_top1"], result["test_top1"], len(seen), len(tested)) == (2, 0.7, 0.1, 4, 1)
     assert all(torch.equal(tensor, seen[1][name]) for name, tensor in tested[0].items())
     assert not torch.equal(tested[0]["head.weight"], seen[2]["head.weight"])

@@ -1,0 +1,609 @@
+"""Dense tasks: labels that follow their images, segmentation, detection and its measure, and both from the command line."""
+
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import finetune
+import mlo_mae
+import transfer
+from data import IGNORED, load_dense
+from test_finetune import TINY
+from transfer import Recipe
+
+SMALL = dict(TINY, batch_size=16, labelled_batch_size=8, epochs=1, images=200, device="cpu", checkpoint_minutes=0)
+FEW = ["--batch-size", "40", "--epochs", "2", "--images", "200", "--device", "cpu", "--checkpoint-minutes", "0"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """Drawing 8,000 shapes takes two seconds."""
+    drawn = functools.cache(data.shapes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shapes", lambda size: dict(drawn(size)))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(drawn_once, tmp_path_factory):
+    """A run on a few shapes."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    flags = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    assert mlo_mae.main(["pretrain", "--data", "shapes", "--out", str(out), *flags]) == 0
+    return out
+
+
+def command(*words):
+    return mlo_mae.reported("transfer", lambda: transfer.run_command(**transfer.parse([str(word) for word in words])))
+
+
+def refused(capsys, words, *expected):
+    """The command ends with status 2 and one line that holds these words."""
+    capsys.readouterr()
+    assert command(*words) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "transfer: " in line]
+    assert len(lines) == 1 and all(str(word) in lines[0] for word in expected), lines
+
+
+# ------------------------------------------------------------------------------------------- labels follow images
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes"])
+def test_shapes_are_split_as_for_pretraining(kind):
+    plain, dense = data.load("shapes", "", limit=300, seed=3), load_dense("shapes", kind, limit=300, seed=3)
+    for part in ("train", "val", "test"):
+        a, b = getattr(plain, part), getattr(dense, part)
+        assert torch.equal(a.images, b.images) and torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std)
+        if kind == "masks":
+            assert torch.equal(b.labels > 0, a.objects)
+            assert torch.equal(b.labels.amax((1, 2)).long(), a.labels + 1)
+        else:
+            assert torch.equal(b.labels[:, 0, 4].long(), a.labels)
+    assert dense.class_names == (["background"] if kind == "masks" else []) + data.SHAPES
+
+
+def test_masks_move_with_their_images():
+    """Images that hold their own labels, so any move that the two do not share shows."""
+    masks = torch.randint(0, 200, (6, 16, 16), dtype=torch.uint8)
+    split = data.Masked(masks[:, None].repeat(1, 3, 1, 1), masks, (0.0,) * 3, (1.0,) * 3)
+    moves = set()
+    for images, labels in (batch for batch, _ in zip(split.stream(6, 0), range(8))):
+        there = labels != IGNORED
+        assert labels.dtype == torch.uint8 and torch.equal((images[:, 0] * 255).round().byte()[there], labels[there])
+        assert not images[:, 0][~there].any()  # black around the image has no class
+        moves.add(int(there.sum()))
+    assert len(moves) > 3
+    plain = next(split.ordered(6))
+    assert torch.equal(plain.labels, masks)
+
+
+def test_boxes_move_with_their_images():
+    """The box of an object's pixels after a move is its box, moved."""
+    shapes = load_dense("shapes", "masks", limit=200).train, load_dense("shapes", "boxes", limit=200).train
+    seen = 0
+    for masks, boxes in zip(*(split.stream(40, 5) for split in shapes)):
+        inside = ((masks.labels > 0) & (masks.labels < IGNORED)).numpy()
+        whole = (masks.labels != IGNORED).float().mean((1, 2)) == 1  # not moved but perhaps mirrored: nothing was cut off
+        found = data.boxes_of(inside, boxes.labels[:, 0, 4].numpy())[:, 0, :4]
+        low, high = boxes.labels[:, 0, :2].numpy(), boxes.labels[:, 0, 2:4].numpy()
+        assert np.all(low <= found[:, :2]) and np.all(high >= found[:, 2:])  # a cut object may fill less than its cut box
+        assert np.array_equal(found[whole], boxes.labels[whole, 0, :4].numpy())
+        assert (np.abs(found - boxes.labels[:, 0, :4].numpy()).max(1) == 0).mean() > 0.8
+        seen += 1
+        if seen == 6:
+            break
+
+
+def test_a_box_that_is_moved_out_of_the_image_is_none():
+    box = torch.tensor([[[0, 0, 2, 2, 3], [4, 4, 16, 16, 1], [0, 0, 0, 0, -1]]], dtype=torch.float32)
+    split = data.Boxed(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), box, (0.0,) * 3, (1.0,) * 3)
+    move = torch.tensor([4])  # of 0 to 4: two pixels down and right
+    assert split.moved_labels(box, move, move, torch.tensor([False])).tolist() == [[[0, 0, 0, 0, -1], [2, 2, 14, 14, 1], [0, 0, 0, 0, -1]]]
+    assert split.moved_labels(box, move, move, torch.tensor([True]))[0, 1].tolist() == [2, 2, 14, 14, 1]
+    assert split.moved_labels(box, move - 4, move - 2, torch.tensor([True]))[0, :2].tolist() == [[12, 2, 14, 4, 3], [0, 6, 10, 16, 1]] \
+        or split.moved_labels(box, move - 2, move - 4, torch.tensor([True]))[0, 0, 4] == 3  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------- own folders
+
+
+def write_masked(root, masks="masks", train="train", val="val", values=(3, 7, 200)):
+    random = np.random.default_rng(0)
+    for split, count in ((train, 6), (val, 3)):
+        for i in range(count):
+            size = (20 + i, 30)
+            for top, array in (("images", random.integers(0, 255, (*size, 3))), (masks, random.choice(values, size))):
+                folder = root / top / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array.astype(np.uint8)).save(folder / f"{i}{'.png' if top == masks else '.jpg'}")
+    return root
+
+
+def coco_content(count=4, **changes):
+    images = [{"id": 10 + i, "file_name": f"{i}.jpg", "width": 40, "height": 20} for i in range(count)]
+    annotations = [{"image_id": 10 + i // 2, "category_id": 5 + 4 * (i % 2), "bbox": [4 * i, 2, 8, 10], "iscrowd": 0}
+                   for i in range(2 * count - 1)] + [{"image_id": 10, "category_id": 9, "bbox": [0, 0, 40, 20], "iscrowd": 1}]  # fmt: skip
+    categories = [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}]
+    return {"images": images, "annotations": annotations, "categories": categories} | changes
+
+
+def write_coco(root, **changes):
+    (root / "annotations").mkdir(parents=True)
+    for name in ("train2017", "val2017"):
+        (root / name).mkdir()
+        content = coco_content(**(changes if name == "train2017" else {}))
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+        for i in range(4):
+            Image.new("RGB", (40, 20), (40 * i, 0, 0)).save(root / name / f"{i}.jpg")
+    return root
+
+
+@pytest.mark.parametrize("names", [{}, dict(masks="annotations", train="training", val="validation")])
+def test_a_folder_of_masks(tmp_path, names):
+    root = write_masked(tmp_path, **names)
+    splits = load_dense(root, "masks", image_size=16, ignored=7, val_fraction=0.34)
+    assert [len(split) for split in (splits.train, splits.val, splits.test)] == [4, 2, 3]
+    assert splits.class_names == ["3", "200"] and splits.train.labels.shape == (4, 16, 16)
+    with Image.open(root / names.get("masks", "masks") / names.get("val", "val") / "1.png") as mask:
+        values = np.asarray(mask.resize((16, 16), Image.Resampling.NEAREST))
+    assert np.array_equal(splits.test.labels[1], np.select([values == 3, values == 200], [0, 1], IGNORED))
+
+
+def test_palette_masks_and_a_val_folder_of_its_own(tmp_path):
+    root = write_masked(tmp_path, values=(0, 1))
+    for top, suffix in (("images", ".jpg"), ("masks", ".png")):
+        (root / top / "test").mkdir()
+        (root / top / "test" / f"a{suffix}").write_bytes((root / top / "val" / f"0{suffix}").read_bytes())
+    path = root / "masks" / "test" / "a.png"
+    with Image.open(path) as mask:
+        palette = Image.fromarray(np.asarray(mask), mode="P")
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.save(path)
+    splits = load_dense(root, "masks", image_size=16)
+    assert [len(split) for split in (splits.train, splits.val, splits.test)] == [6, 3, 1]
+    assert torch.equal(splits.test.labels[0], splits.val.labels[0])
+
+
+def test_a_folder_of_boxes(tmp_path):
+    splits = load_dense(write_coco(tmp_path / "a"), "boxes", image_size=64, val_fraction=0.25)
+    assert splits.class_names == ["cat", "dog"] and len(splits.test) == 4
+    assert splits.test.images[2, 0].float().mean() == pytest.approx(80, abs=2)  # in the order of the file
+    scale = torch.tensor([64 / 40, 64 / 20, 64 / 40, 64 / 20])
+    assert torch.equal(splits.test.labels[0, :, :4], torch.tensor([[0, 2, 8, 12], [4, 2, 12, 12]]) * scale)  # no crowd
+    assert splits.test.labels[0, :, 4].tolist() == [0, 1]
+    assert splits.test.labels[3].tolist() == [pytest.approx([24 * 1.6, 2 * 3.2, 32 * 1.6, 12 * 3.2, 0]), [-1] * 5]
+
+
+def replaced(name, change):
+    def damage(root):
+        path = root / name
+        change(path)
+    return damage  # fmt: skip
+
+
+MASK_FAULTS = {
+    "no mask": (replaced("masks/train/0.png", Path.unlink), "masks/train/0.png"),
+    "an image that is none": (replaced("images/val/1.jpg", lambda p: p.write_bytes(b"no")), "images/val/1.jpg"),
+    "a mask that is none": (replaced("masks/val/1.png", lambda p: p.write_bytes(b"no")), "masks/val/1.png"),
+    "a cut mask": (replaced("masks/val/1.png", lambda p: p.write_bytes(p.read_bytes()[:60])), "masks/val/1.png"),
+    "colours": (replaced("masks/val/1.png", lambda p: Image.new("RGB", (30, 21)).save(p)), "its mode is RGB"),
+    "another size": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 30)).save(p)), "30 x 30 pixels, but"),
+    "an unknown class": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 21), 9).save(p)), "the value 9"),
+    "no images": (replaced("images/val", lambda p: [file.unlink() for file in p.iterdir()]), "no images"),
+    "no training": (replaced("masks/train", shutil.rmtree), "expected images/train/*.jpg"),
+    "no test": (replaced("masks/val", shutil.rmtree), "expected images/train/*.jpg"),
+}
+
+
+@pytest.mark.parametrize("fault", MASK_FAULTS)
+def test_masks_that_cannot_be_used(tmp_path, fault):
+    damage, words = MASK_FAULTS[fault]
+    damage(write_masked(tmp_path))
+    with pytest.raises(data.DataError) as caught:
+        load_dense(tmp_path, "masks", image_size=16)
+    assert words in str(caught.value)
+
+
+def test_masks_of_one_class_teach_nothing(tmp_path):
+    with pytest.raises(data.DataError, match="show 1 classes"):
+        load_dense(write_masked(tmp_path, values=(4, 255)), "masks", image_size=16)
+
+
+annotation = coco_content()["annotations"][0]
+BOX_FAULTS = {
+    "a category": (dict(annotations=[annotation | {"category_id": 6}]), "KeyError"),
+    "an image": (dict(annotations=[annotation | {"image_id": 1}]), "KeyError"),
+    "three numbers": (dict(annotations=[annotation | {"bbox": [1, 2, 3]}]), "damaged"),
+    "a negative breadth": (dict(annotations=[annotation | {"bbox": [1, 2, -3, 4]}]), "a box [1, 2, -3, 4]"),
+    "not a number": (dict(annotations=[annotation | {"bbox": [1, math.nan, 3, 4]}]), "a box"),
+    "infinite": (dict(annotations=[annotation | {"bbox": [1, 2, 3, math.inf]}]), "a box"),
+    "no width": (dict(images=[{"id": 10, "file_name": "0.jpg", "width": 0, "height": 4}], annotations=[annotation]), "damaged"),
+    "no boxes": (dict(annotations=[]), "up to 0 boxes"),
+    "no categories": (dict(categories=[]), "0 categories"),
+    "doubled categories": (dict(categories=[{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]), "2 categories, 1 of them"),
+    "a way out": (dict(images=[{"id": 10, "file_name": "../0.jpg", "width": 4, "height": 4}], annotations=[annotation]), "out of its folder"),
+    "an absent image": (dict(images=[{"id": 10, "file_name": "9.jpg", "width": 4, "height": 4}], annotations=[annotation]), "9.jpg"),
+    "a list": (dict(images={"a": 1}), "damaged"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BOX_FAULTS)
+def test_boxes_that_cannot_be_used(tmp_path, fault):
+    changes, words = BOX_FAULTS[fault]
+    with pytest.raises(data.DataError) as caught:
+        load_dense(write_coco(tmp_path / "a", **changes), "boxes", image_size=16)
+    assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_folders_of_boxes_that_cannot_be_used(tmp_path):
+    root = write_coco(tmp_path / "a")
+    path = root / "annotations" / "instances_val2017.json"
+    for content, words in ((b"{", "JSONDecodeError"), (b"[" * 10**5, "RecursionError"), (b"\xff" * 9, "damaged")):
+        path.write_bytes(content)
+        with pytest.raises(data.DataError, match=words):
+            load_dense(root, "boxes", image_size=16)
+    path.unlink()
+    with pytest.raises(data.DataError, match="expected annotations/instances_train"):
+        load_dense(root, "boxes", image_size=16)
+    (root / "annotations" / "instances_train.json").write_text("{}")
+    with pytest.raises(data.DataError, match="leave one of them"):
+        load_dense(root, "boxes", image_size=16)
+
+
+@pytest.mark.parametrize("options", [dict(image_size=-1), dict(image_size=10**6), dict(limit=-1), dict(val_fraction=1.0), dict(ignored=256)])
+def test_options_out_of_range(options):
+    with pytest.raises(data.DataError, match="out of range"):
+        load_dense("shapes", "masks", **options)
+
+
+# --------------------------------------------------------------------------------------------------- segmentation
+
+
+class Fixed:
+    """A split of given batches."""
+
+    def __init__(self, *batches):
+        self.batches = [data.Batch(*batch) for batch in batches]
+
+    def ordered(self, batch_size):
+        return iter(self.batches)
+
+
+def test_intersection_over_union_is_of_the_whole_split():
+    """Two batches; class 3 is neither there nor found, class 2 is found but not there."""
+    truth = torch.tensor([[[0, 0], [1, 1]], [[0, IGNORED], [1, 1]]], dtype=torch.uint8)
+    found = torch.tensor([[[0, 1], [1, 1]], [[0, 2], [2, 1]]])
+    split = Fixed(*((F.one_hot(f, 4).movedim(-1, 1).float(), t) for f, t in zip(found[:, None], truth[:, None])))
+    result = transfer.evaluate_pixels(lambda images: images, split)
+    assert result == {"miou": pytest.approx((2 / 3 + 3 / 5 + 0) / 3), "pixels": pytest.approx(5 / 7)}
+
+
+def test_pixels_without_a_class_do_not_teach():
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    labels = torch.randint(0, 3, (2, 4, 4), dtype=torch.uint8)
+    labels[0, :2] = IGNORED
+    loss = transfer.pixel_loss(lambda images, scales: logits, data.Batch(None, labels), None, None, None, 0)
+    counted = labels != IGNORED
+    wanted = F.cross_entropy(logits.movedim(1, -1)[counted], labels[counted].long())
+    torch.testing.assert_close(loss, wanted)
+    (grad,) = torch.autograd.grad(loss, logits)
+    assert torch.equal(grad.abs().sum(1) > 0, counted)
+    nothing = torch.full_like(labels, IGNORED)
+    assert transfer.pixel_loss(lambda images, scales: logits, data.Batch(None, nothing), None, None, None, 0) == 0
+
+
+def model_of(task, frozen=False, image_size=32):
+    splits = load_dense("shapes", {"segment": "masks", "detect": "boxes"}[task], limit=40, image_size=image_size)
+    cfg = mlo_mae.Config(**TINY)
+    net, (theta, _, _) = mlo_mae.build(cfg, image_size, 3, 8)
+    recipe = Recipe(frozen=frozen)
+    return finetune.start(net, theta, splits, recipe, transfer.TASKS[task][0].model), net, theta, splits, recipe
+
+
+def patched(monkeypatch, width, grid):
+    """Encoders whose tokens say where they are: of patch (row, column), row and column in the first two features."""
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+    tokens = torch.zeros(1, 1 + grid * grid, width)
+    tokens[0, 1:, 0], tokens[0, 1:, 1] = rows.flatten(), columns.flatten()
+    monkeypatch.setattr(mlo_mae.Encoder, "forward", lambda self, images, keep=None, scales=None: tokens.expand(len(images), -1, -1))
+
+
+def test_logits_lie_where_their_patches_are(monkeypatch):
+    model, *_ = model_of("segment")
+    grid, p = 32 // model.patch, model.patch
+    patched(monkeypatch, model.head.in_features, grid)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.weight[0, 0] = model.head.weight[1, 1] = 1
+        logits = model(torch.zeros(2, 3, 32, 32))
+    assert logits.shape == (2, 9, 32, 32)
+    ramp = ((torch.arange(32) + 0.5) / p - 0.5).clamp(0, grid - 1)  # interpolated between the patches' centres
+    torch.testing.assert_close(logits[0, 0], ramp[:, None].expand(32, 32))
+    torch.testing.assert_close(logits[1, 1], ramp.expand(32, 32))
+
+
+# ------------------------------------------------------------------------------------------------------ detection
+
+
+def test_boxes_lie_where_their_patches_are(monkeypatch):
+    model, *_ = model_of("detect")
+    p, grid = model.patch, 32 // model.patch
+    patched(monkeypatch, model.head.in_features, grid)
+    with torch.no_grad():
+        model.head.weight.zero_()
+        logits, boxes = model(torch.zeros(2, 3, 32, 32))
+        assert torch.allclose(logits.sigmoid(), torch.tensor(0.01))
+        corners = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).flip(1) * p  # x, y in raster order
+        torch.testing.assert_close(boxes[1], torch.cat([corners, corners + p], 1).float())  # at first, a patch's box is its own
+        model.head.bias[-4:] = torch.tensor([0.5, -1, math.log(2), math.log(3)])
+        found = model(torch.zeros(1, 3, 32, 32))[1][0]
+    moved = torch.tensor([p * (0.5 + 0.5 - 1), p * (0.5 - 1 - 1.5), p * (0.5 + 0.5 + 1), p * (0.5 - 1 + 1.5)])
+    torch.testing.assert_close(found, corners.repeat(1, 2) + moved)
+
+
+def test_each_patch_is_to_find_the_smallest_box_around_its_centre():
+    places = transfer.centres(16, 4, "cpu")
+    boxes = torch.tensor([[0, 0, 16, 16, 2], [4, 4, 12, 12, 0], [0, 0, 1.5, 1, 1], [0, 0, 16, 16, -1]])[None]
+    index, found = transfer.assign(boxes, places, 4)
+    wanted = torch.zeros(4, 4, dtype=torch.int64)
+    wanted[1:3, 1:3] = 1
+    wanted[0, 0] = 2  # no centre is in it, but its own is in this patch
+    assert found.all() and torch.equal(index[0].view(4, 4), wanted)
+    _, found = transfer.assign(boxes[:, 1:], places, 4)
+    assert torch.equal(found[0].view(4, 4), wanted > 0)
+    assert not transfer.assign(boxes[:, 3:], places, 4)[1].any()
+
+
+def test_overlaps_of_boxes():
+    a = torch.tensor([[0, 0, 4, 4], [0, 0, 4, 4], [0, 0, 2, 2], [1, 1, 1, 1]], dtype=torch.float64)
+    b = torch.tensor([[0, 0, 4, 4], [2, 0, 6, 4], [4, 0, 6, 2], [1, 1, 1, 1]], dtype=torch.float64)
+    iou, apart = transfer.overlap(a, b)
+    torch.testing.assert_close(iou, torch.tensor([1, 8 / 24, 0, 0], dtype=torch.float64))
+    torch.testing.assert_close(apart[:3], torch.tensor([0, 0, 4 / 12], dtype=torch.float64))
+    assert apart.isfinite().all()
+
+
+def test_the_focal_loss_is_the_published_formula():
+    logits, wanted = torch.randn(50), (torch.rand(50) < 0.3).float()
+    p = logits.sigmoid()
+    right = torch.where(wanted == 1, p, 1 - p)
+    formula = -torch.where(wanted == 1, 0.25, 0.75) * (1 - right) ** 2 * right.log()
+    torch.testing.assert_close(transfer.focal_loss(logits, wanted), formula)
+
+
+def test_the_box_loss_is_of_the_patches_that_have_one():
+    model, _, _, splits, recipe = model_of("detect")
+    batch = splits.train.pick(torch.arange(6))
+    batch.labels[0, 0, 4] = -1  # an image without an object: its patches have no box to find
+    loss = transfer.box_loss(model, batch, None, recipe, splits, 0)
+    logits, boxes = model(batch.images)
+    total, count = 0, 0
+    for i in range(6):
+        low, high = batch.labels[i, 0, :2], batch.labels[i, 0, 2:4]
+        wanted = torch.zeros(logits.shape[1:])
+        for j, place in enumerate(transfer.centres(32, model.patch, "cpu")):
+            if i and ((low <= place) & (place < high)).all():
+                count += 1
+                wanted[j, int(batch.labels[i, 0, 4])] = 1
+                iou, apart = transfer.overlap(boxes[i, j], batch.labels[i, 0, :4])
+                total = total + 1 - iou + apart
+        total = total + transfer.focal_loss(logits[i], wanted).sum()
+    assert count > 20
+    torch.testing.assert_close(loss, total / count)
+    empty = batch._replace(labels=torch.full_like(batch.labels, -1))
+    assert transfer.box_loss(model, empty, None, recipe, splits, 0).isfinite()
+
+
+def test_worse_boxes_of_the_same_class_are_suppressed():
+    """Against the rule itself, one box at a time."""
+    generator = torch.Generator().manual_seed(1)
+    low = torch.rand(3, 40, 2, generator=generator) * 20
+    boxes = torch.cat([low, low + 4 + 8 * torch.rand(3, 40, 2, generator=generator)], 2)
+    logits = torch.randn(3, 40, 2, generator=generator) - 1
+    found, suppressed = transfer.detections(logits, boxes, 24), 0
+    for image in range(3):
+        pairs = sorted(((score, j, label) for j, row in enumerate(logits[image].sigmoid().tolist()) for label, score in enumerate(row)), reverse=True)
+        kept = []
+        for score, j, label in pairs[:100]:
+            box = boxes[image, j].clamp(0, 24)
+            beaten = any(label == other[5] and transfer.overlap(box, torch.tensor(other[:4]))[0] > 0.5 for other in kept)
+            suppressed += beaten
+            if score >= 0.05 and not beaten:
+                kept.append([*box.tolist(), score, label])
+        torch.testing.assert_close(found[image][found[image, :, 4] > 0], torch.tensor(kept))
+    assert suppressed > 30
+
+
+def test_average_precision_by_hand():
+    """Class 0: of two true boxes one is found, by the second-best of three boxes, with an overlap of 0.75. Class 1: found."""
+    truth = [torch.tensor([[0, 0, 4, 4, 0], [10, 10, 14, 14, 0]]).float(), torch.tensor([[0, 0, 8, 8, 1]]).float()]
+    found = [torch.tensor([[20, 20, 24, 24, 0.9, 0], [0, 0, 4, 3, 0.8, 0], [0, 0, 4, 4, 0.7, 0]]).float(),
+             torch.tensor([[0, 0, 8, 8, 0.6, 1], [0, 0, 8, 8, 0.5, 2]]).float()]  # fmt: skip
+    loose, strict = 0.5 * 51 / 101, 1 / 3 * 51 / 101  # up to 0.75 the second box is right, above it the third
+    result = transfer.average_precision(found, truth)
+    assert result["ap50"] == pytest.approx((loose + 1) / 2)
+    assert result["ap"] == pytest.approx((0.6 * loose + 0.4 * strict + 1) / 2)
+    assert transfer.average_precision([torch.zeros(0, 6)] * 2, truth) == {"ap": 0, "ap50": 0}
+
+
+def random_boxes(seed, images=30, classes=3):
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(count, jitter=None):
+        low = torch.rand(count, 2, generator=generator) * 40
+        return torch.cat([low, low + 5 + 15 * torch.rand(count, 2, generator=generator)], 1)
+
+    found, truth = [], []
+    for _ in range(images):
+        boxes = some(int(torch.randint(0, 6, (), generator=generator)))
+        labels = torch.randint(0, classes, (len(boxes), 1), generator=generator)
+        truth.append(torch.cat([boxes, labels], 1))
+        near = boxes.repeat(2, 1) + torch.randn(2 * len(boxes), 4, generator=generator)
+        guesses = torch.cat([near, some(3)])
+        right = torch.cat([labels, labels, torch.randint(0, classes, (3, 1), generator=generator)])
+        found.append(torch.cat([guesses, torch.rand(len(guesses), 1, generator=generator), right], 1))
+    return found, truth
+
+
+def test_average_precision_is_cocos(capsys):
+    coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
+    found, truth = random_boxes(0)
+
+    def rows(images, scored):
+        for image, boxes in enumerate(images):
+            for left, top, right, bottom, *rest in boxes.tolist():
+                box = {"image_id": image + 1, "bbox": [left, top, right - left, bottom - top], "category_id": int(rest[-1]),
+                       "area": (right - left) * (bottom - top), "iscrowd": 0}  # fmt: skip
+                yield box | ({"score": rest[0]} if scored else {})
+
+    judge = coco.COCO()
+    annotations = [row | {"id": number} for number, row in enumerate(rows(truth, False), 1)]
+    judge.dataset = {"images": [{"id": i + 1} for i in range(len(truth))], "annotations": annotations,
+                     "categories": [{"id": i} for i in range(3)]}  # fmt: skip
+    judge.createIndex()
+    evaluation = cocoeval.COCOeval(judge, judge.loadRes(list(rows(found, True))), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    result = transfer.average_precision(found, truth)
+    assert [result["ap"], result["ap50"]] == pytest.approx(evaluation.stats[:2].tolist(), abs=1e-9)
+    assert 0.1 < result["ap"] < result["ap50"] < 0.9
+
+
+def test_boxes_of_the_truth_are_all_right():
+    splits = load_dense("shapes", "boxes", limit=40)
+    labels = F.one_hot(splits.test.labels[:, 0, 4].long(), 8) * 20.0 - 10
+
+    class Oracle:
+        at = 0
+
+        def __call__(self, images):
+            rows = slice(self.at, self.at + len(images))
+            self.at += len(images)
+            return labels[rows, None], splits.test.labels[rows, :, :4]
+
+    assert transfer.evaluate_boxes(Oracle(), splits.test) == {"ap": pytest.approx(1), "ap50": pytest.approx(1)}
+
+
+# ----------------------------------------------------------------------------------------------- from start to end
+
+
+def test_frozen_encoders_stay_as_they_are():
+    model, net, theta, splits, recipe = model_of("segment", frozen=True)
+    groups = finetune.layer_groups(model, recipe)
+    assert {id(p) for group in groups for p in group["params"]} == set(map(id, model.head.parameters()))
+    finals = []
+    task = transfer.SEGMENT._replace(evaluate=lambda model, split: finals.append(model.state_dict()) or {"miou": 0.5})
+    finetune.finetune(net, theta, splits, Recipe(frozen=True, epochs=2, warmup_epochs=0.5, batch_size=8), task=task)
+    for name, tensor in mlo_mae.unflatten(net.encoder, theta[: net.encoder_size]).items():
+        assert torch.equal(finals[-1][name], tensor), name
+    assert not torch.equal(finals[-1]["head.weight"], model.head.weight)
+
+
+@pytest.mark.parametrize("task, measure", [("segment", "miou"), ("detect", "ap50")])
+def test_it_learns(task, measure):
+    """Large plain discs and squares on black, which a few steps tell apart."""
+    rng, count = np.random.default_rng(0), 120
+    labels = np.arange(count) % 2
+    middle, objects = rng.integers(10, 22, (2, count, 1, 1)), np.zeros((count, 32, 32), bool)
+    y, x = np.mgrid[:32, :32]
+    for label in (0, 1):
+        distance = np.stack([np.abs(y - middle[0]), np.abs(x - middle[1])])
+        distance = np.hypot(*distance) if label == 0 else distance.max(0)
+        objects |= (distance < 9) & (labels == label)[:, None, None]
+    images = (255 * objects[:, None] * np.array([[1, 0, 0], [0, 0, 1]])[labels][:, :, None, None]).astype(np.uint8)
+    kind, wanted = (data.Masked, objects * (1 + labels[:, None, None])) if task == "segment" else (data.Boxed, data.boxes_of(objects, labels))
+    parts = (kind(images[part], wanted[part], (0.2,) * 3, (0.3,) * 3) for part in np.split(np.arange(count), (80, 100)))
+    names = ["none"] * (task == "segment") + ["disc", "square"]
+    splits = data.Splits(*parts, names, 3, 32, (0.2,) * 3, (0.3,) * 3)
+    net, (theta, _, _) = mlo_mae.build(mlo_mae.Config(**TINY), 32, 3, 2)
+    recipe = Recipe(from_scratch=True, epochs=25, batch_size=8, lr=5e-3, layer_decay=1.0)
+    result = finetune.finetune(net, theta, splits, recipe, task=transfer.TASKS[task][0])
+    assert result[f"test_{measure}"] > 0.5 and result["recipe"] == task
+
+
+@pytest.fixture(scope="module", params=["segment", "detect"])
+def done(request, run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("dense") / request.param
+    assert command(request.param, run, *FEW[2:4], *FEW[:2], *FEW[6:], "--out", out) == 0
+    return request.param, out
+
+
+def test_files_of_a_task(done, run):
+    task, out = done
+    result = json.loads((out / "result.json").read_text())
+    measures = {"segment": {"test_miou", "test_pixels", "val_miou"}, "detect": {"test_ap", "test_ap50", "val_ap"}}[task]
+    assert measures | {"epoch", "seconds", "train_labels"} <= result.keys() and result["train_labels"] == 160
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "predictions.png", "lock"}
+    with Image.open(out / "predictions.png") as picture:
+        assert np.asarray(picture.convert("RGB")).std() > 20
+
+
+def test_interrupted_and_resumed_ends_the_same(done, run, tmp_path, monkeypatch):
+    task, out = done
+    real, cut, steps = transfer.TASKS[task], tmp_path / "cut", []
+
+    def loss(*arguments):
+        steps.append(1)
+        if len(steps) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real[0].loss(*arguments)
+
+    monkeypatch.setitem(transfer.TASKS, task, (real[0]._replace(loss=loss), real[1]))
+    words = [task, run, *FEW[:4], *FEW[6:], "--out", cut]
+    with pytest.raises(SystemExit) as stopped:
+        command(*words)
+    assert stopped.value.code == 143 and not (cut / "result.json").exists()
+    assert command(*words, "--resume") == 0
+    ends = [mlo_mae.read_saved(folder / "checkpoint.pt", real[0].format)["best"] for folder in (out, cut)]
+    assert all(torch.equal(tensor, ends[1]["model"][name]) for name, tensor in ends[0]["model"].items())
+    assert len(steps) == 2 * (160 // 40)
+
+
+def test_other_data_than_the_runs(run, tmp_path, capsys):
+    """Larger images, other classes; positions are interpolated."""
+    root = write_masked(tmp_path / "data")
+    assert command("segment", run, "--data", root, "--image-size", "40", "--epochs", "2", "--batch-size", "2",
+                   "--device", "cpu", "--out", tmp_path / "a") == 0  # fmt: skip
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1])["verb"] == "segment" and "interpolated" in printed.err
+    assert command("detect", "--from-scratch", "--data", write_coco(tmp_path / "boxes"), "--image-size", "32", "--patch-size", "8",
+                   "--epochs", "2", "--batch-size", "2", "--device", "cpu", "--out", tmp_path / "b") == 0  # fmt: skip
+
+
+def test_bad_input_ends_in_one_line(run, done, tmp_path, capsys):
+    task, out = done
+    refused(capsys, [task, run, "--out", out], out, "--resume")
+    refused(capsys, [task, run, "--out", out, "--resume", "--seed", "7"], "another recipe: its epochs is 2, not 10")
+    refused(capsys, [{"segment": "detect", "detect": "segment"}[task], run, "--out", out, "--resume"], "kind")
+    refused(capsys, [task], "--from-scratch")
+    refused(capsys, [task, run, "--from-scratch"], "--from-scratch")
+    refused(capsys, [task, "--from-scratch", "--frozen"], "--frozen")
+    refused(capsys, [task, tmp_path / "no"], "does not exist")
+    refused(capsys, [task, tmp_path], "config.json does not exist")
+    refused(capsys, [task, run, "--width", "32"], "--width", "own affair")
+    refused(capsys, [task, run, "--data", "cifar100"], "cifar100: neither shapes nor a folder")
+    refused(capsys, [task, "--from-scratch", "--preset", "cifar100"], "cifar100 has no", "--data")
+    refused(capsys, [task, run, "--epochs", "0"], "--epochs")
+    refused(capsys, [task, run, "--colour", "red"], "--colour")
+    refused(capsys, ["classify", run], "classify")
+
+
+def test_a_damaged_folder_of_a_run_ends_in_one_line(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:2000])
+    refused(capsys, ["segment", copy], "checkpoint.pt")
+    (copy / "config.json").write_text("{}")
+    refused(capsys, ["segment", copy], "config.json")

@@ -1,0 +1,340 @@
+"""Dense tasks on a pretrained encoder: the class of every pixel (segmentation), and boxes around objects (detection).
+
+    python transfer.py segment RUN                          # on shapes: the object's pixels, by class
+    python transfer.py detect RUN
+    python transfer.py segment RUN --frozen                 # the encoder is held as it is: how much do its tokens tell?
+    python transfer.py segment --from-scratch               # fresh weights: no pretraining
+    python transfer.py segment RUN --data DIR --image-size 224     # DIR/images/train/*.jpg, DIR/masks/train/*.png, ... (ADE20K)
+    python transfer.py detect RUN --data DIR                # DIR/annotations/instances_train*.json, DIR/train*/ ... (COCO)
+
+Both heads are one linear layer on every patch's token, so that what is measured is the encoder; they are no rivals of the
+heads of several million weights that win competitions. The training loop is finetune.py's: the validation split is read
+after each epoch, the weights that do best on it are kept, and the test split is read once. In this order: segmentation,
+detection (targets, losses, boxes from predictions, average precision), pictures, command line.
+"""
+
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import finetune
+import mlo_mae
+from mlo_mae import Config, RunError, flag
+
+
+@dataclass(frozen=True)
+class Recipe(finetune.Training):
+    """How to train. Every field is a flag."""
+
+    frozen: bool = flag(False, "hold the encoder as it is, and let the head learn alone")
+
+
+class Dense(mlo_mae.Encoder):
+    """The encoder, and a linear layer on every patch's token."""
+
+    def __init__(self, cfg, splits, recipe, outputs):
+        super().__init__(splits.image_size, cfg.patch_size, splits.channels, cfg.width, cfg.depth, cfg.heads)
+        self.bf16 = recipe.precision == "bf16"
+        self.requires_grad_(not recipe.frozen)
+        self.head = nn.Linear(cfg.width, outputs)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images, scales=None):  # [B, C, H, W], factors of the branches -> [B, L, outputs]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            tokens = super().forward(images, scales=scales)  # [B, 1+L, D]
+        return self.head(tokens[:, 1:].float())
+
+
+# --------------------------------------------------------------------------------------------------- segmentation
+
+
+class Segmenter(Dense):
+    """A class for every pixel: the patches' logits, interpolated (the linear decoder of arXiv 2105.05633)."""
+
+    def __init__(self, cfg, splits, recipe):
+        super().__init__(cfg, splits, recipe, len(splits.class_names))
+
+    def forward(self, images, scales=None):  # -> [B, classes, H, W]
+        logits = super().forward(images, scales).mT.unflatten(2, (images.shape[2] // self.patch, -1))  # [B, classes, H/p, W/p]
+        return F.interpolate(logits, images.shape[2:], mode="bilinear")
+
+
+def pixel_loss(model, batch, scales, recipe, splits, step):
+    """Mean cross-entropy of the pixels that have a class."""
+    labels = batch.labels.long()  # [B, H, W]
+    total = F.cross_entropy(model(batch.images, scales), labels, ignore_index=data.IGNORED, reduction="sum")
+    return total / (labels != data.IGNORED).sum().clamp_min(1)
+
+
+@torch.no_grad()
+def evaluate_pixels(model, split):
+    """{"miou": intersection over union of each class's true and predicted pixels in the whole split, mean over the classes
+    that are either; "pixels": share of the pixels whose class is right}. Pixels without a class do not count."""
+    confusion = 0  # [classes, classes]: truth, prediction
+    for images, labels in split.ordered(64):
+        logits, counted = model(images), labels != data.IGNORED
+        classes = logits.shape[1]
+        pairs = labels[counted].long() * classes + logits.argmax(1)[counted]
+        confusion = confusion + torch.bincount(pairs, minlength=classes**2).view(classes, classes).double()
+    right, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
+    return {"miou": (right / union)[union > 0].mean().item(), "pixels": (right.sum() / confusion.sum()).item()}
+
+
+# ------------------------------------------------------------------------------------------------------ detection
+
+
+class Detector(Dense):
+    """At every patch, a score for each class and one box: FCOS (arXiv 1904.01355) at one scale, without its centre-ness."""
+
+    def __init__(self, cfg, splits, recipe):
+        super().__init__(cfg, splits, recipe, len(splits.class_names) + 4)
+        nn.init.constant_(self.head.bias[:-4], -np.log(99))  # scores of 0.01, so that the many patches without an object
+        # do not drown the first steps (arXiv 1708.02002)
+
+    def forward(self, images, scales=None):  # -> logits [B, L, classes], boxes [B, L, 4] in pixels: left, top, right, bottom
+        found = super().forward(images, scales)
+        logits, place, size = found.split([found.shape[2] - 4, 2, 2], dim=2)
+        middle = centres(images.shape[2], self.patch, images.device) + self.patch * place
+        half = self.patch / 2 * size.clamp(max=8).exp()  # a patch's size at first
+        return logits, torch.cat([middle - half, middle + half], dim=2)
+
+
+def centres(size, patch, device):
+    """The centres of the patches, [L, 2]: x, y in pixels."""
+    ends = torch.arange(patch / 2, size, patch, device=device)
+    return torch.cartesian_prod(ends, ends).flip(1)
+
+
+def assign(boxes, places, patch):
+    """Which box each patch is to find, [B, L], and whether there is any: of those around its centre, or those whose own
+    centre is in the patch, the smallest. boxes [B, M, 5], places [L, 2]."""
+    low, high, label = boxes[:, None, :, :2], boxes[:, None, :, 2:4], boxes[:, None, :, 4]  # [B, 1, M, ...]
+    places = places[None, :, None]  # [1, L, 1, 2]
+    around = ((low <= places) & (places < high)).all(-1)
+    within = (((low + high) / 2 - places).abs() <= patch / 2).all(-1)
+    area = (high - low).prod(-1).where((around | within) & (label >= 0), torch.inf)  # [B, L, M]
+    smallest, index = area.min(2)
+    return index, smallest.isfinite()
+
+
+def overlap(a, b):
+    """Intersection over union of boxes, [..., 4] and [..., 4] -> [...], and what generalised IoU takes off it: the share of
+    the box around both that is in neither (arXiv 1902.09630)."""
+    def area(low, high):
+        return (high - low).clamp_min(0).prod(-1)
+
+    (a_low, a_high), (b_low, b_high) = a.split(2, dim=-1), b.split(2, dim=-1)
+    common = area(torch.maximum(a_low, b_low), torch.minimum(a_high, b_high))
+    union = (area(a_low, a_high) + area(b_low, b_high) - common).clamp_min(1e-9)
+    hull = area(torch.minimum(a_low, b_low), torch.maximum(a_high, b_high)).clamp_min(1e-9)
+    return common / union, 1 - union / hull
+
+
+def focal_loss(logits, wanted):
+    """Binary cross-entropy, in which a prediction counts by the square of its error (arXiv 1708.02002: gamma 2, alpha 0.25)."""
+    off = (wanted - logits.sigmoid()).abs()
+    weight = 0.25 * wanted + 0.75 * (1 - wanted)
+    return weight * off**2 * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+
+
+def box_loss(model, batch, scales, recipe, splits, step):
+    """Focal loss of all scores, and 1 - generalised IoU of the boxes of patches that have one to find; by their number."""
+    logits, boxes = model(batch.images, scales)
+    index, found = assign(batch.labels, centres(batch.images.shape[2], model.patch, boxes.device), model.patch)
+    wanted = batch.labels.gather(1, index[..., None].expand(-1, -1, 5))  # [B, L, 5]
+    labels = F.one_hot(wanted[..., 4].clamp_min(0).long(), logits.shape[2]) * found[..., None]
+    iou, apart = overlap(boxes[found], wanted[found][:, :4])
+    return (focal_loss(logits, labels.float()).sum() + (1 - iou + apart).sum()) / found.sum().clamp_min(1)
+
+
+def detections(logits, boxes, size, most=100, least=0.05, same=0.5):
+    """The `most` best boxes of each image, [B, most, 6]: corners within the image, score, class. The score is -1 where
+    it is below `least`, or where a better box of the same class overlaps by more than `same`."""
+    scores, places = logits.sigmoid().flatten(1).topk(min(most, logits[0].numel()), dim=1)  # [B, K]: best first
+    labels = places % logits.shape[2]
+    boxes = boxes.gather(1, (places // logits.shape[2])[..., None].expand(-1, -1, 4)).clamp(0, size)
+    rivals = overlap(boxes[:, :, None], boxes[:, None])[0] > same  # [B, K, K]
+    rivals &= labels[:, :, None] == labels[:, None]
+    stays = scores >= least
+    for k in range(scores.shape[1]):  # a box that is itself suppressed suppresses none
+        stays[:, k + 1 :] &= ~(stays[:, k, None] & rivals[:, k, k + 1 :])
+    return torch.cat([boxes, scores.where(stays, -1)[..., None], labels[..., None]], dim=2)
+
+
+THRESHOLDS = torch.linspace(0.5, 0.95, 10, dtype=torch.float64)  # of IoU
+
+
+def matches(found, truth):
+    """Which of an image's boxes of one class are right, [10, n], at each of THRESHOLDS: the best first, each takes the true
+    box that it overlaps most of those that are left. found [n, 6] by falling score, truth [m, 5]."""
+    right = torch.zeros(len(THRESHOLDS), len(found), dtype=torch.bool)
+    if len(truth) == 0:
+        return right
+    iou = overlap(found[:, None, :4].double(), truth[None, :, :4].double())[0]  # [n, m]
+    left = torch.ones(len(THRESHOLDS), len(truth), dtype=torch.bool)
+    for i, row in enumerate(iou):
+        best, index = row.where(left, -1.0).max(1)  # each [10]
+        right[:, i] = best >= THRESHOLDS
+        left[right[:, i], index[right[:, i]]] = False
+    return right
+
+
+def average_precision(found, truth):
+    """COCO's average precision: {"ap": mean over IoU 0.50 to 0.95, "ap50": at 0.50}, over the classes that are there.
+
+    found: of each image, its boxes [n, 6] (corners, score, class); truth: its true boxes [m, 5]. The precision at a recall
+    is the best at that recall or any higher one, and the mean is over recalls of 0, 0.01, ..., 1."""
+    per_class = []
+    for label in torch.cat(truth)[:, 4].unique():
+        scores, right, total = [], [], 0
+        for boxes, there in zip(found, truth):
+            boxes, there = boxes[boxes[:, 5] == label], there[there[:, 4] == label]
+            boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)]
+            scores.append(boxes[:, 4])
+            right.append(matches(boxes, there))
+            total += len(there)
+        order = torch.cat(scores).argsort(descending=True, stable=True)
+        right = torch.cat(right, dim=1)[:, order].double().cumsum(1)  # [10, n]: how many of the best are right
+        recall = right / total
+        precision = right / torch.arange(1, len(order) + 1)
+        precision = F.pad(precision.flip(1).cummax(1).values.flip(1), (0, 1)) if len(order) else torch.zeros(len(right), 1)
+        steps = torch.linspace(0, 1, 101, dtype=torch.float64).expand(len(right), -1).contiguous()
+        per_class.append(precision.gather(1, torch.searchsorted(recall.contiguous(), steps)).mean(1))  # [10]
+    mean = torch.stack(per_class).mean(0)
+    return {"ap": mean.mean().item(), "ap50": mean[0].item()}
+
+
+@torch.no_grad()
+def evaluate_boxes(model, split):
+    """`average_precision` of a split."""
+    found, truth = [], []
+    for images, labels in split.ordered(64):
+        found += [boxes[boxes[:, 4] > 0] for boxes in detections(*model(images), images.shape[2]).cpu()]
+        truth += [boxes[boxes[:, 4] >= 0] for boxes in labels.cpu()]
+    return average_precision(found, truth)
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+
+SHOWN = 8  # images
+
+
+@torch.no_grad()
+def draw(model, splits, out, annotate):
+    """Write predictions.png: test images, the truth below them, and below that what the model finds."""
+    from matplotlib.figure import Figure
+
+    batch = splits.test.pick(torch.arange(min(SHOWN, len(splits.test))))
+    pixels = (batch.images * splits.test.std + splits.test.mean).div(255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    figure = Figure(figsize=(1.25 * len(pixels) + 0.5, 3.9), layout="constrained")
+    axes = figure.subplots(3, len(pixels), squeeze=False)
+    for row, title in zip(axes, ("image", "truth", "found")):
+        row[0].set_ylabel(title)
+        for axis, image in zip(row, pixels):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+    annotate(axes[1:], model(batch.images), batch.labels.cpu(), splits.class_names)
+    mlo_mae.save_figure(figure, out / "predictions.png")
+
+
+def draw_masks(axes, logits, masks, class_names):
+    for row, shown in zip(axes, (masks, logits.argmax(1).cpu())):
+        for axis, mask in zip(row, shown.numpy()):
+            colours = np.ma.masked_equal(mask, data.IGNORED)
+            axis.imshow(colours, cmap="nipy_spectral", vmin=0, vmax=len(class_names) - 1, interpolation="nearest")
+
+
+def draw_boxes(axes, found, boxes, class_names):
+    size = axes[0][0].get_images()[0].get_size()[0]
+    found = detections(*found, size).cpu()
+    for row, shown, least in zip(axes, (boxes, found[..., [0, 1, 2, 3, 5, 4]]), (0, 0.3)):
+        for axis, rows in zip(row, shown.numpy()):
+            for left, top, right, bottom, label, *score in rows:
+                if label >= 0 and min(score, default=1) >= least:
+                    axis.plot(np.array([left, right, right, left, left]) - 0.5, np.array([top, top, bottom, bottom, top]) - 0.5,
+                              color="red", linewidth=1)  # fmt: skip
+                    axis.set_title(class_names[int(label)], fontsize=7, pad=2)
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+SEGMENT = finetune.Task("segment", "mlo-mae segmentation 1", Segmenter, pixel_loss, evaluate_pixels, "miou",
+                        lambda *what: draw(*what, draw_masks))  # fmt: skip
+DETECT = finetune.Task("detect", "mlo-mae detection 1", Detector, box_loss, evaluate_boxes, "ap",
+                       lambda *what: draw(*what, draw_boxes))  # fmt: skip
+TASKS = {"segment": (SEGMENT, "masks"), "detect": (DETECT, "boxes")}  # and what they need for labels
+SETTINGS = [field for field in finetune.SETTINGS if field.name not in ("data_dir", "skip_corrupt", "workers")]
+ARCHITECTURE = ("preset", "patch_size", "width", "depth", "heads")  # which a run has settled
+
+
+def starting_point(kind, run, recipe, settings, ignored=data.IGNORED):
+    """(Networks, theta of the encoder, Splits) of a run's folder, or of a public checkpoint, or fresh ones by `settings`.
+
+    Raises RunError, data.DataError and interchange.WeightsError."""
+    if recipe.from_scratch == (run is not None):
+        raise RunError("give either a run or a file of weights, or --from-scratch")
+    if run is not None and not run.exists():
+        raise RunError(f"{run} does not exist; give the folder of a run, or a .pth or .safetensors file")
+    if run is not None and run.is_dir():
+        own, path = sorted(settings.keys() & set(ARCHITECTURE)), run / "config.json"
+        if own:
+            raise RunError(f"--{own[0].replace('_', '-')} is the run's own affair: leave it out, or leave out {run}")
+        if not path.exists():
+            raise RunError(f"{path} does not exist; give the folder of a run")
+        base = mlo_mae.read_config(path) | ({"image_size": 0, "images": 0} if "data" in settings else {})
+    else:
+        preset = settings.get("preset", "shapes")
+        base = {"preset": preset, "seed": recipe.seed} | mlo_mae.PRESETS[preset]
+    cfg = Config(**base | settings | {"init": str(run or "")})
+    mlo_mae.check(cfg)
+    if cfg.data != "shapes" and "data" not in settings:
+        raise RunError(f"{cfg.data} has no {kind}; give --data DIR, a folder that has (transfer.py --help), or --data shapes")
+    splits = data.load_dense(cfg.data, kind, image_size=cfg.image_size, limit=cfg.images, val_fraction=cfg.val_fraction,
+                             seed=cfg.seed, ignored=ignored, device=mlo_mae.choose_device(cfg.device))  # fmt: skip
+    net, (theta, _, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    theta = theta[: net.encoder_size]
+    return net, mlo_mae.starting_weights(net, theta, run) if run else theta, splits
+
+
+def parse(argv):
+    parser = mlo_mae.Parser(prog="transfer.py", description=__doc__, formatter_class=mlo_mae.argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="task", required=True, metavar="segment | detect")
+    for name, purpose in (("segment", "the class of every pixel"), ("detect", "boxes around objects")):
+        command = commands.add_parser(name, help=purpose)
+        command.add_argument("run", type=Path, nargs="?", metavar="RUN_OR_CHECKPOINT",
+                             help="folder of a run, or a public .pth or .safetensors; not with --from-scratch")  # fmt: skip
+        mlo_mae.add_flags(command, fields(Recipe))
+        group = command.add_argument_group("data, encoder and machine")
+        mlo_mae.add_flags(group, SETTINGS)
+        if name == "segment":
+            group.add_argument("--ignore", type=int, default=data.IGNORED, metavar="int",
+                               help="value in a folder's masks that is no class, beside 255 (ADE20K: 0)")  # fmt: skip
+        command.add_argument("--out", type=Path, help="folder to write (default <task>-<seed>, or scratch-..., in RUN or, "
+                             "without one, named in runs)")  # fmt: skip
+        command.add_argument("--resume", action="store_true", help="continue what is in --out, or start it")
+    return vars(parser.parse_args(argv))
+
+
+def run_command(task, run, out, resume, ignore=data.IGNORED, **flags):
+    """Run one task; returns what its last line reports."""
+    settings = {field.name: flags.pop(field.name) for field in SETTINGS if field.name in flags}
+    recipe = Recipe(**flags)
+    finetune.check(recipe)
+    if recipe.frozen and recipe.from_scratch:
+        raise RunError("--frozen holds an encoder that has learned something; leave out --from-scratch")
+    wanted, kind = TASKS[task]
+    net, theta, splits = starting_point(kind, run, recipe, settings, ignore)
+    name = f"{'scratch-' * recipe.from_scratch}{task}{'-frozen' * recipe.frozen}-{recipe.seed}"
+    out = out or (run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else net.cfg.preset}-{name}")
+    return {"verb": task, "run": str(out), **finetune.finetune(net, theta, splits, recipe, out, resume, wanted)}
+
+
+if __name__ == "__main__":
+    sys.exit(mlo_mae.reported("transfer", lambda: run_command(**parse(sys.argv[1:]))))
