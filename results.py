@@ -2,6 +2,7 @@
 
     python results.py                                      # shapes: a quarter of an hour on 2 CPU cores
     python results.py --data cifar100 --data-dir DIR       # a small ViT on 5,000 images
+    python results.py --dense                              # shapes: segmentation and detection, by encoders of equal steps
     python results.py --table                              # from what is finished, without running anything
 
 Two rules, since a mask update costs more than a step of MAE. *Equal steps*: every method makes the same level-1 steps.
@@ -26,6 +27,7 @@ import torch
 import bench
 import finetune
 import mlo_mae
+import transfer
 from mlo_mae import RunError, write_whole
 
 # What each method changes in the configuration. `{mae}` is the folder of this seed's MAE under equal steps.
@@ -42,6 +44,9 @@ METHODS = {
 }
 MAIN = ["MLO-MAE", "MAE", "SemMAE", "no pretraining"]  # what runs by default
 TIMED = ["MAE", "no pretraining"]  # what also runs for as long as MLO-MAE
+MEASURES = {"probe": "linear probe %", "finetune": "fine-tuned %"}  # of a cell
+DENSE = {"segment": ("test_miou", "segmentation, mIoU %", dict(epochs=5)),  # of a dense task: what, its heading, the recipe
+         "detect": ("test_ap", "detection, AP %", dict(epochs=10))}  # fmt: skip
 DATA = {  # the configuration, and how to fine-tune
     "shapes": (dict(epochs=8), dict(epochs=3)),
     "cifar100": (dict(data="cifar100", images=5000, epochs=12), dict(epochs=6)),
@@ -61,9 +66,14 @@ def folder_of(out, method, rule, seed):
     return out / f"{method.replace(',', '').replace(' ', '-')}-{rule}-{seed}"
 
 
-def read_cell(folder):
+def read_cell(folder, file="cell.json"):
     """A finished cell's numbers, or None."""
-    return json.loads((folder / "cell.json").read_text()) if (folder / "cell.json").exists() else None
+    return json.loads((folder / file).read_text()) if (folder / file).exists() else None
+
+
+def read_dense(out, method, task, seed):
+    """The numbers of a dense task, which lie in the folder of its encoder; or None."""
+    return read_cell(folder_of(out, method, "steps", seed) / task, "result.json")
 
 
 def run_cell(cfg, recipe, method, rule, seed, out, threads):
@@ -93,6 +103,15 @@ def run_cell(cfg, recipe, method, rule, seed, out, threads):
     write_whole(folder / "cell.json", json.dumps(cell).encode())
 
 
+def run_dense(cfg, recipe, method, task, seed, out, threads):
+    """Train a dense task on the encoder of a finished cell, or on fresh weights."""
+    torch.set_num_threads(threads)
+    folder, (wanted, labels) = folder_of(out, method, "steps", seed), transfer.TASKS[task]
+    settings = {name: getattr(cfg, name) for name in transfer.SETTING_NAMES} if recipe.from_scratch else {}
+    start = transfer.starting_point(labels, None if recipe.from_scratch else folder, recipe, settings)
+    finetune.finetune(*start, recipe, folder / task, resume=True, task=wanted)
+
+
 def pretraining_seconds(folder, cfg):
     """Seconds of the loop itself, without evaluation and pictures; also of a run that was interrupted."""
     seconds, before = 0.0, 0
@@ -106,24 +125,29 @@ def needed(method, rule):
     """The cells of the same seed that must be finished before this one."""
     if rule == "time":
         return [("MLO-MAE", "steps"), (method, "steps")]
+    if rule in DENSE:
+        return [(method, "steps")]
     return [("MAE", "steps")] if method == "SemMAE" else []
 
 
-def grid(name, methods, seeds, out, data_dir, workers, threads):
+def grid(name, rules, methods, seeds, out, data_dir, workers, threads):
     """Run what is not finished, each cell as soon as what it needs is."""
 
     def finished(method, rule, seed):
-        return read_cell(folder_of(out, method, rule, seed)) is not None
+        cell = read_dense(out, method, rule, seed) if rule in DENSE else read_cell(folder_of(out, method, rule, seed))
+        return cell is not None
 
-    cells = [(method, rule, seed) for rule in ("steps", "time") for seed in seeds for method in methods
-             if rule == "steps" or method in TIMED]  # fmt: skip
+    cells = [(method, rule, seed) for rule in rules for seed in seeds for method in methods
+             if rule != "time" or method in TIMED]  # fmt: skip
     todo, running = [cell for cell in cells if not finished(*cell)], {}
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         while todo or running:
             for method, rule, seed in list(todo):
                 if all(finished(*cell, seed) for cell in needed(method, rule)):
-                    arguments = (*settings(name, method, seed, out, data_dir), method, rule, seed, out, threads)
-                    running[pool.submit(run_cell, *arguments)] = (method, rule, seed)
+                    (cfg, recipe), run = settings(name, method, seed, out, data_dir), run_cell
+                    if rule in DENSE:
+                        recipe, run = transfer.Recipe(seed=seed, from_scratch=METHODS[method] is None, **DENSE[rule][2]), run_dense
+                    running[pool.submit(run, cfg, recipe, method, rule, seed, out, threads)] = (method, rule, seed)
                     todo.remove((method, rule, seed))
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
                 future.result()
@@ -158,7 +182,7 @@ def difference(ours, theirs):
 
 def table(methods, seeds, out):
     """The results as markdown lines, and as rows for JSON."""
-    lines = ["| rule | method | epochs | seconds | linear probe % | against MAE | fine-tuned % | against MAE |",
+    lines = ["| rule | method | epochs | seconds | " + " | against MAE | ".join(MEASURES.values()) + " | against MAE |",
              "|---|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     rows = []
     for rule in ("steps", "time"):
@@ -170,13 +194,34 @@ def table(methods, seeds, out):
                 continue
             row = [f"equal {rule}", method, f"{np.mean([cell['epochs'] for cell in cells]):.0f}",
                    f"{np.mean([cell['seconds'] for cell in cells]):.0f}"]  # fmt: skip
-            for measure in ("probe", "finetune"):
+            for measure in MEASURES:
                 values = [cell.get(measure) for cell in cells]
-                known = None not in values
-                row.append(spread(values) if known else "")
-                row.append(difference(values, [cell[measure] for cell in mae]) if known and method != "MAE" else "")
+                row += compared(values, [cell[measure] for cell in mae], method) if None not in values else ["", ""]
             lines.append("| " + " | ".join(row) + " |")
             rows.append({"rule": rule, "method": method, **{key: [cell.get(key) for cell in cells] for key in cells[0]}})
+    return lines, rows
+
+
+def compared(values, mae, method):
+    """A measure over seeds, and its difference to MAE's."""
+    return [spread(values), difference(values, mae) if method != "MAE" else ""]
+
+
+def dense_table(methods, seeds, out):
+    """`table` for the dense tasks."""
+    lines = ["| method | " + " | against MAE | ".join(heading for _, heading, _ in DENSE.values()) + " | against MAE |",
+             "|---|--:|--:|--:|--:|"]  # fmt: skip
+    rows = []
+    for method in methods:
+        row, found = [method], {}
+        for task, (measure, _, _) in DENSE.items():
+            cells, mae = ([read_dense(out, name, task, seed) for seed in seeds] for name in (method, "MAE"))
+            if all(cells) and all(mae):
+                found[task] = [cell[measure] for cell in cells]
+                row += compared(found[task], [cell[measure] for cell in mae], method)
+        if len(found) == len(DENSE):
+            lines.append("| " + " | ".join(row) + " |")
+            rows.append({"method": method, **found})
     return lines, rows
 
 
@@ -217,6 +262,7 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="folder of the grid (default runs/results-<data>)")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
+    parser.add_argument("--dense", action="store_true", help="on shapes: segmentation and detection, at equal steps alone")
     parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
     parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
     return parser.parse_args(argv)
@@ -227,21 +273,30 @@ def run(options):
         raise RunError("--methods needs MLO-MAE, whose time is the rule, and MAE, which it is compared with")
     if min(options.seeds, options.workers, options.threads) < 1:
         raise RunError("--seeds, --workers and --threads must be at least 1")
+    if options.dense and options.data != "shapes":
+        raise RunError("--dense needs images whose objects are known; leave out --data")
     out, seeds = options.out or Path("runs") / f"results-{options.data}", range(options.seeds)
     if not options.table:
         out.mkdir(parents=True, exist_ok=True)
-        grid(options.data, options.methods, seeds, out, options.data_dir, options.workers, options.threads)
-    lines, rows = table(options.methods, seeds, out)
+        rules = ("steps", *DENSE) if options.dense else ("steps", "time")
+        grid(options.data, rules, options.methods, seeds, out, options.data_dir, options.workers, options.threads)
+    lines, rows = (dense_table if options.dense else table)(options.methods, seeds, out)
     if not rows:
         raise RunError(f"{out} holds no finished rows; run without --table")
     facts = bench.machine(mlo_mae.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
     facts["threads"] = options.threads
     header = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    explanation = ("All weights learn, with one linear layer on every patch's token: " + ", ".join(
+        f"{task} {recipe['epochs']} epochs" for task, (_, _, recipe) in DENSE.items()) + ".") if options.dense else (
+        "Epochs and\nseconds are pretraining's; \"no pretraining\" fine-tunes for as long instead.")  # fmt: skip
     text = "\n".join([f"`python {shlex.join(['results.py', *sys.argv[1:]])}`", "", header, "", *lines, "",
                       "Mean ± standard deviation over seeds, on the test split; \"against MAE\" is the mean paired difference in points with its 95 %",
-                      "confidence interval (Student's t), and in how many seeds the method is better : worse. Epochs and seconds are pretraining's;",
-                      "\"no pretraining\" fine-tunes for as long instead."])  # fmt: skip
+                      "confidence interval (Student's t), and in how many seeds the method is better : worse. " + explanation])  # fmt: skip
     print(text)
+    if options.dense:
+        if options.save:
+            write_whole(Path(__file__).parent / "benchmarks" / f"results-{options.data}-dense.md", (text + "\n").encode())
+        return {"verb": "results", "machine": facts, "rows": rows}
     figure(options.methods, seeds, out, out / "results.png")
     if options.save:
         folder = Path(__file__).parent / "benchmarks"

@@ -191,18 +191,18 @@ def average_precision(found, truth):
 
     found: of each image, its boxes [n, 6] (corners, score, class); truth: its true boxes [m, 5]. The precision at a recall
     is the best at that recall or any higher one, and the mean is over recalls of 0, 0.01, ..., 1."""
-    per_class = []
-    for label in torch.cat(truth)[:, 4].unique():
-        scores, right, total = [], [], 0
+    per_class, labels = [], torch.cat(truth)[:, 4]
+    for label in labels.unique():
+        scores, right = [torch.zeros(0)], [torch.zeros(len(THRESHOLDS), 0, dtype=torch.bool)]
         for boxes, there in zip(found, truth):
-            boxes, there = boxes[boxes[:, 5] == label], there[there[:, 4] == label]
-            boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)]
-            scores.append(boxes[:, 4])
-            right.append(matches(boxes, there))
-            total += len(there)
+            boxes = boxes[boxes[:, 5] == label]
+            if len(boxes):
+                boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)]
+                scores.append(boxes[:, 4])
+                right.append(matches(boxes, there[there[:, 4] == label]))
         order = torch.cat(scores).argsort(descending=True, stable=True)
         right = torch.cat(right, dim=1)[:, order].double().cumsum(1)  # [10, n]: how many of the best are right
-        recall = right / total
+        recall = right / (labels == label).sum()
         precision = right / torch.arange(1, len(order) + 1)
         precision = F.pad(precision.flip(1).cummax(1).values.flip(1), (0, 1)) if len(order) else torch.zeros(len(right), 1)
         steps = torch.linspace(0, 1, 101, dtype=torch.float64).expand(len(right), -1).contiguous()
@@ -271,6 +271,7 @@ DETECT = finetune.Task("detect", "mlo-mae detection 1", Detector, box_loss, eval
                        lambda *what: draw(*what, draw_boxes))  # fmt: skip
 TASKS = {"segment": (SEGMENT, "masks"), "detect": (DETECT, "boxes")}  # and what they need for labels
 SETTINGS = [field for field in finetune.SETTINGS if field.name not in ("data_dir", "skip_corrupt", "workers")]
+SETTING_NAMES = {field.name for field in SETTINGS}
 ARCHITECTURE = ("preset", "patch_size", "width", "depth", "heads")  # which a run has settled
 
 
@@ -324,7 +325,7 @@ def parse(argv):
 
 def run_command(task, run, out, resume, ignore=data.IGNORED, **flags):
     """Run one task; returns what its last line reports."""
-    settings = {field.name: flags.pop(field.name) for field in SETTINGS if field.name in flags}
+    settings = {name: flags.pop(name) for name in SETTING_NAMES & flags.keys()}
     recipe = Recipe(**flags)
     finetune.check(recipe)
     if recipe.frozen and recipe.from_scratch:

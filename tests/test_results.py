@@ -65,10 +65,33 @@ def test_a_grid_of_tiny_runs_and_its_rules(tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"] == report["rows"]
 
 
+def test_dense_tasks_on_the_encoders_of_a_grid(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(results.DATA, "shapes", TINY)
+    for task, (measure, heading, _) in results.DENSE.items():
+        monkeypatch.setitem(results.DENSE, task, (measure, heading, dict(epochs=1, warmup_epochs=0.0)))
+    out = tmp_path / "grid"
+    arguments = ["--seeds", "1", "--workers", "1", "--out", str(out), "--dense", "--methods", "MLO-MAE", "MAE", "no pretraining"]
+    assert mlo_mae.reported("results", lambda: results.run(results.parse(arguments))) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = {row["method"]: row for row in json.loads(printed[-1])["rows"]}
+    assert list(rows) == ["MLO-MAE", "MAE", "no pretraining"] and not (out / "MAE-time-0").exists()
+    for method, row in rows.items():
+        folder = results.folder_of(out, method, "steps", 0)
+        for task, measure in (("segment", "test_miou"), ("detect", "test_ap")):
+            result = json.loads((folder / task / "result.json").read_text())
+            assert row[task] == [result[measure]] and result["train_labels"] == 192
+            config = json.loads((folder / task / "config.json").read_text())
+            assert config["recipe"]["from_scratch"] == (method == "no pretraining") and config["config"]["width"] == 8
+    (line,) = (line for line in printed if line.startswith("| MLO-MAE"))
+    assert line.split(" | ")[2] == results.difference(rows["MLO-MAE"]["segment"], rows["MAE"]["segment"])
+
+
 @pytest.mark.parametrize("arguments, part", [
     (["--methods", "MAE"], "--methods needs MLO-MAE"),
     (["--seeds", "0"], "must be at least 1"),
     (["--table", "--out", "nowhere"], "run without --table"),
+    (["--table", "--out", "nowhere", "--dense"], "run without --table"),
+    (["--dense", "--data", "cifar100"], "--dense needs images"),
 ])  # fmt: skip
 def test_what_cannot_run_ends_in_one_line(arguments, part, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
