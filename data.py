@@ -6,6 +6,7 @@
 
 Levels 1 and 2 read `splits.train`, level 3 reads `splits.val`, and `splits.test` is for the end. Small images stay on the
 device as uint8 (`Images`); folders of JPEGs are decoded by worker processes (`Folder`). Both offer the same methods.
+`load_dense` reads images whose labels are masks or boxes, for transfer.py.
 
 Randomness has no state: batch b of a stream is a function of (split, batch size, seed, b) alone. So a run that resumes at
 batch b sees the batches that it would have seen, on any device and with any number of workers.
@@ -773,7 +774,7 @@ def npz_part(part, images, labels):
 def choose(labels, limit, seed, what):
     """Indices of `limit` images at random (all if 0), as many of each class as can be; in order."""
     if limit > len(labels):
-        raise DataError(f"--limit {limit}: {what} has only {len(labels)} images")
+        raise DataError(f"--images {limit}: {what} has only {len(labels)} images")
     if not limit:
         return np.arange(len(labels))
     order = generator(seed, LIMIT).permutation(len(labels))
@@ -834,7 +835,7 @@ def load(name, data_dir, *, image_size=0, limit=0, val_fraction=0.2, seed=0, ski
     if not 0 < val_fraction < 1:
         raise DataError(f"--val-fraction {val_fraction}: must lie between 0 and 1")
     if not 0 <= image_size <= MAX_SIZE or limit < 0 or workers < 0:
-        raise DataError(f"--image-size {image_size} (0 to {MAX_SIZE}), --limit {limit} or --workers {workers} is out of range")
+        raise DataError(f"--image-size {image_size} (0 to {MAX_SIZE}), --images {limit} or --workers {workers} is out of range")
     name, data_dir = str(name), Path(data_dir)
     if name == "shapes":
         check_room(8000 * 3 * (image_size or 32) ** 2, name)

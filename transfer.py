@@ -13,8 +13,9 @@ after each epoch, the weights that do best on it are kept, and the test split is
 detection (targets, losses, boxes from predictions, average precision), pictures, command line.
 """
 
+import argparse
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,8 @@ class Detector(Dense):
 
     def __init__(self, cfg, splits, recipe):
         super().__init__(cfg, splits, recipe, len(splits.class_names) + 4)
-        nn.init.constant_(self.head.bias[:-4], -np.log(99))  # scores of 0.01, so that the many patches without an object
-        # do not drown the first steps (arXiv 1708.02002)
+        # Scores of 0.01, so that the many patches without an object do not drown the first steps (arXiv 1708.02002)
+        nn.init.constant_(self.head.bias[:-4], -np.log(99))
 
     def forward(self, images, scales=None):  # -> logits [B, L, classes], boxes [B, L, 4] in pixels: left, top, right, bottom
         found = super().forward(images, scales)
@@ -305,7 +306,8 @@ def starting_point(kind, run, recipe, settings, ignored=data.IGNORED):
 
 
 def parse(argv):
-    parser = mlo_mae.Parser(prog="transfer.py", description=__doc__, formatter_class=mlo_mae.argparse.RawDescriptionHelpFormatter)
+    parser = mlo_mae.Parser(prog="transfer.py", description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="task", required=True, metavar="segment | detect")
     for name, purpose in (("segment", "the class of every pixel"), ("detect", "boxes around objects")):
         command = commands.add_parser(name, help=purpose)

@@ -19,6 +19,7 @@ import finetune
 import mlo_mae
 import transfer
 from data import IGNORED, load_dense
+from test_data import FUZZ, memory_is_bounded, mutated
 from test_finetune import TINY
 from transfer import Recipe
 
@@ -259,6 +260,37 @@ def test_folders_of_boxes_that_cannot_be_used(tmp_path):
     (root / "annotations" / "instances_train.json").write_text("{}")
     with pytest.raises(data.DataError, match="leave one of them"):
         load_dense(root, "boxes", image_size=16)
+
+
+@pytest.mark.parametrize("kind, write", [("masks", write_masked), ("boxes", write_coco)])
+def test_fuzz(tmp_path, kind, write):
+    """Damaged files give valid splits or one line, as in test_data.py."""
+    root = write(tmp_path / "a")
+    paths, accepted = sorted(path for path in root.rglob("*.*") if path.is_file()), 0
+    described = [path for path in paths if path.suffix in (".png", ".json")]
+    for number in range(FUZZ):
+        rng = np.random.default_rng([number, *kind.encode()])
+        path = (described if number % 3 else paths)[rng.integers(len(described if number % 3 else paths))]
+        whole = path.read_bytes()
+        path.write_bytes(mutated(whole, rng))
+        try:
+            splits = load_dense(root, kind, image_size=8)
+            for split in (splits.train, splits.val, splits.test):
+                images, labels = next(split.stream(3, 0))
+                assert images.shape == (3, 3, 8, 8) and images.isfinite().all() and labels.isfinite().all()
+                classes = labels[labels != IGNORED].int() if kind == "masks" else labels[..., 4]
+                assert classes.numel() == 0 or -1 <= classes.min() and classes.max() < len(splits.class_names)
+                assert kind == "masks" or 0 <= labels[..., :4].min() and labels[..., :4].max() <= 8
+            accepted += 1
+        except data.DataError as error:
+            assert str(error).isprintable()
+        except BaseException:
+            print(f"{kind} number {number}: {path}")
+            raise
+        path.write_bytes(whole)
+    load_dense(root, kind, image_size=8)  # it was the damage
+    assert 0 < accepted < FUZZ
+    memory_is_bounded()
 
 
 @pytest.mark.parametrize("options", [dict(image_size=-1), dict(image_size=10**6), dict(limit=-1), dict(val_fraction=1.0), dict(ignored=256)])
