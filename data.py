@@ -915,19 +915,21 @@ def squashed(path, size):
             raise DataError(f"{path}: not a readable image ({error})") from None  # as PIL says it
 
 
-def squashed_all(paths, size, what):
-    """[N, 3, size, size] uint8, decoded by as many threads as there are cores."""
-    check_room(len(paths) * 3 * size**2, what)
-    images = np.empty((len(paths), 3, size, size), np.uint8)
+def decoded_all(decoder, files, size, shape, what):
+    """decoder(file, size) of each, [N, *shape] uint8, by as many threads as there are cores."""
+    check_room(len(files) * math.prod(shape), what)
+    result = np.empty((len(files), *shape), np.uint8)
     with ThreadPoolExecutor() as pool:
-        found = pool.map(squashed, paths, itertools.repeat(size))
-        for pixels, image in zip(tqdm(found, desc=f"reading {what}", total=len(paths)), images):
-            image[:] = pixels
-    return images
+        found = pool.map(decoder, files, itertools.repeat(size))
+        for row, pixels in enumerate(tqdm(found, desc=f"reading {what}", total=len(files))):
+            result[row] = pixels
+    return result
 
 
-def mask_file(path, image_path, size):
-    """A mask's file -> [size, size] uint8, of the nearest pixels. Raises DataError where it is none or not its image's."""
+def mask_file(paths, size):
+    """The file of a mask, and that of its image -> [size, size] uint8, the nearest pixels. Raises DataError where the first
+    is no mask, or not that image's."""
+    path, image_path = paths
     with blaming(path, "write it again: a PNG of its image's size, grey or with a palette, whose values are classes"):
         with Image.open(image_path, formats=list(FORMATS)) as image, Image.open(path, formats=["PNG"]) as mask:
             if mask.mode not in ("L", "P", "1"):
@@ -951,23 +953,25 @@ def masked_folder(root, size, ignored):
         if None in found.values():
             continue
         with blaming(found["image"], "make it readable"):
-            images = sorted(path for path in found["image"].iterdir() if path.name.lower().endswith(SUFFIXES) and path.name[0] != ".")
+            there = sorted(found["image"].iterdir())
+        images = [path for path in there if path.name.lower().endswith(SUFFIXES) and path.name[0] != "."]
         masks = [found["mask"] / f"{path.stem}.png" for path in images]
         if not images:
             raise DataError(f"{found['image']}: no images ({' '.join(SUFFIXES)}) in it")
-        pixels = squashed_all(images, size, f"{root}, {part}")
-        parts[part] = pixels, np.stack([mask_file(*paths, size) for paths in zip(masks, images)])
+        parts[part] = (decoded_all(squashed, images, size, (3, size, size), f"{root}, {part}"),
+                       decoded_all(mask_file, list(zip(masks, images)), size, (size, size), f"masks, {part}"))  # fmt: skip
     check_parts(root, parts, "images/train/*.jpg and masks/train/*.png, and the same in val/ or test/")
     values = [value for value in np.unique(parts["train"][1]) if value not in (IGNORED, ignored)]
     if len(values) < 2:
         raise DataError(f"{root}: its masks for training show {len(values)} classes; at least 2 are needed")
-    classes = np.full(256, 254, np.uint8)  # of each value; 254: unknown
-    classes[values], classes[[IGNORED, ignored]] = np.arange(len(values)), IGNORED
+    known = np.isin(np.arange(256), [*values, IGNORED, ignored])
+    classes = np.full(256, IGNORED, np.uint8)  # of each value
+    classes[values] = np.arange(len(values))
     for part, (images, masks) in parts.items():
-        parts[part] = images, classes[masks]
-        if (parts[part][1] == 254).any():
-            raise DataError(f"{root}: masks of {part} have the value {masks[parts[part][1] == 254][0]}, those of train do not; "
+        if not known[masks].all():
+            raise DataError(f"{root}: masks of {part} have the value {masks[~known[masks]][0]}, those of train do not; "
                             "remove it, or let --ignore name it")
+        parts[part] = images, classes[masks]
     return parts, [str(value) for value in values]
 
 
@@ -1010,7 +1014,7 @@ def coco(root, size):
             if any(os.path.isabs(name) or ".." in Path(name).parts for name in names):
                 raise ValueError("a file name that leads out of its folder")
         folder = root / files[0].stem.removeprefix("instances_")
-        parts[part] = squashed_all([folder / name for name in names], size, f"{root}, {part}"), labels
+        parts[part] = decoded_all(squashed, [folder / name for name in names], size, (3, size, size), f"{root}, {part}"), labels
     check_parts(root, parts, "annotations/instances_train*.json, instances_val*.json and the images in train*/ and val*/")
     return parts, class_names
 

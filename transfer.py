@@ -85,7 +85,9 @@ def evaluate_pixels(model, split):
         pairs = labels[counted].long() * classes + logits.argmax(1)[counted]
         confusion = confusion + torch.bincount(pairs, minlength=classes**2).view(classes, classes).double()
     right, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
-    return {"miou": (right / union)[union > 0].mean().item(), "pixels": (right.sum() / confusion.sum()).item()}
+    shares = right / union.clamp_min(1)
+    return {"miou": (shares.sum() / (union > 0).sum().clamp_min(1)).item(),
+            "pixels": (right.sum() / confusion.sum().clamp_min(1)).item()}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ detection
@@ -191,8 +193,9 @@ def average_precision(found, truth):
     """COCO's average precision: {"ap": mean over IoU 0.50 to 0.95, "ap50": at 0.50}, over the classes that are there.
 
     found: of each image, its boxes [n, 6] (corners, score, class); truth: its true boxes [m, 5]. The precision at a recall
-    is the best at that recall or any higher one, and the mean is over recalls of 0, 0.01, ..., 1."""
-    per_class, labels = [], torch.cat(truth)[:, 4]
+    is the best at that recall or any higher one, and the mean is over recalls of 0, 0.01, ..., 1. Crowds, whose boxes COCO
+    neither rewards nor punishes, are not known here."""
+    per_class, labels = [torch.zeros(0, len(THRESHOLDS))], torch.cat(truth)[:, 4]
     for label in labels.unique():
         scores, right = [torch.zeros(0)], [torch.zeros(len(THRESHOLDS), 0, dtype=torch.bool)]
         for boxes, there in zip(found, truth):
@@ -207,8 +210,8 @@ def average_precision(found, truth):
         precision = right / torch.arange(1, len(order) + 1)
         precision = F.pad(precision.flip(1).cummax(1).values.flip(1), (0, 1)) if len(order) else torch.zeros(len(right), 1)
         steps = torch.linspace(0, 1, 101, dtype=torch.float64).expand(len(right), -1).contiguous()
-        per_class.append(precision.gather(1, torch.searchsorted(recall.contiguous(), steps)).mean(1))  # [10]
-    mean = torch.stack(per_class).mean(0)
+        per_class.append(precision.gather(1, torch.searchsorted(recall.contiguous(), steps)).mean(1)[None])  # [1, 10]
+    mean = torch.cat(per_class).sum(0) / max(1, len(per_class) - 1)
     return {"ap": mean.mean().item(), "ap50": mean[0].item()}
 
 

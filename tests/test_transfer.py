@@ -109,11 +109,16 @@ def test_boxes_move_with_their_images():
 def test_a_box_that_is_moved_out_of_the_image_is_none():
     box = torch.tensor([[[0, 0, 2, 2, 3], [4, 4, 16, 16, 1], [0, 0, 0, 0, -1]]], dtype=torch.float32)
     split = data.Boxed(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), box, (0.0,) * 3, (1.0,) * 3)
-    move = torch.tensor([4])  # of 0 to 4: two pixels down and right
-    assert split.moved_labels(box, move, move, torch.tensor([False])).tolist() == [[[0, 0, 0, 0, -1], [2, 2, 14, 14, 1], [0, 0, 0, 0, -1]]]
-    assert split.moved_labels(box, move, move, torch.tensor([True]))[0, 1].tolist() == [2, 2, 14, 14, 1]
-    assert split.moved_labels(box, move - 4, move - 2, torch.tensor([True]))[0, :2].tolist() == [[12, 2, 14, 4, 3], [0, 6, 10, 16, 1]] \
-        or split.moved_labels(box, move - 2, move - 4, torch.tensor([True]))[0, 0, 4] == 3  # fmt: skip
+
+    def moved(top, left, flip):  # 0 to 4: by 2 pixels down or right, to 2 up or left
+        return split.moved_labels(box, *map(torch.tensor, ([top], [left], [flip]))).tolist()[0]
+
+    none = [0, 0, 0, 0, -1]
+    assert moved(4, 4, False) == [none, [2, 2, 14, 14, 1], none]
+    assert moved(4, 4, True)[1] == [2, 2, 14, 14, 1]
+    assert moved(0, 2, False)[:2] == [[0, 2, 2, 4, 3], [4, 6, 16, 16, 1]]
+    assert moved(0, 2, True)[:2] == [[14, 2, 16, 4, 3], [0, 6, 12, 16, 1]]
+    assert moved(3, 2, False)[0] == [0, 0, 2, 1, 3]  # a pixel's breadth is left
 
 
 # ----------------------------------------------------------------------------------------------------- own folders
@@ -221,7 +226,7 @@ def test_masks_of_one_class_teach_nothing(tmp_path):
         load_dense(write_masked(tmp_path, values=(4, 255)), "masks", image_size=16)
 
 
-annotation = coco_content()["annotations"][0]
+annotation, small = coco_content()["annotations"][0], {"id": 10, "file_name": "0.jpg", "width": 4, "height": 4}
 BOX_FAULTS = {
     "a category": (dict(annotations=[annotation | {"category_id": 6}]), "KeyError"),
     "an image": (dict(annotations=[annotation | {"image_id": 1}]), "KeyError"),
@@ -229,12 +234,12 @@ BOX_FAULTS = {
     "a negative breadth": (dict(annotations=[annotation | {"bbox": [1, 2, -3, 4]}]), "a box [1, 2, -3, 4]"),
     "not a number": (dict(annotations=[annotation | {"bbox": [1, math.nan, 3, 4]}]), "a box"),
     "infinite": (dict(annotations=[annotation | {"bbox": [1, 2, 3, math.inf]}]), "a box"),
-    "no width": (dict(images=[{"id": 10, "file_name": "0.jpg", "width": 0, "height": 4}], annotations=[annotation]), "damaged"),
+    "no width": (dict(images=[small | {"width": 0}], annotations=[annotation]), "damaged"),
     "no boxes": (dict(annotations=[]), "up to 0 boxes"),
     "no categories": (dict(categories=[]), "0 categories"),
     "doubled categories": (dict(categories=[{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]), "2 categories, 1 of them"),
-    "a way out": (dict(images=[{"id": 10, "file_name": "../0.jpg", "width": 4, "height": 4}], annotations=[annotation]), "out of its folder"),
-    "an absent image": (dict(images=[{"id": 10, "file_name": "9.jpg", "width": 4, "height": 4}], annotations=[annotation]), "9.jpg"),
+    "a way out": (dict(images=[small | {"file_name": "../0.jpg"}], annotations=[annotation]), "out of its folder"),
+    "an absent image": (dict(images=[small | {"file_name": "9.jpg"}], annotations=[annotation]), "9.jpg"),
     "a list": (dict(images={"a": 1}), "damaged"),
 }  # fmt: skip
 
@@ -293,10 +298,10 @@ def test_fuzz(tmp_path, kind, write):
     memory_is_bounded()
 
 
-@pytest.mark.parametrize("options", [dict(image_size=-1), dict(image_size=10**6), dict(limit=-1), dict(val_fraction=1.0), dict(ignored=256)])
-def test_options_out_of_range(options):
+@pytest.mark.parametrize("option, value", [("image_size", -1), ("image_size", 10**6), ("limit", -1), ("val_fraction", 1.0), ("ignored", 256)])
+def test_options_out_of_range(option, value):
     with pytest.raises(data.DataError, match="out of range"):
-        load_dense("shapes", "masks", **options)
+        load_dense("shapes", "masks", **{option: value})
 
 
 # --------------------------------------------------------------------------------------------------- segmentation
@@ -319,6 +324,8 @@ def test_intersection_over_union_is_of_the_whole_split():
     split = Fixed(*((F.one_hot(f, 4).movedim(-1, 1).float(), t) for f, t in zip(found[:, None], truth[:, None])))
     result = transfer.evaluate_pixels(lambda images: images, split)
     assert result == {"miou": pytest.approx((2 / 3 + 3 / 5 + 0) / 3), "pixels": pytest.approx(5 / 7)}
+    nothing = Fixed((torch.zeros(1, 4, 2, 2), torch.full((1, 2, 2), IGNORED, dtype=torch.uint8)))
+    assert transfer.evaluate_pixels(lambda images: images, nothing) == {"miou": 0, "pixels": 0}
 
 
 def test_pixels_without_a_class_do_not_teach():
@@ -445,8 +452,8 @@ def test_worse_boxes_of_the_same_class_are_suppressed():
     logits = torch.randn(3, 40, 2, generator=generator) - 1
     found, suppressed = transfer.detections(logits, boxes, 24), 0
     for image in range(3):
-        pairs = sorted(((score, j, label) for j, row in enumerate(logits[image].sigmoid().tolist()) for label, score in enumerate(row)), reverse=True)
-        kept = []
+        rows, kept = logits[image].sigmoid().tolist(), []
+        pairs = sorted(((score, j, label) for j, row in enumerate(rows) for label, score in enumerate(row)), reverse=True)
         for score, j, label in pairs[:100]:
             box = boxes[image, j].clamp(0, 24)
             beaten = any(label == other[5] and transfer.overlap(box, torch.tensor(other[:4]))[0] > 0.5 for other in kept)
@@ -467,12 +474,13 @@ def test_average_precision_by_hand():
     assert result["ap50"] == pytest.approx((loose + 1) / 2)
     assert result["ap"] == pytest.approx((0.6 * loose + 0.4 * strict + 1) / 2)
     assert transfer.average_precision([torch.zeros(0, 6)] * 2, truth) == {"ap": 0, "ap50": 0}
+    assert transfer.average_precision(found, [torch.zeros(0, 5)] * 2) == {"ap": 0, "ap50": 0}  # nothing is there
 
 
 def random_boxes(seed, images=30, classes=3):
     generator = torch.Generator().manual_seed(seed)
 
-    def some(count, jitter=None):
+    def some(count):
         low = torch.rand(count, 2, generator=generator) * 40
         return torch.cat([low, low + 5 + 15 * torch.rand(count, 2, generator=generator)], 1)
 
@@ -488,7 +496,7 @@ def random_boxes(seed, images=30, classes=3):
     return found, truth
 
 
-def test_average_precision_is_cocos(capsys):
+def test_average_precision_is_cocos():
     coco, cocoeval = pytest.importorskip("pycocotools.coco"), pytest.importorskip("pycocotools.cocoeval")
     found, truth = random_boxes(0)
 
