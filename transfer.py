@@ -260,11 +260,12 @@ def draw_boxes(axes, found, boxes, class_names):
     found = detections(*found, size).cpu()
     for row, shown, least in zip(axes, (boxes, found[..., [0, 1, 2, 3, 5, 4]]), (0, 0.3)):
         for axis, rows in zip(row, shown.numpy()):
-            for left, top, right, bottom, label, *score in rows:
+            for left, top, right, bottom, label, *score in rows[::-1]:  # the best last, above the others
                 if label >= 0 and min(score, default=1) >= least:
-                    axis.plot(np.array([left, right, right, left, left]) - 0.5, np.array([top, top, bottom, bottom, top]) - 0.5,
-                              color="red", linewidth=1)  # fmt: skip
-                    axis.set_title(class_names[int(label)], fontsize=7, pad=2)
+                    x, y = np.array([left, right, right, left, left]) - 0.5, np.array([top, top, bottom, bottom, top]) - 0.5
+                    axis.plot(x, y, color="red", linewidth=1)
+                    axis.text(x[0], y[0], class_names[int(label)], fontsize=6, color="white", verticalalignment="top",
+                              bbox={"facecolor": "red", "linewidth": 0, "pad": 1}, clip_on=True)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------- command line
