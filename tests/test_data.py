@@ -699,7 +699,7 @@ def test_bad_folders(tmp_path):
     refused("without images", "dog", name=changed(lambda root: emptied(root / "val" / "dog")))
     refused("1 class folders", name=changed(lambda root: (root / "train" / "dog").rename(root / "dog")))
     refused("bird", "train/ does not have", name=changed(lambda root: (root / "val" / "dog").rename(root / "val" / "bird")))
-    refused("limit 11", name=changed(lambda root: None), limit=11)
+    refused("--images 11", name=changed(lambda root: None), limit=11)
     if sys.platform == "linux":
         refused(name=changed(lambda root: os.symlink("loop", root / "train" / "loop")))
         refused("loop.jpg", name=changed(lambda root: os.symlink("loop.jpg", root / "train" / "dog" / "loop.jpg")))
