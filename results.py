@@ -268,6 +268,11 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+NOTE = "Epochs and seconds are pretraining's; \"no pretraining\" fine-tunes for as long instead."
+DENSE_NOTE = "All weights learn, with one linear layer on every patch's token; segmentation {segment} epochs, detection {detect}.".format(
+    **{task: recipe["epochs"] for task, (_, _, recipe) in DENSE.items()})  # fmt: skip
+
+
 def run(options):
     if "MAE" not in options.methods or "MLO-MAE" not in options.methods:
         raise RunError("--methods needs MLO-MAE, whose time is the rule, and MAE, which it is compared with")
@@ -286,24 +291,20 @@ def run(options):
     facts = bench.machine(mlo_mae.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
     facts["threads"] = options.threads
     header = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    explanation = ("All weights learn, with one linear layer on every patch's token: " + ", ".join(
-        f"{task} {recipe['epochs']} epochs" for task, (_, _, recipe) in DENSE.items()) + ".") if options.dense else (
-        "Epochs and\nseconds are pretraining's; \"no pretraining\" fine-tunes for as long instead.")  # fmt: skip
     text = "\n".join([f"`python {shlex.join(['results.py', *sys.argv[1:]])}`", "", header, "", *lines, "",
-                      "Mean ± standard deviation over seeds, on the test split; \"against MAE\" is the mean paired difference in points with its 95 %",
-                      "confidence interval (Student's t), and in how many seeds the method is better : worse. " + explanation])  # fmt: skip
+                      "Mean ± standard deviation over seeds, on the test split; \"against MAE\" is the mean paired difference in points with its",
+                      "95 % confidence interval (Student's t), and in how many seeds the method is better : worse.",
+                      DENSE_NOTE if options.dense else NOTE])  # fmt: skip
     print(text)
-    if options.dense:
-        if options.save:
-            write_whole(Path(__file__).parent / "benchmarks" / f"results-{options.data}-dense.md", (text + "\n").encode())
-        return {"verb": "results", "machine": facts, "rows": rows}
-    figure(options.methods, seeds, out, out / "results.png")
+    pictures = {}
+    if not options.dense:
+        figure(options.methods, seeds, out, out / "results.png")
+        pictures = {"": out / "results.png", "-masks": folder_of(out, "MLO-MAE", "steps", 0) / "masks-over-training.png"}
     if options.save:
-        folder = Path(__file__).parent / "benchmarks"
-        write_whole(folder / f"results-{options.data}.md", (text + "\n").encode())
-        masks = folder_of(out, "MLO-MAE", "steps", 0) / "masks-over-training.png"
-        for name, picture in (("", out / "results.png"), ("-masks", masks)):
-            write_whole(folder / f"results-{options.data}{name}.png", picture.read_bytes())
+        folder, name = Path(__file__).parent / "benchmarks", f"results-{options.data}{'-dense' * options.dense}"
+        write_whole(folder / f"{name}.md", (text + "\n").encode())
+        for suffix, picture in pictures.items():
+            write_whole(folder / f"{name}{suffix}.png", picture.read_bytes())
     return {"verb": "results", "machine": facts, "rows": rows}
 
 

@@ -313,13 +313,16 @@ def parse(argv):
     parser = mlo_mae.Parser(prog="transfer.py", description=__doc__,
                             formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     commands = parser.add_subparsers(dest="task", required=True, metavar="segment | detect")
+    layouts = {"segment": "images/<split>/*.jpg, masks/<split>/*.png", "detect": "annotations/instances_<split>*.json, <split>*/*.jpg"}
     for name, purpose in (("segment", "the class of every pixel"), ("detect", "boxes around objects")):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("run", type=Path, nargs="?", metavar="RUN_OR_CHECKPOINT",
                              help="folder of a run, or a public .pth or .safetensors; not with --from-scratch")  # fmt: skip
         mlo_mae.add_flags(command, fields(Recipe))
         group = command.add_argument_group("data, encoder and machine")
-        mlo_mae.add_flags(group, SETTINGS)
+        mlo_mae.add_flags(group, [field for field in SETTINGS if field.name != "data"])
+        group.add_argument("--data", default=argparse.SUPPRESS, metavar="str", help=f"shapes, or a folder with {layouts[name]} "
+                           "for the splits train and val, or test as well (default: the run's, if that is shapes)")  # fmt: skip
         if name == "segment":
             group.add_argument("--ignore", type=int, default=data.IGNORED, metavar="int",
                                help="value in a folder's masks that is no class, beside 255 (ADE20K: 0)")  # fmt: skip
