@@ -308,7 +308,7 @@ def evaluate(model, split):
     hits = []
     for images, labels in split.ordered(256):
         logits = model(images)  # [B, classes]
-        hits.append((logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).double().cpu())
+        hits.append((logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).cpu().double())
     hits = torch.cat(hits)  # [N, 5], at most one 1 a row
     return {"top1": hits[:, 0].mean().item()} | ({"top5": hits.sum(1).mean().item()} if logits.shape[1] > 5 else {})
 

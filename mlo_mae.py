@@ -1260,7 +1260,7 @@ def load_data(cfg, device):
 
 @torch.no_grad()
 def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
-    """How the masks of a fixed set of images stand, as {name: float}, and the masks [B, L] themselves.
+    """How the masks of a fixed set of images stand, as {name: float}, and the masks [B, L] themselves, on the CPU.
 
     p_mean, p_std, p_entropy (bits): a saturated T has entropy 0. mask_churn: share of hidden patches that were visible
     at the last evaluation; a frozen T has 0. mask_overlap: share of hidden patches that two images have in common; by
@@ -1269,6 +1269,7 @@ def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
     dimensionless but the entropy."""
     prob, _, _, mask = draw_masks(net, state.psi.params, images, state.theta.params[: net.encoder_size],
                                   net.cfg.seed, MASKS, state.iteration, 1, progress=progress)  # fmt: skip
+    prob, mask = prob.cpu(), mask.cpu()  # not every device has float64
     p = prob.double()
     entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)) / math.log(2)
     statistics = {"p_mean": p.mean(), "p_std": p.std(), "p_entropy": entropy.mean()}
@@ -1280,7 +1281,7 @@ def mask_statistics(net, state, images, objects, previous_mask, progress=1.0):
         statistics["mask_overlap"] = (times * (times - 1)).sum() / (len(mask) * (len(mask) - 1) * hidden)
     if objects is not None:
         size = net.cfg.patch_size
-        covered = rearrange(objects.float(), "b (h p) (w q) -> b (h w) (p q)", p=size, q=size).mean(-1)  # [B, L]
+        covered = rearrange(objects.cpu().float(), "b (h p) (w q) -> b (h w) (p q)", p=size, q=size).mean(-1)  # [B, L]
         statistics["object_hidden"] = (mask * covered).sum() / covered.sum() / (hidden / net.patches)
         statistics["object_weight"] = (prob * covered).sum() / covered.sum() / prob.mean()
     return {name: float(value) for name, value in statistics.items()}, mask

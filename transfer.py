@@ -83,7 +83,7 @@ def evaluate_pixels(model, split):
         logits, counted = model(images), labels != data.IGNORED
         classes = logits.shape[1]
         pairs = labels[counted].long() * classes + logits.argmax(1)[counted]
-        confusion = confusion + torch.bincount(pairs, minlength=classes**2).view(classes, classes).double()
+        confusion = confusion + torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu().double()
     right, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
     shares = right / union.clamp_min(1)
     return {"miou": (shares.sum() / (union > 0).sum().clamp_min(1)).item(),
