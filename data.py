@@ -905,14 +905,8 @@ def boxes_of(objects, labels):
 
 def squashed(path, size):
     """An image file -> [3, size, size] uint8, all of it. Raises DataError."""
-    with blaming(path, "it is listed: restore it, or list it no longer"):
-        try:
-            with open(path, "rb") as file:
-                return decode(file, size, None, whole=True)
-        except OSError as error:
-            if error.errno:
-                raise
-            raise DataError(f"{path}: not a readable image ({error})") from None  # as PIL says it
+    with blaming(path, "it is listed: put a readable image there, or list it no longer"), open(path, "rb") as file:
+        return decode(file, size, None, whole=True)
 
 
 def decoded_all(decoder, files, size, shape, what):
@@ -960,7 +954,7 @@ def masked_folder(root, size, ignored):
             raise DataError(f"{found['image']}: no images ({' '.join(SUFFIXES)}) in it")
         parts[part] = (decoded_all(squashed, images, size, (3, size, size), f"{root}, {part}"),
                        decoded_all(mask_file, list(zip(masks, images)), size, (size, size), f"masks, {part}"))  # fmt: skip
-    check_parts(root, parts, "images/train/*.jpg and masks/train/*.png, and the same in val/ or test/")
+    settle_parts(root, parts, "images/train/*.jpg and masks/train/*.png, and the same in val/ or test/")
     values = [value for value in np.unique(parts["train"][1]) if value not in (IGNORED, ignored)]
     if len(values) < 2:
         raise DataError(f"{root}: its masks for training show {len(values)} classes; at least 2 are needed")
@@ -1015,11 +1009,12 @@ def coco(root, size):
                 raise ValueError("a file name that leads out of its folder")
         folder = root / files[0].stem.removeprefix("instances_")
         parts[part] = decoded_all(squashed, [folder / name for name in names], size, (3, size, size), f"{root}, {part}"), labels
-    check_parts(root, parts, "annotations/instances_train*.json, instances_val*.json and the images in train*/ and val*/")
+    settle_parts(root, parts, "annotations/instances_train*.json, instances_val*.json and the images in train*/ and val*/")
     return parts, class_names
 
 
-def check_parts(root, parts, expected):
+def settle_parts(root, parts, expected):
+    """Without a test split, val becomes it. Raises DataError where there is no train, or nothing beside it."""
     if "train" not in parts or len(parts) < 2:
         raise DataError(f"{root}: expected {expected}")
     if "test" not in parts:

@@ -99,22 +99,32 @@ BATCHES, DROP_PATH, AUGMENT = range(100, 103)
 # ----------------------------------------------------------------------------------------------------- classifier
 
 
-class Classifier(mlo_mae.Encoder):
-    """The encoder and a linear head, under the names of timm's VisionTransformer (global_pool "token" or "avg")."""
+class Tuned(mlo_mae.Encoder):
+    """The encoder as a part of models that are trained for a task."""
 
     def __init__(self, cfg, splits, recipe):
         super().__init__(splits.image_size, cfg.patch_size, splits.channels, cfg.width, cfg.depth, cfg.heads)
-        self.pooling, self.bf16 = recipe.pooling, recipe.precision == "bf16"
+        self.bf16 = recipe.precision == "bf16"
+
+    def tokens(self, images, scales):  # [B, C, H, W], factors of the branches [depth, 2, B, 1, 1] -> [B, 1+L, D]
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            return mlo_mae.Encoder.forward(self, images, scales=scales).float()
+
+
+class Classifier(Tuned):
+    """The encoder and a linear head, under the names of timm's VisionTransformer (global_pool "token" or "avg")."""
+
+    def __init__(self, cfg, splits, recipe):
+        super().__init__(cfg, splits, recipe)
+        self.pooling = recipe.pooling
         if self.pooling == "mean":  # as MAE: average first, then a new norm in place of the pretrained one
             self.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(cfg.width, eps=1e-6)
         self.head = nn.Linear(cfg.width, len(splits.class_names))
         nn.init.trunc_normal_(self.head.weight, std=2e-5)  # MAE
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images, scales=None):  # [B, C, H, W], factors of the branches [depth, 2, B, 1, 1] -> [B, classes]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            tokens = super().forward(images, scales=scales)  # [B, 1+L, D]
-        tokens = tokens.float()
+    def forward(self, images, scales=None):  # -> [B, classes]
+        tokens = self.tokens(images, scales)  # [B, 1+L, D]
         return self.head(tokens[:, 0] if self.pooling == "cls" else self.fc_norm(tokens[:, 1:].mean(1)))
 
 
@@ -410,9 +420,9 @@ def finetune(net, theta, splits, recipe, out=None, resume=False, task=CLASSIFY):
               measure: best[measure], "epoch": best["epoch"], "epochs": recipe.epochs,
               "train_labels": len(splits.train), "val_labels": len(splits.val),
               "seconds": round(seconds + time.monotonic() - began, 1)}  # fmt: skip
-    if out and task.draw:
-        task.draw(model, splits, out)
     if out:
+        if task.draw:
+            task.draw(model, splits, out)
         write_whole(out / "result.json", json.dumps(result).encode())
     return result
 
@@ -455,7 +465,7 @@ def is_whole(content, task=CLASSIFY):
         return False
 
 
-def find_checkpoint(net, splits, recipe, out, resume, task=CLASSIFY):
+def find_checkpoint(net, splits, recipe, out, resume, task):
     """What there is to resume: None, or a checkpoint. Raises RunError where `out` is taken, or holds something else."""
     path = out / "checkpoint.pt"
     if not (resume and path.exists()):
@@ -493,16 +503,28 @@ def add_command(commands):
     parser.add_argument("--resume", action="store_true", help="continue the fine-tuning in --out, or start it")
 
 
+def is_run(run, own):
+    """Whether `run` is the folder of a run rather than a file of weights, or None. Raises RunError where it does not exist,
+    and where a setting is given that is a run's `own`."""
+    if run is not None and not run.exists():
+        raise RunError(f"{run} does not exist; give the folder of a run, or a .pth or .safetensors file")
+    if run is None or not run.is_dir():
+        return False
+    if own:
+        raise RunError(f"--{min(own).replace('_', '-')} is the run's own affair: leave it out, or leave out {run}")
+    return True
+
+
+def default_folder(run, name, preset):
+    """Where a training named so writes: into its run, or else into runs/."""
+    return run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else preset}-{name}"
+
+
 def starting_point(run, recipe, settings):
     """(Networks, theta [P1] or its encoder's part, Splits) of a run's folder; or by `settings`, with the weights of the
     public checkpoint `run`, or fresh ones without: here, and nowhere else, it is decided which weights and images a
     fine-tuning starts from. Raises RunError, data.DataError and interchange.WeightsError."""
-    if run is not None and not run.exists():
-        raise RunError(f"{run} does not exist; give the folder of a run, or a .pth or .safetensors file")
-    if run is not None and run.is_dir():
-        own = sorted(settings.keys() - mlo_mae.MACHINE_FIELDS)
-        if own:
-            raise RunError(f"--{own[0].replace('_', '-')} is the run's own affair: leave it out, or leave out {run}")
+    if is_run(run, settings.keys() - mlo_mae.MACHINE_FIELDS):
         net, state, splits = mlo_mae.open_run(run, settings.pop("device", "auto"), **settings)
         return net, state.theta.params, splits
     if recipe.from_scratch == (run is not None):
@@ -523,5 +545,5 @@ def run_command(run, out, resume, **flags):
     check(recipe)
     net, theta, splits = starting_point(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"
-    out = out or (run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else net.cfg.preset}-{name}")
+    out = out or default_folder(run, name, net.cfg.preset)
     return {"verb": "finetune", "run": str(out), **finetune(net, theta, splits, recipe, out, resume)}

@@ -66,14 +66,11 @@ def folder_of(out, method, rule, seed):
     return out / f"{method.replace(',', '').replace(' ', '-')}-{rule}-{seed}"
 
 
-def read_cell(folder, file="cell.json"):
-    """A finished cell's numbers, or None."""
-    return json.loads((folder / file).read_text()) if (folder / file).exists() else None
-
-
-def read_dense(out, method, task, seed):
-    """The numbers of a dense task, which lie in the folder of its encoder; or None."""
-    return read_cell(folder_of(out, method, "steps", seed) / task, "result.json")
+def read_cell(out, method, rule, seed):
+    """A finished cell's numbers, or None. A dense task is a cell too, in the folder of its encoder."""
+    dense = folder_of(out, method, "steps", seed) / rule / "result.json"
+    path = dense if rule in DENSE else folder_of(out, method, rule, seed) / "cell.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def run_cell(cfg, recipe, method, rule, seed, out, threads):
@@ -84,8 +81,8 @@ def run_cell(cfg, recipe, method, rule, seed, out, threads):
     torch.set_num_threads(threads)
     folder, pretrained = folder_of(out, method, rule, seed), METHODS[method] is not None
     if rule == "time":
-        budget = read_cell(folder_of(out, "MLO-MAE", "steps", seed))["seconds"]
-        pace = read_cell(folder_of(out, method, "steps", seed))
+        budget = read_cell(out, "MLO-MAE", "steps", seed)["seconds"]
+        pace = read_cell(out, method, "steps", seed)
         if pretrained:
             cfg = replace(cfg, epochs=max(1, round(cfg.epochs * budget / pace["seconds"])))
         else:  # no pretraining: its seconds go to fine-tuning
@@ -134,8 +131,7 @@ def grid(name, rules, methods, seeds, out, data_dir, workers, threads):
     """Run what is not finished, each cell as soon as what it needs is."""
 
     def finished(method, rule, seed):
-        cell = read_dense(out, method, rule, seed) if rule in DENSE else read_cell(folder_of(out, method, rule, seed))
-        return cell is not None
+        return read_cell(out, method, rule, seed) is not None
 
     cells = [(method, rule, seed) for rule in rules for seed in seeds for method in methods
              if rule != "time" or method in TIMED]  # fmt: skip
@@ -188,8 +184,8 @@ def table(methods, seeds, out):
     for rule in ("steps", "time"):
         for method in methods:
             same = "steps" if method == "MLO-MAE" else rule  # its own time is the rule
-            cells = [read_cell(folder_of(out, method, same, seed)) for seed in seeds]
-            mae = [read_cell(folder_of(out, "MAE", rule, seed)) for seed in seeds]
+            cells = [read_cell(out, method, same, seed) for seed in seeds]
+            mae = [read_cell(out, "MAE", rule, seed) for seed in seeds]
             if not all(cells) or not all(mae):
                 continue
             row = [f"equal {rule}", method, f"{np.mean([cell['epochs'] for cell in cells]):.0f}",
@@ -215,7 +211,7 @@ def dense_table(methods, seeds, out):
     for method in methods:
         row, found = [method], {}
         for task, (measure, _, _) in DENSE.items():
-            cells, mae = ([read_dense(out, name, task, seed) for seed in seeds] for name in (method, "MAE"))
+            cells, mae = ([read_cell(out, name, task, seed) for seed in seeds] for name in (method, "MAE"))
             if all(cells) and all(mae):
                 found[task] = [cell[measure] for cell in cells]
                 row += compared(found[task], [cell[measure] for cell in mae], method)
@@ -231,7 +227,7 @@ def figure(methods, seeds, out, path):
 
     runs = {method: [mlo_mae.read_metrics(folder_of(out, method, "steps", seed) / "metrics.jsonl") for seed in seeds]
             for method in methods if METHODS[method] is not None
-            and all(read_cell(folder_of(out, method, "steps", seed)) for seed in seeds)}  # fmt: skip
+            and all(read_cell(out, method, "steps", seed) for seed in seeds)}  # fmt: skip
     panels = [("object patches hidden, ratio to chance", "object_hidden"),
               ("weight p of object patches, ratio to mean", "object_weight")]  # fmt: skip
     if "object_hidden" not in runs["MAE"][0][-1]:

@@ -36,21 +36,18 @@ class Recipe(finetune.Training):
     frozen: bool = flag(False, "hold the encoder as it is, and let the head learn alone")
 
 
-class Dense(mlo_mae.Encoder):
+class Dense(finetune.Tuned):
     """The encoder, and a linear layer on every patch's token."""
 
     def __init__(self, cfg, splits, recipe, outputs):
-        super().__init__(splits.image_size, cfg.patch_size, splits.channels, cfg.width, cfg.depth, cfg.heads)
-        self.bf16 = recipe.precision == "bf16"
+        super().__init__(cfg, splits, recipe)
         self.requires_grad_(not recipe.frozen)
         self.head = nn.Linear(cfg.width, outputs)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images, scales=None):  # [B, C, H, W], factors of the branches -> [B, L, outputs]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            tokens = super().forward(images, scales=scales)  # [B, 1+L, D]
-        return self.head(tokens[:, 1:].float())
+        return self.head(self.tokens(images, scales)[:, 1:])
 
 
 # --------------------------------------------------------------------------------------------------- segmentation
@@ -277,7 +274,7 @@ DETECT = finetune.Task("detect", "mlo-mae detection 1", Detector, box_loss, eval
 TASKS = {"segment": (SEGMENT, "masks"), "detect": (DETECT, "boxes")}  # and what they need for labels
 SETTINGS = [field for field in finetune.SETTINGS if field.name not in ("data_dir", "skip_corrupt", "workers")]
 SETTING_NAMES = {field.name for field in SETTINGS}
-ARCHITECTURE = ("preset", "patch_size", "width", "depth", "heads")  # which a run has settled
+ARCHITECTURE = {"preset", "patch_size", "width", "depth", "heads"}  # which a run has settled
 
 
 def starting_point(kind, run, recipe, settings, ignored=data.IGNORED):
@@ -286,12 +283,8 @@ def starting_point(kind, run, recipe, settings, ignored=data.IGNORED):
     Raises RunError, data.DataError and interchange.WeightsError."""
     if recipe.from_scratch == (run is not None):
         raise RunError("give either a run or a file of weights, or --from-scratch")
-    if run is not None and not run.exists():
-        raise RunError(f"{run} does not exist; give the folder of a run, or a .pth or .safetensors file")
-    if run is not None and run.is_dir():
-        own, path = sorted(settings.keys() & set(ARCHITECTURE)), run / "config.json"
-        if own:
-            raise RunError(f"--{own[0].replace('_', '-')} is the run's own affair: leave it out, or leave out {run}")
+    if finetune.is_run(run, settings.keys() & ARCHITECTURE):
+        path = run / "config.json"
         if not path.exists():
             raise RunError(f"{path} does not exist; give the folder of a run")
         base = mlo_mae.read_config(path) | ({"image_size": 0, "images": 0} if "data" in settings else {})
@@ -342,7 +335,7 @@ def run_command(task, run, out, resume, ignore=data.IGNORED, **flags):
     wanted, kind = TASKS[task]
     net, theta, splits = starting_point(kind, run, recipe, settings, ignore)
     name = f"{'scratch-' * recipe.from_scratch}{task}{'-frozen' * recipe.frozen}-{recipe.seed}"
-    out = out or (run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else net.cfg.preset}-{name}")
+    out = out or finetune.default_folder(run, name, net.cfg.preset)
     return {"verb": task, "run": str(out), **finetune.finetune(net, theta, splits, recipe, out, resume, wanted)}
 
 

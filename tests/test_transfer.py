@@ -24,7 +24,7 @@ from test_finetune import TINY
 from transfer import Recipe
 
 SMALL = dict(TINY, batch_size=16, labelled_batch_size=8, epochs=1, images=200, device="cpu", checkpoint_minutes=0)
-FEW = ["--batch-size", "40", "--epochs", "2", "--images", "200", "--device", "cpu", "--checkpoint-minutes", "0"]
+FEW = ["--batch-size", "40", "--epochs", "2", "--device", "cpu", "--checkpoint-minutes", "0"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -576,7 +576,7 @@ def test_it_learns(task, measure):
 @pytest.fixture(scope="module", params=["segment", "detect"])
 def done(request, run, tmp_path_factory):
     out = tmp_path_factory.mktemp("dense") / request.param
-    assert command(request.param, run, *FEW[2:4], *FEW[:2], *FEW[6:], "--out", out) == 0
+    assert command(request.param, run, *FEW, "--out", out) == 0
     return request.param, out
 
 
@@ -601,7 +601,7 @@ def test_interrupted_and_resumed_ends_the_same(done, run, tmp_path, monkeypatch)
         return real[0].loss(*arguments)
 
     monkeypatch.setitem(transfer.TASKS, task, (real[0]._replace(loss=loss), real[1]))
-    words = [task, run, *FEW[:4], *FEW[6:], "--out", cut]
+    words = [task, run, *FEW, "--out", cut]
     with pytest.raises(SystemExit) as stopped:
         command(*words)
     assert stopped.value.code == 143 and not (cut / "result.json").exists()
