@@ -1,0 +1,13 @@
+"""What any run needs and no equation mentions."""
+
+
+class UserError(Exception):
+    """What the user can mend. The message is one printable line: what was found, and what to do."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: str, limit: int = 600) -> str:
+    """`text`, at most `limit` characters of it, in which nothing can steer a terminal: file names may hold anything."""
+    return "".join(c if c.isprintable() else "?" for c in text[:limit])

@@ -1,0 +1,72 @@
+"""Files that are whole or not there at all."""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from harness import UserError
+
+
+def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object], previous: Path | None = None) -> None:
+    """Write bytes, or what a function writes to an open file: to a temporary name, to disk, then in place at once.
+
+    What was in place before goes to `previous`, if given. Raises UserError where it cannot be written; `path` is then
+    as it was."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with open(temporary, "wb") as file:
+            content(file) if callable(content) else file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritable(path, error) from None
+
+
+def append_line(path: Path, row: dict) -> None:
+    """Add a row, as a line of JSON, to a file. Raises UserError where it cannot be written."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+def unwritable(path: Path, error: Exception) -> UserError:
+    """The UserError for a full disk or a folder without permission to write."""
+    cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises RuntimeError for OSError
+    reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+    return UserError(f"{path} cannot be written ({reason}); what was there before is intact: mend that, then --resume")
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The lines of a file of JSON objects, without a last one that a crash cut short.
+
+    Raises UserError where the file is absent or damaged."""
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+        lines = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
+        rows = [json.loads(line) for line in lines]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError
+        return rows
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path} is absent or damaged; move it away") from None
+
+
+def drop_rows_after(path: Path, iteration: int) -> None:
+    """Drop the rows after `iteration`, which a resumed run writes again. Raises UserError where the file is damaged."""
+    if not path.exists():
+        return
+    try:
+        kept = [row for row in read_rows(path) if row["iteration"] <= iteration]
+    except (UserError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; move it away and resume again: the run starts a new one") from None
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
