@@ -8,17 +8,20 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from harness import UserError
+
+Result = TypeVar("Result")
 
 
-class ExchangeError(Exception):
-    """What the user can mend: one line that says what is wrong and what to do."""
-
-
-def join():
-    """Join the processes that torchrun started, if it did. Raises ExchangeError where this machine has too few GPUs."""
+def join() -> None:
+    """Join the processes that torchrun started, if it did. Raises UserError where this machine has too few GPUs."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
         local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
@@ -29,17 +32,17 @@ def join():
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=count)
         if gpus:
             if local_rank >= gpus:
-                raise ExchangeError(f"{gpus} GPUs here, but process number {local_rank} (from 0); lower --nproc_per_node")
+                raise UserError(f"{gpus} GPUs here, but process number {local_rank} (from 0); lower --nproc_per_node")
             torch.cuda.set_device(local_rank)
 
 
-def leave():
+def leave() -> None:
     """End what `join` began."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def end(status):
+def end(status: int) -> NoReturn:
     """End this process. One of several that has finished ends at once: Python's own tear-down can meet a thread of the
     exchange that has not ended, and abort (seen in 1 of 24 restarted runs), whereupon torchrun calls the run failed."""
     if status == 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -49,37 +52,45 @@ def end(status):
     sys.exit(status)
 
 
-def world():
+def world() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank():
+def rank() -> int:
     """Which of them this is. Number 0 writes all files, and shows how the run goes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def share(count):
+def share(count: int) -> slice:
     """The slice of a batch of `count` that this process works on."""
     return slice(rank() * count // world(), (rank() + 1) * count // world())
 
 
-exchanging = [0.0]  # seconds that this process has spent in exchanges; one that a GPU makes does not hold it up
+exchanging = 0.0  # seconds in exchanges since `exchange_seconds` was last asked
+
+
+def exchange_seconds() -> float:
+    """How long this process has been held up by exchanges since this was last asked; those of a GPU hold up none."""
+    global exchanging
+    seconds, exchanging = exchanging, 0.0
+    return seconds
 
 
 @contextlib.contextmanager
-def exchange():
-    """Around whatever the processes do together. Raises ExchangeError where one of them has ended or cannot be reached."""
+def exchange() -> Iterator[None]:
+    """Around whatever the processes do together. Raises UserError where one of them has ended or cannot be reached."""
+    global exchanging
     began = time.monotonic()
     try:
         yield
-        exchanging[0] += time.monotonic() - began
+        exchanging += time.monotonic() - began
     except RuntimeError as error:
         reason = str(error).splitlines()[0][:200]
-        raise ExchangeError(f"the exchange with another process failed ({reason}); continue with --resume") from None
+        raise UserError(f"the exchange with another process failed ({reason}); continue with --resume") from None
 
 
-def summed(tensor):
+def summed(tensor: Tensor) -> Tensor:
     """The sum of a tensor over processes, in place."""
     if world() > 1:
         with exchange():
@@ -87,12 +98,12 @@ def summed(tensor):
     return tensor
 
 
-def average(tensor):
+def average(tensor: Tensor) -> Tensor:
     """The mean of a tensor over processes, in place."""
     return summed(tensor).div_(world()) if world() > 1 else tensor
 
 
-def gather(rows):
+def gather(rows: Tensor) -> Tensor:
     """The rows [B, ...] of all processes, in order, [world * B, ...]; derivatives reach this process's own alone."""
     if world() == 1:
         return rows
@@ -103,7 +114,7 @@ def gather(rows):
     return torch.cat(parts)
 
 
-def agree(*flags):
+def agree(*flags: int) -> list[int]:
     """The largest value of each flag over processes, so that all look, save and stop after the same iteration."""
     values = torch.tensor(flags, dtype=torch.int64)  # on the CPU: a GPU would have to be waited for
     if world() > 1:
@@ -112,7 +123,7 @@ def agree(*flags):
     return values.tolist()
 
 
-def from_first(tensors):
+def from_first(tensors: Iterable[Tensor]) -> None:
     """Give every process, in place, what process 0 has in these tensors."""
     if world() > 1:
         with exchange():
@@ -120,7 +131,7 @@ def from_first(tensors):
                 dist.broadcast(tensor, 0)
 
 
-def first_before_others(function):
+def first_before_others(function: Callable[[], Result]) -> Result:
     """function(), in process 0 before the others: it may download what they then find."""
     if rank() > 0:
         agree(0)
@@ -130,7 +141,7 @@ def first_before_others(function):
     return result
 
 
-def first_to_fail():
+def first_to_fail() -> bool:
     """Whether no other process has failed before this one, and said why."""
     try:
         return world() == 1 or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
