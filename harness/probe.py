@@ -1,0 +1,125 @@
+"""What is measured of a network while and after it is trained: linear probes of its features, statistics of its masks.
+
+Everything here works on arrays; where they come from is the caller's affair.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from data import index_batches
+from harness.schedule import schedule
+
+Labelled = tuple[Tensor, Tensor]  # features [N, D] and labels [N], on the CPU
+Probe = Callable[[Tensor], Tensor]  # features [N, D] -> logits [N, classes]
+
+
+def linear_probe(train: Labelled, val: Labelled, test: Labelled, classes: int, recipe: str = "lbfgs") -> dict[str, float]:
+    """Multinomial logistic regression on frozen features; PROBES holds the recipes.
+
+    Each recipe fits several probes to `train`; one is chosen on `val`, and `test` is then looked at once.
+    Returns {"test_accuracy", "val_accuracy": shares, and the name of what the probes differ in: its chosen value}."""
+    differ_in, fit = PROBES[recipe]
+    probes = fit(*train, classes)
+    val_accuracy = {value: accuracy(probe, *val) for value, probe in probes.items()}
+    best = max(val_accuracy, key=val_accuracy.get)
+    return {"test_accuracy": accuracy(probes[best], *test), "val_accuracy": val_accuracy[best], differ_in: best}
+
+
+def accuracy(probe: Probe, features: Tensor, labels: Tensor) -> float:
+    """Share of the features [N, D] whose label [N] gets the highest logit."""
+    return (probe(features).argmax(1) == labels).double().mean().item()
+
+
+def lbfgs_probes(train: Tensor, labels: Tensor, classes: int) -> dict[float, Probe]:
+    """L-BFGS on standardised features [N, D] and labels [N], to convergence: {weight decay: probe}."""
+    mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
+
+    def standardised(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
+        return F.pad((inputs - mean) / std, (1, 0), value=1.0)
+
+    def fit(weight_decay):
+        weight = torch.zeros(1 + train.shape[1], classes, requires_grad=True)
+        inputs = standardised(train)
+        solver = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+
+        def objective():
+            solver.zero_grad()
+            loss = F.cross_entropy(inputs @ weight, labels) + 0.5 * weight_decay * weight[1:].square().sum()
+            loss.backward()
+            return loss
+
+        solver.step(objective)
+        weight = weight.detach()
+        return lambda inputs: standardised(inputs) @ weight
+
+    return {decay: fit(decay) for decay in (1e-4, 1e-3, 1e-2, 1e-1)}
+
+
+def sgd_probes(
+    train: Tensor, labels: Tensor, classes: int, epochs: int = 90, warmup: int = 10, batch_size: int = 1024
+) -> dict[float, Probe]:
+    """MAE's probe (arXiv 2111.06377) on features [N, D] and labels [N]: BatchNorm without affine, then linear;
+    90 epochs, 10 of warmup, cosine, no weight decay: {learning rate: probe}.
+
+    Where MAE has LARS at one rate and batches of 16,384 cropped images, here SGD with momentum 0.9 has several rates."""
+    rates = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+    scale, batch_size = torch.tensor(rates)[:, None, None], min(batch_size, len(labels))
+    steps = epochs * len(labels) // batch_size
+    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
+    weight = torch.zeros(len(rates), 1 + train.shape[1], classes, requires_grad=True)  # the bias comes first
+    velocity = torch.zeros_like(weight)
+
+    def normed(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
+        return F.pad(norm(inputs), (1, 0), value=1.0)
+
+    for step, (_, indices) in zip(range(steps), index_batches(len(labels), batch_size, seed=0, start=0)):
+        # All rates learn in one pass: their probes share no parameter, so the sum of their losses trains each alone.
+        logits = normed(train[indices]) @ weight  # [R, B, classes]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[indices].repeat(len(rates)), reduction="sum") / batch_size
+        velocity = 0.9 * velocity + torch.autograd.grad(loss, weight)[0]
+        lr = schedule(step, steps, warmup * steps / epochs) * scale
+        weight = (weight - lr * velocity).detach().requires_grad_()
+    norm.eval()
+    weight = weight.detach()
+
+    def probe(number):
+        return lambda inputs: normed(inputs) @ weight[number]
+
+    return {rate: probe(number) for number, rate in enumerate(rates)}
+
+
+PROBES = {"lbfgs": ("weight_decay", lbfgs_probes), "mae": ("learning_rate", sgd_probes)}  # what probes differ in, and the fit
+
+
+def mask_statistics(
+    prob: Tensor, mask: Tensor, previous_mask: Tensor | None, objects: Tensor | None, patch_size: int
+) -> dict[str, float]:
+    """How the masks of a fixed set of images stand, as {name: float}.
+
+    prob [B, L]: p; mask [B, L]: 1 where hidden, as many in each image; previous_mask: the same at the last evaluation;
+    objects [B, H, W]: pixels that belong to an object. Prob and masks are on the CPU, since not every device has float64.
+
+    p_mean, p_std, p_entropy (bits): a saturated T has entropy 0. mask_churn: share of hidden patches that were visible
+    at the last evaluation; a frozen T has 0. mask_overlap: share of hidden patches that two images have in common; by
+    chance it is the mask ratio, and 1 where T ignores the image. object_hidden: how often a pixel of the object is
+    hidden, as a ratio to chance (1 = T does not see objects); object_weight: p there, as a ratio to the mean of p. All
+    dimensionless but the entropy."""
+    p, (count, patches), hidden = prob.double(), mask.shape, int(mask[0].sum())
+    entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)) / math.log(2)
+    statistics = {"p_mean": p.mean(), "p_std": p.std(), "p_entropy": entropy.mean()}
+    if previous_mask is not None:
+        statistics["mask_churn"] = (mask * (1 - previous_mask)).sum(1).mean() / hidden
+    if count > 1:
+        times = mask.double().sum(0)  # [L] images that hide each patch
+        statistics["mask_overlap"] = (times * (times - 1)).sum() / (count * (count - 1) * hidden)
+    if objects is not None:
+        pixels = rearrange(objects.cpu().float(), "b (h p) (w q) -> b (h w) (p q)", p=patch_size, q=patch_size)
+        covered = pixels.mean(-1)  # [B, L]
+        statistics["object_hidden"] = (mask * covered).sum() / covered.sum() / (hidden / patches)
+        statistics["object_weight"] = (prob * covered).sum() / covered.sum() / prob.mean()
+    return {name: float(value) for name, value in statistics.items()}
