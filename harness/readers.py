@@ -1,0 +1,605 @@
+"""Files that nobody vouches for, read into arrays: images, folders of images, CIFAR's archives and .npz files.
+
+Nothing in a file is executed, no size that a file claims is believed before it is checked, and whatever is wrong with a
+file ends in a `UserError` that names it and says what to do. `data.py` makes splits and batches of these arrays.
+"""
+
+import hashlib
+import io
+import itertools
+import math
+import multiprocessing
+import os
+import pickletools
+import shutil
+import signal
+import tarfile
+import tempfile
+import threading
+import urllib.request
+import warnings
+import zipfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from harness import UserError
+from harness.randomness import numpy_generator
+
+MAX_FILE = 2**28  # bytes of one CIFAR file (the largest has 155 MB)
+MAX_RESIDENT = 2**35  # bytes of images kept in memory
+MAX_CLASSES = 100_000
+Key = tuple[int, ...]  # of a random generator
+Parts = dict[str, tuple[np.ndarray, ...]]  # of each split: images [N, C, H, W] uint8, labels, and what else it has
+
+
+@contextmanager
+def blaming(path: str | Path, remedy: str) -> Iterator[None]:
+    """Turn whatever goes wrong with this file into a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}; {remedy}") from None
+    except Exception as error:  # damaged files raise what they like: ValueError, KeyError, zlib.error, MemoryError...
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {str(error)[:200]}); {remedy}") from None
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The bytes of a regular file of at most so many. Raises OSError, ValueError."""
+    if not path.is_file():  # a pipe would block
+        raise OSError("no such file")
+    with open(path, "rb") as file:
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise ValueError(f"more than {most} bytes")
+    return raw
+
+
+def check_room(size: int, name: str) -> None:
+    """Raise UserError where so many bytes of images are too many to keep in memory."""
+    if size > MAX_RESIDENT:
+        raise UserError(f"--data {name}: {size} bytes of images are too many to keep in memory; use a smaller --image-size")
+
+
+# ------------------------------------------------------------------------------------------------------ image files
+
+FORMATS = {"JPEG": ".jpg .jpeg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "PPM": ".ppm .pgm"}
+SUFFIXES = tuple(" ".join(FORMATS.values()).split())
+
+
+def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """(left, top, width, height) of a random crop as MAE's RandomResizedCrop: 20 to 100 % of the area, 3/4 to 4/3 in ratio."""
+    for _ in range(10):
+        area, ratio = width * height * rng.uniform(0.2, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.integers(0, width - w + 1), rng.integers(0, height - h + 1), w, h
+    w, h = min(width, height * 4 / 3), min(height, width * 4 / 3)  # a very long image: its middle
+    return (width - w) / 2, (height - h) / 2, w, h
+
+
+def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | None, whole: bool = False) -> np.ndarray:
+    """One image file -> [3, size, size] uint8: cropped and flipped at random with `rng`, else the middle 224/256 of it.
+
+    With `whole`, all of it, squashed into the square. Raises whatever PIL raises where it cannot, and ValueError for
+    decompression bombs.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about bombs, which are refused here
+        image = Image.open(file, formats=list(FORMATS))
+        width, height = image.size
+        if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(f"{width} x {height} pixels are too many")
+        w = h = min(width, height) * 224 / 256
+        left, top = (width - w) / 2, (height - h) / 2
+        if whole:
+            left, top, w, h = 0, 0, width, height
+        elif rng:
+            left, top, w, h = crop_box(width, height, rng)
+        # JPEGs decode at 1/2, 1/4 or 1/8 for less work: the smallest that still gives the crop `size` pixels
+        image.draft(None, (max(1, int(width * size / w)), max(1, int(height * size / h))))
+        if image.mode.startswith("I"):  # 16-bit grey
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        x, y = image.width / width, image.height / height  # what draft made of the size
+        box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
+        pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    if rng and rng.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return pixels.transpose(2, 0, 1)
+
+
+# --------------------------------------------------------------------------------------- folders, and their decoding
+
+
+def list_images(root: str, part: str, class_names: list[str] | None = None) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The images in root/part/<class>/ at any depth: class names, paths relative to root [N] bytes, labels [N] int64.
+
+    Links to folders inside a class are not followed (they may go round in circles). Raises UserError where there are no
+    images, fewer than two classes, or a class beside `class_names`, if those are given.
+    """
+
+    def entries(folder: str) -> list[os.DirEntry]:
+        return sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+
+    with blaming(os.path.join(root, part), "make it readable"):
+        names = [entry.name for entry in entries(part) if entry.is_dir() and entry.name[0] != "."]
+        if class_names is None and not 2 <= len(names) <= MAX_CLASSES:
+            found = f"{len(names)} class folders; images are expected in {part}/<class>/, for 2 to {MAX_CLASSES} classes"
+            raise UserError(f"{os.path.join(root, part)}: {found}")
+        class_names = class_names or names
+        label_of = {name: label for label, name in enumerate(class_names)}
+        paths, labels = [], []
+        for name in names:
+            before, todo = len(paths), [os.path.join(part, name)]
+            if name not in label_of:
+                raise UserError(f"{os.path.join(root, part, name)}: a class that train/ does not have; remove it")
+            while todo:
+                folder = todo.pop()
+                for entry in entries(folder):
+                    if entry.is_dir(follow_symlinks=False):
+                        todo.append(os.path.join(folder, entry.name))
+                    elif entry.name.lower().endswith(SUFFIXES) and entry.name[0] != "." and entry.is_file():
+                        paths.append(os.fsencode(os.path.join(folder, entry.name)))
+            if len(paths) == before:
+                empty = f"a class without images ({' '.join(SUFFIXES)}); add some, or remove the folder"
+                raise UserError(f"{os.path.join(root, part, name)}: {empty}")
+            labels += [label_of[name]] * (len(paths) - before)
+    if not paths:
+        raise UserError(f"{os.path.join(root, part)}: no images; they are expected in {part}/<class>/")
+    return class_names, np.array(paths), np.array(labels, np.int64)
+
+
+class Files(NamedTuple):
+    """All that a worker process needs to know. A list of millions of paths is one array, cheap to share and to send."""
+
+    root: str
+    size: int  # pixels of a side
+    skip_corrupt: bool  # use the next image in place of one that cannot be decoded
+    paths: dict[str, np.ndarray]  # of each split: [N] bytes, relative to root
+    labels: dict[str, np.ndarray]  # of each split: [N] int64
+
+    def batch(self, split: str, indices: np.ndarray, keys: list[Key] | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """images [B, 3, size, size] uint8, labels [B] int64; each cropped and flipped by its random key, unless keys is None.
+
+        Raises UserError for an image that cannot be decoded."""
+        images = torch.empty(len(indices), 3, self.size, self.size, dtype=torch.uint8)
+        labels = torch.empty(len(indices), dtype=torch.int64)
+        for j, i in enumerate(indices):
+            labels[j] = self.read(split, int(i), keys[j] if keys else None, images[j].numpy())
+        return images, labels
+
+    def read(self, split: str, first: int, key: Key | None, out: np.ndarray) -> int:
+        """Decode image `first` into out, or if that cannot be decoded and is to be skipped, the next that can; its label."""
+        count = len(self.labels[split])
+        for i in itertools.islice(itertools.cycle(range(count)), first, first + count):
+            path = os.path.join(self.root, os.fsdecode(self.paths[split][i]))
+            with blaming(path, "it was there when the folder was listed: restore it, or start again"):
+                file = open(path, "rb")
+            try:
+                with file:
+                    out[:] = decode(file, self.size, numpy_generator(*key) if key else None)
+                return self.labels[split][i]
+            except Exception as error:
+                if not self.skip_corrupt:
+                    reason = f"not a readable image ({type(error).__name__}: {str(error)[:200]})"
+                    remedy = "delete it, or pass --skip-corrupt to use the next image in its place"
+                    raise UserError(f"{path}: {reason}; {remedy}") from None
+        raise UserError(f"{self.root}: none of the {count} images of the {split} split can be decoded")
+
+
+class Decoder:
+    """Decodes batches of Files: here, or where there are workers, in that many processes and ahead of need."""
+
+    def __init__(self, files: Files, workers: int = 0):
+        self.files, self.ahead = files, 2 * workers
+        self.executor = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(files,)) if workers else None
+
+    def decoded(
+        self, split: str, requests: Iterable[tuple[np.ndarray, list[Key] | None]]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`Files.batch` of each (indices [B], random keys or None), in order. Raises UserError as that does, and where a
+        worker dies."""
+        pending = deque()
+        try:
+            for indices, keys in requests:
+                if not self.executor:
+                    yield self.files.batch(split, indices, keys)
+                    continue
+                pending.append(self.executor.submit(work, split, indices, keys))
+                if len(pending) > self.ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except UserError as error:
+            raise UserError(str(error)) from None  # without the worker's traceback
+        except (RuntimeError, OSError) as error:  # BrokenProcessPool is a RuntimeError
+            problem = f"a process that decodes images died or ran out of memory ({error})"
+            remedy = "start again with fewer --workers, or --workers 0, or more room in /dev/shm"
+            raise UserError(f"{self.files.root}: {problem}; {remedy}") from None
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+files_here: Files  # in a worker process alone, which is told of them once
+
+
+def start_worker(files: Files) -> None:
+    """What a worker process does first."""
+    global files_here
+    files_here = files
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def outlive_nobody() -> None:  # a main process that is killed cannot stop its workers
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=outlive_nobody, daemon=True).start()
+
+
+def work(split: str, indices: np.ndarray, keys: list[Key] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`Files.batch`, in a worker process."""
+    return files_here.batch(split, indices, keys)
+
+
+# ------------------------------------------------------------------------------------------------------------ pickles
+
+ARRAY_PARTS = {"_codecs.encode", "numpy.ndarray", "numpy.dtype"} | {
+    f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray._reconstruct", "numeric._frombuffer")
+}
+
+
+class Stub:
+    """Stands for an object that unpickling would have built: its name, arguments and state. Nothing is run."""
+
+    def __init__(self, name: str, args: tuple = ()):
+        self.name, self.args, self.state = name, args, None
+
+
+def as_text(value: object) -> object:
+    """Bytes as str of code points 0 to 255; all else as it is."""
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
+def unpickle(raw: bytes) -> object:
+    """The value of a pickle that holds dicts, lists, tuples, strings, small numbers and arrays (as Stubs). Runs nothing.
+
+    It reads the opcodes itself (protocols 2 to 5): an unpickler can be made to allocate without bound even if its `find_class`
+    is replaced. Python 2's strings become str of code points 0 to 255; so do the keys of dicts. Raises UserError for a pickle
+    that asks for anything to be run or built but arrays, and other exceptions for a damaged one.
+    """
+    stack, marks, memo = [], [], {}
+
+    def pop_to_mark() -> list:
+        items = stack[marks[-1] :]
+        del stack[marks.pop() :]
+        return items
+
+    for number, (opcode, value, _) in enumerate(pickletools.genops(raw)):
+        if number > 500_000:  # CIFAR-100 has 200,000
+            raise ValueError("too many opcodes")
+        match opcode.name:
+            case "BININT" | "BININT1" | "BININT2" | "SHORT_BINSTRING" | "BINSTRING" | "SHORT_BINUNICODE" | "BINUNICODE":
+                stack.append(value)
+            case "SHORT_BINBYTES" | "BINBYTES" | "BINBYTES8" | "BYTEARRAY8" | "NONE":
+                stack.append(value)
+            case "NEWTRUE" | "NEWFALSE":
+                stack.append(opcode.name == "NEWTRUE")
+            case "EMPTY_DICT":
+                stack.append({})
+            case "EMPTY_LIST":
+                stack.append([])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if value is None else value] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[value])
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(pop_to_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                count = int(opcode.name[-1])
+                stack[-count:] = [tuple(stack[-count:])]
+            case "APPEND" | "APPENDS":
+                items = pop_to_mark() if opcode.name == "APPENDS" else [stack.pop()]
+                list.extend(stack[-1], items)
+            case "SETITEM" | "SETITEMS":
+                items = pop_to_mark() if opcode.name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+                keys = [as_text(key) for key in items[::2]]
+                if not all(isinstance(key, str) for key in keys):  # nested tuples can take for ever to hash
+                    raise ValueError("a key that is not a string")
+                dict.update(stack[-1], zip(keys, items[1::2], strict=True))
+            case "GLOBAL" | "STACK_GLOBAL":
+                name = value.replace(" ", ".") if value else str.join(".", [stack.pop(), stack.pop()][::-1])
+                if name not in ARRAY_PARTS:
+                    raise UserError(f"refused: the file asks to run {name}; delete it, and fetch the data from its source")
+                stack.append(Stub(name))
+            case "REDUCE":
+                args, function = stack.pop(), stack.pop()
+                encoded = function.name == "_codecs.encode"  # how Python 3 writes bytes in protocol 2
+                stack.append(args[0].encode("latin-1") if encoded else Stub(function.name, args))
+            case "BUILD":
+                state = stack.pop()
+                stack[-1].state = state
+            case "STOP":
+                return stack.pop()
+            case other if other not in ("PROTO", "FRAME"):
+                remedy = "fetch the data from its source"
+                raise UserError(f"refused: the file asks for {other}, which arrays do not need; {remedy}")
+
+
+def pickled_pixels(stub: Stub) -> np.ndarray:
+    """[N, 3072] uint8 from the Stub of a numpy array. Raises ValueError and others where it is not that."""
+    if stub.name.endswith("_frombuffer"):
+        raw, dtype, shape, order = stub.args
+    else:
+        _, shape, dtype, order, raw = stub.state
+    raw = raw.encode("latin-1") if isinstance(raw, str) else raw
+    pixels = np.frombuffer(raw, np.uint8)
+    if dtype.args[0] not in ("u1", "|u1") or order not in (False, "C") or tuple(shape) != (len(pixels) // 3072, 3072):
+        raise ValueError("the pixels are not [N, 3072] uint8")
+    return pixels.reshape(-1, 3072)
+
+
+# -------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+class Layout(NamedTuple):
+    """One of the forms in which CIFAR is published at https://www.cs.toronto.edu/~kriz/cifar.html."""
+
+    folder: str
+    archive: str
+    md5: str  # of the archive
+    train: list[str]
+    test: str
+    meta: str  # file of class names
+    names: str  # key of the class names in it, where it is a pickle
+    labels: str | int  # key of the labels; or how many bytes of label stand before each image, of which the last counts
+
+    @property
+    def files(self) -> list[str]:
+        """All that its folder holds."""
+        return [*self.train, self.test, self.meta]
+
+
+URL = "https://www.cs.toronto.edu/~kriz/"
+CIFAR = {
+    "cifar10": [
+        Layout(
+            folder="cifar-10-batches-py",
+            archive="cifar-10-python.tar.gz",
+            md5="c58f30108f718f92721af3b95e74349a",
+            train=[f"data_batch_{i}" for i in range(1, 6)],
+            test="test_batch",
+            meta="batches.meta",
+            names="label_names",
+            labels="labels",
+        ),
+        Layout(
+            folder="cifar-10-batches-bin",
+            archive="cifar-10-binary.tar.gz",
+            md5="c32a1d4ab5d03f1284b67883e8d87530",
+            train=[f"data_batch_{i}.bin" for i in range(1, 6)],
+            test="test_batch.bin",
+            meta="batches.meta.txt",
+            names="",
+            labels=1,
+        ),
+    ],
+    "cifar100": [
+        Layout(
+            folder="cifar-100-python",
+            archive="cifar-100-python.tar.gz",
+            md5="eb9058c3a382ffc7106e4002c42a8d85",
+            train=["train"],
+            test="test",
+            meta="meta",
+            names="fine_label_names",
+            labels="fine_labels",
+        ),
+        Layout(
+            folder="cifar-100-binary",
+            archive="cifar-100-binary.tar.gz",
+            md5="03b5dce01913d631647c71ecec9e9cb8",
+            train=["train.bin"],
+            test="test.bin",
+            meta="fine_label_names.txt",
+            names="",
+            labels=2,
+        ),
+    ],
+}
+
+
+def read_cifar(name: str, data_dir: Path) -> tuple[Parts, list[str]]:
+    """{"train": (images [N, 3, 32, 32] uint8, labels [N] int64), "test": ...}, class names.
+
+    From data_dir/<folder of one of the layouts>, or data_dir itself; else from an archive there, else from a download.
+    Raises UserError.
+    """
+    classes = 10 if name == "cifar10" else 100
+    with blaming(data_dir, "make it a readable folder"):
+        here = [
+            (folder, layout)
+            for layout in CIFAR[name]
+            for folder in (data_dir / layout.folder, data_dir)
+            if any((folder / file).is_file() for file in layout.files[:-1])
+        ]
+        if not here:
+            layout = next((layout for layout in CIFAR[name] if (data_dir / layout.archive).is_file()), CIFAR[name][0])
+            if not (data_dir / layout.archive).is_file():
+                download(URL + layout.archive, data_dir / layout.archive, layout.md5)
+            unpack(data_dir / layout.archive, layout)
+            here = [(data_dir / layout.folder, layout)]
+    folder, layout = here[0]
+    train = [cifar_file(folder / file, layout, classes) for file in layout.train]
+    parts = {"train": tuple(map(np.concatenate, zip(*train))), "test": cifar_file(folder / layout.test, layout, classes)}
+    return parts, cifar_names(folder / layout.meta, layout, classes)
+
+
+def cifar_file(path: Path, layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """images [N, 3, 32, 32] uint8, labels [N] int64 of one file, checked by structure. Raises UserError."""
+    with blaming(path, f"put the one from {URL}{layout.archive} in its place"):
+        raw = read_file(path, MAX_FILE)
+        if isinstance(layout.labels, int):
+            records = np.frombuffer(raw, np.uint8).reshape(-1, layout.labels + 3072)
+            pixels, labels = records[:, layout.labels :], records[:, layout.labels - 1].astype(np.int64)
+        else:
+            content = unpickle(raw)
+            pixels, labels = pickled_pixels(content["data"]), content[layout.labels]
+            if not (isinstance(labels, list) and all(type(label) is int and 0 <= label < classes for label in labels)):
+                raise ValueError(f"the labels are not numbers from 0 to {classes - 1}")
+            labels = np.array(labels, np.int64)
+        if len(labels) == 0 or len(labels) != len(pixels) or labels.max() >= classes:
+            raise ValueError(f"{len(pixels)} images, {len(labels)} labels, the largest {labels.max(initial=-1)}")
+        return pixels.reshape(-1, 3, 32, 32), labels
+
+
+def cifar_names(path: Path, layout: Layout, classes: int) -> list[str]:
+    """The class names; numbers where the file is absent. Raises UserError."""
+    with blaming(path, "delete it"):
+        if not path.exists():
+            return [str(i) for i in range(classes)]
+        raw = read_file(path, MAX_FILE)
+        names = [as_text(name) for name in unpickle(raw)[layout.names]] if layout.names else raw.decode("latin-1").split()
+        if len(names) != classes or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"not {classes} names")
+        return names
+
+
+def download(url: str, path: Path, md5: str) -> None:
+    """Fetch a file of this md5: written under a temporary name, moved to `path` when it is whole and right.
+
+    Raises UserError where that fails, and OSError where the folder cannot be made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, digest = None, hashlib.md5(usedforsecurity=False)
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=30) as source,
+            tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".part-", delete=False) as target,
+        ):
+            part = target.name
+            size = int(source.headers["Content-Length"] or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while (chunk := source.read(2**16)) and target.tell() < MAX_FILE:
+                    target.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != md5:
+            raise ValueError(f"md5 {digest.hexdigest()}, not {md5}")
+        os.chmod(part, 0o644)  # temporary files are for their owner only
+        os.replace(part, path)
+    except Exception as error:  # no network, a full disk, a connection cut short, a page of a proxy
+        remedy = f"try again, or fetch it by other means and put it at {path}"
+        raise UserError(f"could not download {url} ({getattr(error, 'reason', error)}); {remedy}") from None
+    finally:
+        if part and os.path.exists(part):
+            os.remove(part)
+
+
+def unpack(archive: Path, layout: Layout) -> None:
+    """Unpack the files that are expected, and no others, into archive's folder / layout.folder: all of them or none.
+
+    Raises UserError."""
+    with blaming(archive, "delete it so that it is downloaded again"):
+        raw = read_file(archive, MAX_FILE)
+        md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
+        if md5 != layout.md5:
+            raise ValueError(f"md5 {md5}, not {layout.md5}")
+    wanted, folder = {f"{layout.folder}/{file}": file for file in layout.files}, archive.parent / layout.folder
+    with blaming(folder, f"make it writable with 200 MB to spare, or unpack {archive} by hand"):
+        part = tempfile.mkdtemp(dir=archive.parent, prefix=layout.folder + ".part-")
+        try:
+            with tarfile.open(fileobj=io.BytesIO(raw), mode="r:gz") as tar:
+                for member in tar:
+                    if member.name in wanted and member.isfile() and member.size <= MAX_FILE:
+                        with open(os.path.join(part, wanted[member.name]), "wb") as target:
+                            shutil.copyfileobj(tar.extractfile(member), target)
+            os.chmod(part, 0o755)
+            if not (folder / layout.test).is_file():  # else another process was faster
+                os.replace(part, folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------- .npz files
+
+
+def read_npz(path: Path) -> tuple[Parts, list[str]]:
+    """{"train": (images [N, C, H, W] uint8, labels [N] int64), "val" where it is there, "test"}, class names.
+
+    Raises UserError."""
+    with blaming(path, "make the file again (train_images, train_labels, val_..., test_... as MedMNIST has them)"):
+        parts = {}
+        with zipfile.ZipFile(path) as archive:
+            there = set(archive.namelist())
+            for part in ("train", "val", "test"):
+                absent = [name for name in (f"{part}_images", f"{part}_labels") if name + ".npy" not in there]
+                if part == "val" and len(absent) == 2:
+                    continue
+                if absent:
+                    raise UserError(f"it has no {absent[0]}")
+                parts[part] = npz_part(part, *(npz_array(archive, f"{part}_{what}") for what in ("images", "labels")))
+        shape, classes = parts["train"][0].shape, int(parts["train"][1].max()) + 1
+        if not 2 <= classes <= min(MAX_CLASSES, shape[0]):
+            raise UserError(f"train_labels go up to {classes - 1} for {shape[0]} images; number the classes 0, 1, 2...")
+        for part, (images, labels) in parts.items():
+            if images.shape[1:] != shape[1:]:
+                raise UserError(f"{part}_images are {list(images.shape[1:])}, train_images {list(shape[1:])}; make them alike")
+            if labels.max() >= classes:
+                raise UserError(f"{part}_labels has class {labels.max()}, train_labels only 0 to {classes - 1}")
+        return parts, [str(i) for i in range(classes)]
+
+
+def npz_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of a .npz, its header checked against its size before anything is allocated. Raises UserError and others."""
+    info = archive.getinfo(name + ".npy")
+    with archive.open(info) as file:
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
+        if dtype.hasobject:
+            raise UserError(f"{name} holds Python objects, which only unpickling could read; save it as a plain array")
+        if min(shape, default=1) < 1 or file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
+            raise ValueError(f"{name} has shape {list(shape)} but {info.file_size} bytes")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.file_size > MAX_RESIDENT:
+        raise UserError(f"{name} is too large ({info.file_size} bytes) or compressed in an unusual way; use np.savez")
+    if info.file_size > max(2**26, 100 * min(info.compress_size, os.path.getsize(archive.filename))):
+        bomb = f"{name} would unpack to {info.file_size} bytes, over 100 times its size, as images never do"
+        raise UserError(f"{bomb}; if it is meant, write the file with np.savez instead of np.savez_compressed")
+    with archive.open(info) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def npz_part(part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Check [N, H, W] or [N, H, W, C] uint8 and [N] or [N, 1] integers; -> [N, C, H, W], [N] int64. Raises UserError."""
+    if images.dtype != np.uint8:
+        raise UserError(f"{part}_images are {images.dtype}; save them as uint8, 0 to 255")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1] != images.shape[2]:
+        raise UserError(f"{part}_images are {list(images.shape)}; expected square ones, [N, H, H] grey or [N, H, H, 3] colour")
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{part}_labels are {labels.dtype}; save them as integers")
+    if labels.ndim > 1 and labels.shape[1] > 1:
+        raise UserError(f"{part}_labels are {list(labels.shape)}: several for an image, but the head here chooses one class")
+    if labels.shape not in ((len(images),), (len(images), 1)):
+        raise UserError(f"{part}: {len(images)} images, but labels {list(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+        raise UserError(f"{part}_labels go from {labels.min()} to {labels.max()}; number the classes 0, 1, 2...")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.reshape(-1).astype(np.int64)
