@@ -42,7 +42,7 @@ class Masked(Images):
 
 
 class Boxed(Images):
-    """Images whose labels are boxes, [N, M, 5] float32: left, top, right, bottom (pixels), class; unused rows have class -1."""
+    """Images whose labels are boxes, [N, M, 5] float32: left, top, right, bottom (pixels), class. Class -1: no box."""
 
     label_dtype = torch.float32
 
