@@ -1,6 +1,8 @@
 """Make the project's modules importable however pytest is started, and runs repeatable: one thread, here and in
 subprocesses (tiny tensors gain nothing from more)."""
 
+import faulthandler
+import functools
 import os
 import sys
 from pathlib import Path
@@ -12,6 +14,8 @@ import numpy as np
 import pytest
 import torch  # after the number of threads is set
 
+import data
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when they are first imported
 
@@ -20,6 +24,22 @@ if not torch.cuda.is_available():
 def same_draws():
     """Each test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_hang():
+    """A test that hangs, even where Python cannot interrupt it, ends the tests."""
+    faulthandler.dump_traceback_later(120 + int(os.environ.get("MLO_MAE_FUZZ", 150)), exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(scope="session")
+def drawn_once():
+    """Drawing 8,000 shapes takes two seconds; from here on, each size of them is drawn once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "shapes", functools.cache(data.shapes))
+        yield
 
 
 @pytest.fixture

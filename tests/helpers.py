@@ -1,15 +1,151 @@
-"""What several test files share: files of weights, damaged copies of files, and packages that may not be there."""
+"""What several test files share: data sets, files of weights, damaged copies of files, packages that may not be there."""
 
 import argparse
 import collections
 import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+import data
+from harness import UserError
 from harness.weights import write_safetensors
+
+FUZZ = int(os.environ.get("MLO_MAE_FUZZ", 150))  # damaged files of each kind to try
+
+# -------------------------------------------------------------------------------------------------------- data sets
+
+
+def write_npz(
+    path: Path,
+    n: int = 12,
+    size: int = 8,
+    colour: bool = True,
+    parts: tuple[str, ...] = ("train", "val", "test"),
+    save: Callable = np.savez,
+    **changes: np.ndarray | None,
+) -> Path:
+    """A file as MedMNIST has them, of noise in three classes; `changes` replace arrays, or leave them out (None)."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for part in parts:
+        arrays[f"{part}_images"] = rng.integers(0, 256, (n, size, size, 3) if colour else (n, size, size), dtype=np.uint8)
+        arrays[f"{part}_labels"] = (np.arange(n) % 3)[:, None].astype(np.uint8)
+    arrays.update(changes)
+    save(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def picture(width: int = 40, height: int = 30, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    """A smooth image."""
+    y, x = np.mgrid[:height, :width]
+    base = np.stack([x * 255 / width, y * 255 / height, 128 + 100 * np.sin(6 * x / width + 6 * y / height + seed)], -1)
+    return Image.fromarray(base.clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+def write_folder(
+    root: Path,
+    parts: tuple[tuple[str, int], ...] = (("train", 5), ("val", 3)),
+    classes: tuple[str, ...] = ("cat", "dog"),
+    suffix: str = ".jpg",
+    size: tuple[int, int] = (40, 30),
+) -> Path:
+    """Pictures in root/<part>/<class>/, so many of each."""
+    for part, count in parts:
+        for label, name in enumerate(classes):
+            (root / part / name).mkdir(parents=True)
+            for k in range(count):
+                picture(*size, seed=10 * label + k).save(root / part / name / f"{k}{suffix}")
+    return root
+
+
+def write_masked(
+    root: Path, masks: str = "masks", train: str = "train", val: str = "val", values: tuple[int, ...] = (3, 7, 200)
+) -> Path:
+    """Noise in root/images/<split>/ and masks of these values in root/<masks>/<split>/."""
+    random = np.random.default_rng(0)
+    for split, count in ((train, 6), (val, 3)):
+        for i in range(count):
+            size = (20 + i, 30)
+            for top, array in (("images", random.integers(0, 255, (*size, 3))), (masks, random.choice(values, size))):
+                folder = root / top / split
+                folder.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array.astype(np.uint8)).save(folder / f"{i}{'.png' if top == masks else '.jpg'}")
+    return root
+
+
+def coco_content(count: int = 4, **changes: object) -> dict:
+    """What COCO's files of boxes hold, for so many images; `changes` replace parts of it."""
+    images = [{"id": 10 + i, "file_name": f"{i}.jpg", "width": 40, "height": 20} for i in range(count)]
+    annotations = [
+        {"image_id": 10 + i // 2, "category_id": 5 + 4 * (i % 2), "bbox": [4 * i, 2, 8, 10], "iscrowd": 0}
+        for i in range(2 * count - 1)
+    ]
+    crowd = {"image_id": 10, "category_id": 9, "bbox": [0, 0, 40, 20], "iscrowd": 1}
+    categories = [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}]
+    return {"images": images, "annotations": [*annotations, crowd], "categories": categories} | changes
+
+
+def write_coco(root: Path, **changes: object) -> Path:
+    """A folder as COCO's, with `changes` in what it says about the images for training."""
+    (root / "annotations").mkdir(parents=True)
+    for name in ("train2017", "val2017"):
+        (root / name).mkdir()
+        content = coco_content(**(changes if name == "train2017" else {}))
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+        for i in range(4):
+            Image.new("RGB", (40, 20), (40 * i, 0, 0)).save(root / name / f"{i}.jpg")
+    return root
+
+
+def consume(splits: data.Splits) -> data.Splits:
+    """Everything that a run would do with the splits; asserts that they are what `data.load` promises."""
+    for split in (splits.train, splits.val, splits.test):
+        assert len(split) >= 1 and split.labels.dtype == torch.int64 and split.labels.shape == (len(split),)
+        assert 0 <= split.labels.min() and split.labels.max() < len(splits.class_names)
+        batches = [next(split.stream(3, seed=0)), *split.ordered(64)]
+        assert sum(len(batch.labels) for batch in batches[1:]) == len(split)
+        for images, labels in batches:
+            assert images.shape[1:] == (splits.channels, splits.image_size, splits.image_size)
+            assert images.dtype == torch.float32 and images.isfinite().all() and labels.dtype == torch.int64
+    assert len(splits.mean) == len(splits.std) == splits.channels and min(splits.std) > 0
+    return splits
+
+
+def data_refused(*words: object, name: str | Path, data_dir: str | Path = "nowhere", **options: object) -> str:
+    """Loading and reading it raises UserError, in one line, with these words in it; the line."""
+    with pytest.raises(UserError) as caught:
+        consume(data.load(name, data_dir, **options))
+    message = str(caught.value)
+    assert message.isprintable() and len(message) <= 600, message
+    for word in words:
+        assert str(word) in message, message
+    return message
+
+
+def equal(a: data.Batch, b: data.Batch) -> bool:
+    return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def take(stream: Iterator[data.Batch], count: int) -> list[data.Batch]:
+    return [batch for batch, _ in zip(stream, range(count))]
+
+
+def memory_is_bounded() -> None:
+    """Asserts that this process has never had more than 3 GiB, where the system tells."""
+    if sys.platform == "linux":
+        import resource
+
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 * 2**20  # KiB
+
 
 # ------------------------------------------------------------------------------------------------- public weights
 
