@@ -17,6 +17,11 @@ from harness.files import write_whole
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# How `grid` shows a row's values: keywords of matplotlib's imshow.
+PIXELS = {"cmap": "gray", "vmin": 0, "vmax": 1}  # colours are shown as they are; the map is for images of one channel
+PROBABILITY = {"cmap": "magma", "vmin": 0, "vmax": 1}
+PARTS = {"cmap": "nipy_spectral", "vmin": 0, "vmax": 1}  # of a part's number as a share of how many there are
+
 CURVES = {  # panels of `curves`, and which of a metrics row's numbers each one shows
     "losses": ("level1_loss", "reconstruction_error", "level2_loss", "level3_loss"),
     "masks": ("p_mean", "p_std", "p_entropy", "mask_churn", "mask_overlap"),
@@ -39,15 +44,19 @@ def as_images(patches: Tensor, patch_size: int, mean: Sequence[float], std: Sequ
     return (pixels * std + mean).clamp(0, 1).cpu().numpy()
 
 
-def grid(path: Path, rows: Sequence[tuple[str, np.ndarray, dict]]) -> None:
-    """Write a PNG of rows of small images: (title, images [N, H, W] or [N, H, W, C], keywords of matplotlib's imshow)."""
+def grid(path: Path, rows: Sequence[tuple[str, np.ndarray | Tensor, dict]]) -> None:
+    """Write a PNG of rows of small images: (title, values, style), values as images [N, H, W] or [N, H, W, C], or one for
+    each patch of a square image [N, L]; style as PIXELS is. Raises UserError where it cannot be written."""
     from matplotlib.figure import Figure
 
     columns = len(rows[0][1])
     figure = Figure(figsize=(1.25 * columns + 0.5, 1.3 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (title, images, style) in zip(axes, rows):
-        for axis, pixels in zip(line, images):
+        images = torch.as_tensor(images).cpu()
+        if images.ndim == 2:
+            images = images.unflatten(1, (round(images.shape[1] ** 0.5), -1))
+        for axis, pixels in zip(line, images.numpy()):
             axis.imshow(pixels, **style)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title)

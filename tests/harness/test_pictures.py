@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import UserError, pictures
-from harness.pictures import as_images, curves, grid
+from harness.pictures import PROBABILITY, as_images, curves, grid
 
 PNG = b"\x89PNG"
 
@@ -51,7 +51,7 @@ def test_what_is_no_metrics_is_refused(tmp_path, rows):
 def test_a_grid_has_a_row_for_each_title(tmp_path, figures):
     random = np.random.default_rng(0)
     colour, maps = random.random((3, 8, 8, 3)), random.random((3, 4, 4))
-    grid(tmp_path / "grid.png", [("image", colour, {}), ("p", maps, {"cmap": "magma", "vmin": 0, "vmax": 1})])
+    grid(tmp_path / "grid.png", [("image", colour, {}), ("p", torch.tensor(maps).flatten(1), PROBABILITY)])
     axes = np.array(figures[0].axes).reshape(2, 3)
     assert [line[0].get_ylabel() for line in axes] == ["image", "p"]
     for line, images in zip(axes, (colour, maps)):
