@@ -1,0 +1,240 @@
+"""harness/dense.py: masks and boxes follow their images, and whatever is wrong with a folder of them ends in one line.
+
+MLO_MAE_FUZZ sets how many damaged files are tried.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import FUZZ, coco_content, memory_is_bounded, mutated, write_coco, write_masked
+from PIL import Image
+
+import data
+from harness import UserError
+from harness.dense import IGNORED, Boxed, Masked, load_dense, tightest_boxes
+
+pytestmark = pytest.mark.usefixtures("no_hang", "drawn_once")
+
+
+# ------------------------------------------------------------------------------------------------- labels follow images
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes"])
+def test_shapes_are_split_as_for_pretraining(kind):
+    plain, dense = data.load("shapes", "", limit=300, seed=3), load_dense("shapes", kind, limit=300, seed=3)
+    for part in ("train", "val", "test"):
+        a, b = getattr(plain, part), getattr(dense, part)
+        assert torch.equal(a.images, b.images) and torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std)
+        if kind == "masks":
+            assert torch.equal(b.labels > 0, a.objects)
+            assert torch.equal(b.labels.amax((1, 2)).long(), a.labels + 1)
+        else:
+            assert torch.equal(b.labels[:, 0, 4].long(), a.labels)
+    assert dense.class_names == (["background"] if kind == "masks" else []) + data.SHAPES
+
+
+def test_masks_move_with_their_images():
+    """Images that hold their own labels, so any move that the two do not share shows."""
+    masks = torch.randint(0, 200, (6, 16, 16), dtype=torch.uint8)
+    split = Masked(masks[:, None].repeat(1, 3, 1, 1), masks, (0.0,) * 3, (1.0,) * 3)
+    moves = set()
+    for images, labels in (batch for batch, _ in zip(split.stream(6, 0), range(8))):
+        there = labels != IGNORED
+        assert labels.dtype == torch.uint8 and torch.equal((images[:, 0] * 255).round().byte()[there], labels[there])
+        assert not images[:, 0][~there].any()  # black around the image has no class
+        moves.add(int(there.sum()))
+    assert len(moves) > 3
+    plain = next(split.ordered(6))
+    assert torch.equal(plain.labels, masks)
+
+
+def test_boxes_move_with_their_images():
+    """The box of an object's pixels after a move is its box, moved."""
+    shapes = load_dense("shapes", "masks", limit=200).train, load_dense("shapes", "boxes", limit=200).train
+    seen = 0
+    for masks, boxes in zip(*(split.stream(40, 5) for split in shapes)):
+        inside = ((masks.labels > 0) & (masks.labels < IGNORED)).numpy()
+        whole = (masks.labels != IGNORED).float().mean((1, 2)) == 1  # not moved but perhaps mirrored: nothing was cut off
+        found = tightest_boxes(inside, boxes.labels[:, 0, 4].numpy())[:, 0, :4]
+        low, high = boxes.labels[:, 0, :2].numpy(), boxes.labels[:, 0, 2:4].numpy()
+        assert np.all(low <= found[:, :2]) and np.all(high >= found[:, 2:])  # a cut object may fill less than its cut box
+        assert np.array_equal(found[whole], boxes.labels[whole, 0, :4].numpy())
+        assert (np.abs(found - boxes.labels[:, 0, :4].numpy()).max(1) == 0).mean() > 0.8
+        seen += 1
+        if seen == 6:
+            break
+
+
+def test_a_box_that_is_moved_out_of_the_image_is_none():
+    box = torch.tensor([[[0, 0, 2, 2, 3], [4, 4, 16, 16, 1], [0, 0, 0, 0, -1]]], dtype=torch.float32)
+    split = Boxed(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), box, (0.0,) * 3, (1.0,) * 3)
+
+    def moved(top, left, flip):  # 0 to 4: by 2 pixels down or right, to 2 up or left
+        return split.moved_labels(box, *map(torch.tensor, ([top], [left], [flip]))).tolist()[0]
+
+    none = [0, 0, 0, 0, -1]
+    assert moved(4, 4, False) == [none, [2, 2, 14, 14, 1], none]
+    assert moved(4, 4, True)[1] == [2, 2, 14, 14, 1]
+    assert moved(0, 2, False)[:2] == [[0, 2, 2, 4, 3], [4, 6, 16, 16, 1]]
+    assert moved(0, 2, True)[:2] == [[14, 2, 16, 4, 3], [0, 6, 12, 16, 1]]
+    assert moved(3, 2, False)[0] == [0, 0, 2, 1, 3]  # a pixel's breadth is left
+
+
+# ---------------------------------------------------------------------------------------------------------- own folders
+
+
+@pytest.mark.parametrize("names", [{}, {"masks": "annotations", "train": "training", "val": "validation"}])
+def test_a_folder_of_masks(tmp_path, names):
+    root = write_masked(tmp_path, **names)
+    splits = load_dense(root, "masks", image_size=16, ignored=7, val_fraction=0.34)
+    assert [len(split) for split in (splits.train, splits.val, splits.test)] == [4, 2, 3]
+    assert splits.class_names == ["3", "200"] and splits.train.labels.shape == (4, 16, 16)
+    with Image.open(root / names.get("masks", "masks") / names.get("val", "val") / "1.png") as mask:
+        values = np.asarray(mask.resize((16, 16), Image.Resampling.NEAREST))
+    assert np.array_equal(splits.test.labels[1], np.select([values == 3, values == 200], [0, 1], IGNORED))
+
+
+def test_palette_masks_and_a_val_folder_of_its_own(tmp_path):
+    root = write_masked(tmp_path, values=(0, 1))
+    for top, suffix in (("images", ".jpg"), ("masks", ".png")):
+        (root / top / "test").mkdir()
+        (root / top / "test" / f"a{suffix}").write_bytes((root / top / "val" / f"0{suffix}").read_bytes())
+    path = root / "masks" / "test" / "a.png"
+    with Image.open(path) as mask:
+        palette = Image.fromarray(np.asarray(mask), mode="P")
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.save(path)
+    splits = load_dense(root, "masks", image_size=16)
+    assert [len(split) for split in (splits.train, splits.val, splits.test)] == [6, 3, 1]
+    assert torch.equal(splits.test.labels[0], splits.val.labels[0])
+
+
+def test_a_folder_of_boxes(tmp_path):
+    splits = load_dense(write_coco(tmp_path / "a"), "boxes", image_size=64, val_fraction=0.25)
+    assert splits.class_names == ["cat", "dog"] and len(splits.test) == 4
+    assert splits.test.images[2, 0].float().mean() == pytest.approx(80, abs=2)  # in the order of the file
+    scale = torch.tensor([64 / 40, 64 / 20, 64 / 40, 64 / 20])
+    assert torch.equal(splits.test.labels[0, :, :4], torch.tensor([[0, 2, 8, 12], [4, 2, 12, 12]]) * scale)  # no crowd
+    assert splits.test.labels[0, :, 4].tolist() == [0, 1]
+    assert splits.test.labels[3].tolist() == [pytest.approx([24 * 1.6, 2 * 3.2, 32 * 1.6, 12 * 3.2, 0]), [-1] * 5]
+
+
+def replaced(name, change):
+    def damage(root):
+        path = root / name
+        change(path)
+
+    return damage
+
+
+MASK_FAULTS = {
+    "no mask": (replaced("masks/train/0.png", Path.unlink), "masks/train/0.png"),
+    "an image that is none": (replaced("images/val/1.jpg", lambda p: p.write_bytes(b"no")), "images/val/1.jpg"),
+    "a mask that is none": (replaced("masks/val/1.png", lambda p: p.write_bytes(b"no")), "masks/val/1.png"),
+    "a cut mask": (replaced("masks/val/1.png", lambda p: p.write_bytes(p.read_bytes()[:60])), "masks/val/1.png"),
+    "colours": (replaced("masks/val/1.png", lambda p: Image.new("RGB", (30, 21)).save(p)), "its mode is RGB"),
+    "another size": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 30)).save(p)), "30 x 30 pixels, but"),
+    "an unknown class": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 21), 9).save(p)), "the value 9"),
+    "no images": (replaced("images/val", lambda p: [file.unlink() for file in p.iterdir()]), "no images"),
+    "no training": (replaced("masks/train", shutil.rmtree), "expected images/train/*.jpg"),
+    "no test": (replaced("masks/val", shutil.rmtree), "expected images/train/*.jpg"),
+}
+
+
+@pytest.mark.parametrize("fault", MASK_FAULTS)
+def test_masks_that_cannot_be_used(tmp_path, fault):
+    damage, words = MASK_FAULTS[fault]
+    damage(write_masked(tmp_path))
+    with pytest.raises(UserError) as caught:
+        load_dense(tmp_path, "masks", image_size=16)
+    assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_masks_of_one_class_teach_nothing(tmp_path):
+    with pytest.raises(UserError, match="show 1 classes"):
+        load_dense(write_masked(tmp_path, values=(4, 255)), "masks", image_size=16)
+
+
+annotation, small = coco_content()["annotations"][0], {"id": 10, "file_name": "0.jpg", "width": 4, "height": 4}
+BOX_FAULTS = {
+    "a category": ({"annotations": [annotation | {"category_id": 6}]}, "KeyError"),
+    "an image": ({"annotations": [annotation | {"image_id": 1}]}, "KeyError"),
+    "three numbers": ({"annotations": [annotation | {"bbox": [1, 2, 3]}]}, "damaged"),
+    "a negative breadth": ({"annotations": [annotation | {"bbox": [1, 2, -3, 4]}]}, "a box [1, 2, -3, 4]"),
+    "not a number": ({"annotations": [annotation | {"bbox": [1, math.nan, 3, 4]}]}, "a box"),
+    "infinite": ({"annotations": [annotation | {"bbox": [1, 2, 3, math.inf]}]}, "a box"),
+    "no width": ({"images": [small | {"width": 0}], "annotations": [annotation]}, "damaged"),
+    "no boxes": ({"annotations": []}, "up to 0 boxes"),
+    "no categories": ({"categories": []}, "0 categories"),
+    "doubled categories": ({"categories": [{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]}, "2 categories, 1 of them"),
+    "a way out": ({"images": [small | {"file_name": "../0.jpg"}], "annotations": [annotation]}, "out of its folder"),
+    "an absent image": ({"images": [small | {"file_name": "9.jpg"}], "annotations": [annotation]}, "9.jpg"),
+    "a list": ({"images": {"a": 1}}, "damaged"),
+}
+
+
+@pytest.mark.parametrize("fault", BOX_FAULTS)
+def test_boxes_that_cannot_be_used(tmp_path, fault):
+    changes, words = BOX_FAULTS[fault]
+    with pytest.raises(UserError) as caught:
+        load_dense(write_coco(tmp_path / "a", **changes), "boxes", image_size=16)
+    assert words in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_folders_of_boxes_that_cannot_be_used(tmp_path):
+    root = write_coco(tmp_path / "a")
+    path = root / "annotations" / "instances_val2017.json"
+    for content, words in ((b"{", "JSONDecodeError"), (b"[" * 10**5, "RecursionError"), (b"\xff" * 9, "damaged")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=words):
+            load_dense(root, "boxes", image_size=16)
+    path.unlink()
+    with pytest.raises(UserError, match="expected annotations/instances_train"):
+        load_dense(root, "boxes", image_size=16)
+    (root / "annotations" / "instances_train.json").write_text("{}")
+    with pytest.raises(UserError, match="leave one of them"):
+        load_dense(root, "boxes", image_size=16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, write", [("masks", write_masked), ("boxes", write_coco)])
+def test_fuzz(tmp_path, kind, write):
+    """Damaged files give valid splits or one line, as in test_readers.py."""
+    root = write(tmp_path / "a")
+    paths, accepted = sorted(path for path in root.rglob("*.*") if path.is_file()), 0
+    described = [path for path in paths if path.suffix in (".png", ".json")]
+    for number in range(FUZZ):
+        rng = np.random.default_rng([number, *kind.encode()])
+        path = (described if number % 3 else paths)[rng.integers(len(described if number % 3 else paths))]
+        whole = path.read_bytes()
+        path.write_bytes(mutated(whole, rng))
+        try:
+            splits = load_dense(root, kind, image_size=8)
+            for split in (splits.train, splits.val, splits.test):
+                images, labels = next(split.stream(3, 0))
+                assert images.shape == (3, 3, 8, 8) and images.isfinite().all() and labels.isfinite().all()
+                classes = labels[labels != IGNORED].int() if kind == "masks" else labels[..., 4]
+                assert classes.numel() == 0 or -1 <= classes.min() and classes.max() < len(splits.class_names)
+                assert kind == "masks" or 0 <= labels[..., :4].min() and labels[..., :4].max() <= 8
+            accepted += 1
+        except UserError as error:
+            assert str(error).isprintable()
+        except BaseException:
+            print(f"{kind} number {number}: {path}")
+            raise
+        path.write_bytes(whole)
+    load_dense(root, kind, image_size=8)  # it was the damage
+    assert 0 < accepted < FUZZ
+    memory_is_bounded()
+
+
+@pytest.mark.parametrize(
+    "option, value", [("image_size", -1), ("image_size", 10**6), ("limit", -1), ("val_fraction", 1.0), ("ignored", 256)]
+)
+def test_options_out_of_range(option, value):
+    with pytest.raises(UserError, match="out of range"):
+        load_dense("shapes", "masks", **{option: value})

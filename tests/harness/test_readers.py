@@ -1,0 +1,699 @@
+"""harness/readers.py: each published layout is read, and whatever is wrong with a file ends in one line.
+
+The files are written here, small, in each real format. MLO_MAE_FUZZ sets how many mutations of each format are tried.
+"""
+
+import hashlib
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import FUZZ, consume, data_refused, equal, memory_is_bounded, mutated, picture, write_folder, write_npz
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
+
+import data
+from harness import UserError, readers
+from harness.randomness import numpy_generator
+
+LAYOUTS = [(name, layout) for name, layouts in readers.CIFAR.items() for layout in layouts]
+pytestmark = pytest.mark.usefixtures("no_hang")
+
+
+# ----------------------------------------------------------------------------------------------------- writers of files
+
+
+def python2_pickle(value):
+    """As Python 2 wrote CIFAR's files: protocol 2, strings of bytes (which Python 3 cannot write)."""
+    match value:
+        case dict():
+            return b"}q\x01(" + b"".join(python2_pickle(item) for pair in value.items() for item in pair) + b"u"
+        case list():
+            return b"]q\x02(" + b"".join(map(python2_pickle, value)) + b"e"
+        case int():
+            return b"K" + bytes([value]) if value < 256 else b"J" + value.to_bytes(4, "little")
+        case str():
+            return python2_pickle(value.encode())
+        case bytes():
+            return (b"U" + bytes([len(value)]) if len(value) < 256 else b"T" + len(value).to_bytes(4, "little")) + value
+        case np.ndarray():
+            return (
+                b"cnumpy.core.multiarray\n_reconstruct\nq\x03cnumpy\nndarray\nq\x04K\x00\x85U\x01b\x87R(K\x01"
+                + b"".join(map(python2_pickle, value.shape))
+                + b"\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN"
+                b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89" + python2_pickle(value.tobytes()) + b"tb"
+            )
+
+
+def dump(value, protocol):
+    return b"\x80\x02" + python2_pickle(value) + b"." if protocol == "python 2" else pickle.dumps(value, protocol=protocol)
+
+
+def write_cifar(folder, layout, per_file=6, protocol="python 2", seed=0):
+    """Files in CIFAR's formats; image k of the training pool has k in its first byte."""
+    rng = np.random.default_rng(seed)
+    classes = 100 if "100" in layout.folder else 10
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate((*layout.train, layout.test)):
+        pixels = rng.integers(0, 256, (per_file, 3072), dtype=np.uint8)
+        pixels[:, 0] = np.arange(per_file) + number * per_file
+        labels = [int(k) for k in (np.arange(per_file) + number) % classes]
+        if isinstance(layout.labels, int):
+            heads = np.array([[0] * (layout.labels - 1) + [label] for label in labels], np.uint8)
+            (folder / file).write_bytes(np.concatenate([heads, pixels], 1).tobytes())
+        else:
+            content = {"batch_label": "a batch", layout.labels: labels, "data": pixels, "filenames": ["x.png"] * per_file}
+            (folder / file).write_bytes(dump(content, protocol))
+    names = [f"class {i}" if layout.names else f"class_{i}" for i in range(classes)]
+    raw = dump({"num_vis": 3072, layout.names: names}, protocol) if layout.names else "\n".join(names).encode()
+    (folder / layout.meta).write_bytes(raw)
+    return folder
+
+
+class Runs:
+    """Pickles to a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+# ---------------------------------------------------------------------------------------------------------------- CIFAR
+
+
+@pytest.mark.parametrize("name, layout", LAYOUTS)
+@pytest.mark.parametrize("protocol", ["python 2", 2, 4, 5])
+def test_cifar_layouts(tmp_path, name, layout, protocol):
+    write_cifar(tmp_path / layout.folder, layout, protocol=protocol)
+    splits = consume(data.load(name, tmp_path))
+    pool = 6 * len(layout.train)
+    ids = torch.cat([splits.train.images, splits.val.images])[:, 0, 0, 0]
+    assert sorted(ids.tolist()) == list(range(pool)) and len(splits.val) == round(0.2 * pool) and len(splits.test) == 6
+    labels = torch.cat([splits.train.labels, splits.val.labels])
+    assert torch.equal(labels, ids % 6 + ids // 6)  # image and label stay together
+    assert splits.class_names[3] in ("class 3", "class_3") and splits.mean == data.CIFAR_MEAN
+    (tmp_path / layout.folder / layout.meta).unlink()
+    assert data.load(name, tmp_path / layout.folder).class_names[3] == "3"  # the folder itself will do
+    assert data.load(name, tmp_path, image_size=48).test.images.shape == (6, 3, 48, 48)
+
+
+@pytest.mark.slow
+def test_real_cifar100():
+    """Where it is: MLO_MAE_DATA, else the project's data/."""
+    folder = Path(os.environ.get("MLO_MAE_DATA", Path(data.__file__).parent / "data"))
+    if not (folder / "cifar-100-python").is_dir():
+        pytest.skip("no CIFAR-100 here")
+    splits = data.load("cifar100", folder)
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (40000, 10000, 10000)
+    assert (splits.test.labels.bincount() == 100).all() and splits.class_names[:2] == ["apple", "aquarium_fish"]
+    pixels = splits.train.images[:2000].float() / 255
+    assert abs(pixels.mean() - 0.478) < 0.02 and pixels.std() > 0.2
+
+
+@pytest.mark.parametrize("name, layout", LAYOUTS)
+def test_cifar_bad_files(tmp_path, name, layout):
+    def broken(file, raw):
+        folder = write_cifar(tmp_path / layout.folder, layout)
+        (folder / file).unlink() if raw is None else (folder / file).write_bytes(raw)
+        return folder / file
+
+    whole = (write_cifar(tmp_path / layout.folder, layout) / layout.test).read_bytes()
+    for raw in (b"", whole[:-1], whole[:700], b"\x00" * 17):
+        data_refused(broken(layout.test, raw), "in its place", name=name, data_dir=tmp_path)
+    data_refused(broken(layout.test, np.random.default_rng(0).bytes(4000)), name=name, data_dir=tmp_path)
+    data_refused(broken(layout.train[0], None), "no such file", name=name, data_dir=tmp_path)
+    if not isinstance(layout.labels, int):
+        good = pickle.loads(whole, encoding="latin-1")
+        for change in (
+            {"data": good["data"][:, :-1]},
+            {"data": good["data"].astype(np.int32)},
+            {"data": 3},
+            {"data": None},
+            {"data": good["data"][:3]},
+            {"data": np.asfortranarray(good["data"])},
+            {"data": good["data"][:0]},
+            {layout.labels: [0.5] * 6},
+            {layout.labels: [-1] * 6},
+            {layout.labels: [100] * 6},
+            {layout.labels: [2**40] * 6},
+            {layout.labels: 5},
+            {layout.labels: [True] * 6},
+        ):
+            data_refused(broken(layout.test, pickle.dumps(good | change, protocol=2)), name=name, data_dir=tmp_path)
+    elif name == "cifar10":
+        data_refused("largest 10", broken(layout.test, bytes([10]) + whole[1:]), name=name, data_dir=tmp_path)
+    data_refused(broken(layout.meta, b"\x80\x02]q\x01."), "delete", name=name, data_dir=tmp_path)
+    broken(layout.meta, None)
+    consume(data.load(name, tmp_path))
+
+
+def test_larger_files_are_refused(tmp_path, monkeypatch):
+    write_cifar(tmp_path / "cifar-100-binary", readers.CIFAR["cifar100"][1])
+    monkeypatch.setattr(readers, "MAX_FILE", 10_000)
+    data_refused("more than 10000 bytes", name="cifar100", data_dir=tmp_path)
+
+
+def test_malicious_pickles_do_not_run(tmp_path):
+    layout, canary = readers.CIFAR["cifar100"][0], tmp_path / "canary"
+    folder = write_cifar(tmp_path / layout.folder, layout)
+    good = pickle.loads((folder / "test").read_bytes(), encoding="latin-1")
+    command = f"echo > {canary}"
+    attacks = [
+        pickle.dumps(value, protocol=protocol)
+        for protocol in (0, 2, 4)
+        for value in (
+            Runs(os.system, command),
+            good | {"x": Runs(os.system, command)},
+            good | {"data": Runs(open, str(canary), "w")},
+            good | {"data": Runs(eval, f"open({str(canary)!r}, 'w')")},
+            good | {"x": Runs(getattr, "x", "y")},
+            good | {"data": Runs(np.load, str(canary))},
+            good | {"x": Runs(np.ones, 10**12)},
+        )
+    ]
+    attacks += [
+        b"cposix\nsystem\n(S'" + command.encode() + b"'\ntR.",
+        b"(S'" + command.encode() + b"'\niposix\nsystem\n.",
+        b"(cposix\nsystem\nS'" + command.encode() + b"'\no.",
+    ]
+    for raw in attacks:
+        (folder / "test").write_bytes(raw)
+        message = data_refused(folder / "test", "refused", name="cifar100", data_dir=tmp_path)
+        assert "asks" in message and not canary.exists()
+    write_cifar(folder, layout)
+    (folder / "meta").write_bytes(attacks[0])
+    data_refused(folder / "meta", "refused", name="cifar100", data_dir=tmp_path)
+    pickle.loads(attacks[0])
+    assert canary.exists()  # the attacks are real
+
+
+def test_pickles_cannot_exhaust_memory_or_time(tmp_path):
+    layout = readers.CIFAR["cifar100"][0]
+    folder = write_cifar(tmp_path / layout.folder, layout)
+    nest = b"\x80\x02)" + b"q\x01h\x01\x86" * 80  # a tuple of 2^80 leaves
+    shape = pickle.dumps(10**9, protocol=2)[2:-1]
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n"
+    for raw in (
+        b"\x80\x04r\xff\xff\xff\xffN.",  # memo number 2^32 - 1
+        b"\x80\x02Nr\xff\xff\xff\xff.",
+        b"\x80\x04\x8e" + b"\xff" * 7 + b"\x0fx.",  # bytes of 10^18
+        b"\x80\x05\x96" + b"\xff" * 7 + b"\x0fx.",
+        b"\x80\x04\x95" + b"\xff" * 7 + b"\x0f.",
+        b"\x80\x02}" + nest[2:] + b"Ns.",
+        nest + b".",
+        b"\x80\x02)" + b"\x85" * 200_000 + b".",
+        b"\x80\x02" + array + shape + b"\x85U\x01b\x87R.",
+        b"\x80\x02]q\x01h\x01h\x01ee.",
+    ):
+        (folder / "test").write_bytes(raw)
+        data_refused(folder / "test", name="cifar100", data_dir=tmp_path)
+    (folder / "test").write_bytes(b"\x80\x02" + b"}" * 510_000 + b".")
+    data_refused("too many opcodes", name="cifar100", data_dir=tmp_path)
+    memory_is_bounded()
+
+
+# ------------------------------------------------------------------------------------------------------------- archives
+
+
+def make_archive(tmp_path, monkeypatch, name="cifar100", extra=(), drop=(), layout=None):
+    """An archive of small files in place of the published one: its path and layout. `extra`: (TarInfo, bytes)."""
+    layout = layout or readers.CIFAR[name][0]
+    source = write_cifar(tmp_path / "source" / layout.folder, layout)
+    archive = tmp_path / "archives" / layout.archive
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        for info, raw in extra:
+            tar.addfile(info, io.BytesIO(raw))
+        for file in layout.files:
+            if file not in drop:
+                tar.add(source / file, f"{layout.folder}/{file}")
+    return archive, trust(archive, layout, name, monkeypatch)
+
+
+def trust(archive, layout, name, monkeypatch):
+    layout = layout._replace(md5=hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setitem(readers.CIFAR, name, [layout])
+    monkeypatch.setattr(readers, "URL", archive.parent.as_uri() + "/")
+    return layout
+
+
+def test_download_and_unpack(tmp_path, monkeypatch, capfd):
+    archive, layout = make_archive(tmp_path, monkeypatch)
+    consume(data.load("cifar100", tmp_path / "new" / "data"))
+    assert layout.archive in capfd.readouterr().err  # the progress bar
+    assert sorted(p.name for p in (tmp_path / "new" / "data").iterdir()) == sorted([layout.archive, layout.folder])
+    monkeypatch.setattr(readers, "URL", "http://127.0.0.1:9/")
+    consume(data.load("cifar100", tmp_path / "new" / "data"))  # unpacked: nothing is fetched
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / layout.archive).write_bytes(archive.read_bytes())
+    consume(data.load("cifar100", tmp_path / "local"))  # from the archive alone
+
+
+def test_no_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "URL", "http://127.0.0.1:9/")
+    message = data_refused("could not download", tmp_path / "cifar-10-python.tar.gz", name="cifar10", data_dir=tmp_path)
+    assert "http://127.0.0.1:9/cifar-10-python.tar.gz" in message and not list(tmp_path.iterdir())
+
+
+def test_wrong_checksums(tmp_path, monkeypatch):
+    archive, layout = make_archive(tmp_path, monkeypatch)
+    monkeypatch.setitem(readers.CIFAR, "cifar100", [layout._replace(md5="0" * 32)])
+    message = data_refused("md5", layout.md5, "0" * 32, name="cifar100", data_dir=tmp_path / "new")  # downloaded
+    assert "could not download" in message and not list((tmp_path / "new").iterdir())
+    message = data_refused("md5", archive, "delete", name="cifar100", data_dir=archive.parent)  # found
+    assert [p.name for p in archive.parent.iterdir()] == [layout.archive]
+
+
+def test_archives_write_nothing_but_what_is_expected(tmp_path, monkeypatch):
+    def entry(name, kind=tarfile.REGTYPE, link="", raw=b"evil"):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname, info.size = kind, link, len(raw) if kind == tarfile.REGTYPE else 0
+        return info, raw
+
+    evil = [
+        entry("../evil"),
+        entry(str(tmp_path / "evil")),
+        entry("cifar-100-python/../../evil"),
+        entry("cifar-100-python/evil"),
+        entry("cifar-100-python/test", tarfile.SYMTYPE, "/etc/passwd"),
+        entry("cifar-100-python", tarfile.SYMTYPE, ".."),
+        entry("cifar-100-python/meta", tarfile.LNKTYPE, "../evil"),
+        entry("cifar-100-python/train", tarfile.FIFOTYPE),
+    ]
+    _, layout = make_archive(tmp_path, monkeypatch, extra=evil)
+    consume(data.load("cifar100", tmp_path / "new"))
+    assert not list(tmp_path.rglob("evil*")) and not (tmp_path / "new" / layout.folder).is_symlink()
+    assert all(p.is_file() and not p.is_symlink() for p in (tmp_path / "new" / layout.folder).iterdir())
+    make_archive(tmp_path, monkeypatch, extra=evil, drop=["test"])
+    data_refused("no such file", name="cifar100", data_dir=tmp_path / "other")
+
+
+def test_places_that_cannot_be_used(tmp_path, monkeypatch):
+    make_archive(tmp_path, monkeypatch)
+    (tmp_path / "file").write_bytes(b"")
+    data_refused(tmp_path / "file", name="cifar100", data_dir=tmp_path / "file")
+    layout = readers.CIFAR["cifar100"][0]
+    (write_cifar(tmp_path / layout.folder, layout) / "test").unlink()
+    (tmp_path / layout.folder / "test").mkdir()
+    data_refused(tmp_path / layout.folder / "test", "no such file", name="cifar100", data_dir=tmp_path)
+
+    def forbidden(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    write_cifar(tmp_path / "readable" / layout.folder, layout)
+    write_npz(tmp_path / "a.npz")
+    write_folder(tmp_path / "folder")
+    with monkeypatch.context() as patch:  # tests may run as root, whom no permission stops
+        patch.setattr(readers, "open", forbidden, raising=False)
+        data_refused("Permission denied", layout.folder, name="cifar100", data_dir=tmp_path / "readable")
+        data_refused("Permission denied", "folder", name=tmp_path / "folder", skip_corrupt=True)
+        patch.setattr(zipfile, "ZipFile", forbidden)
+        data_refused("Permission denied", "a.npz", name=tmp_path / "a.npz")
+        patch.setattr(os, "scandir", forbidden)
+        data_refused("Permission denied", "train", name=tmp_path / "folder")
+        patch.setattr(readers.tempfile, "mkdtemp", lambda **_: forbidden(tmp_path))
+        data_refused("Permission denied", name="cifar100", data_dir=tmp_path / "archives")
+
+
+# ----------------------------------------------------------------------------------------------------------- .npz files
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("colour", [True, False])
+def test_npz(tmp_path, save, colour):
+    path = write_npz(tmp_path / "a.npz", save=save, colour=colour)
+    splits = consume(data.load(path, "."))
+    assert (len(splits.train), len(splits.val), len(splits.test)) == (12, 12, 12)  # its own val
+    assert splits.channels == (3 if colour else 1) and splits.image_size == 8 and splits.class_names == ["0", "1", "2"]
+    raw = np.load(path)["train_images"].reshape(12, 8, 8, splits.channels)
+    assert (splits.train.images.numpy() == raw.transpose(0, 3, 1, 2)).all()
+    assert np.allclose(splits.mean, raw.mean((0, 1, 2)) / 255) and np.allclose(splits.std, raw.std((0, 1, 2)) / 255)
+    assert consume(data.load(path, ".", image_size=12)).train.images.shape[-1] == 12
+
+
+def test_npz_refusals(tmp_path):
+    canary, images = tmp_path / "canary", np.zeros((12, 8, 8), np.uint8)
+    objects = np.empty(12, object)
+    objects[:] = Runs(os.system, f"echo > {canary}")
+    for words, changes in (
+        (["no train_images"], {"train_images": None}),
+        (["no test_labels"], {"test_labels": None}),
+        (["no val_images"], {"val_images": None}),
+        (["no train_images"], {"train_images": None, "train_labels": None}),
+        (["train_labels", "Python objects"], {"train_labels": objects}),
+        (["train_images", "Python objects"], {"train_images": objects}),
+        (["float32", "uint8"], {"train_images": images.astype(np.float32)}),
+        (["int16", "uint8"], {"val_images": images.astype(np.int16)}),
+        (["square"], {"train_images": images[:, :7]}),
+        (["square"], {"train_images": np.zeros((12, 8, 8, 4), np.uint8)}),
+        (["square"], {"train_images": np.zeros((12, 8, 8, 8), np.uint8)}),
+        (["square"], {"train_images": images[:, 0]}),
+        (["test_images", "alike"], {"test_images": np.zeros((12, 9, 9, 3), np.uint8)}),
+        (["test_images", "alike"], {"test_images": images}),
+        (["several"], {"train_labels": np.zeros((12, 14), int)}),
+        (["float64"], {"train_labels": np.zeros(12)}),
+        (["12 images", "[11]"], {"train_labels": np.arange(11)}),
+        (["-1"], {"train_labels": -np.ones(12, int)}),
+        (["1000000"], {"train_labels": np.arange(12) * 0 + 10**6}),
+        (["18446744073709551615"], {"train_labels": np.full(12, 2**64 - 1, np.uint64)}),
+        (["up to 12"], {"train_labels": np.arange(12) + 1}),
+        (["up to 0"], {"train_labels": np.zeros(12, int)}),
+        (["val_labels has class 3"], {"val_labels": np.arange(12) % 4}),
+        (["shape"], {"train_images": images[:0]}),
+    ):
+        data_refused(tmp_path / "a.npz", *words, name=write_npz(tmp_path / "a.npz", **changes))
+    assert not canary.exists()
+    good = write_npz(tmp_path / "a.npz").read_bytes()
+    noise, empty = np.random.default_rng(0).bytes(1000), b"PK\x05\x06" + bytes(18)
+    for raw in (b"", b"x", good[:100], good[:-30], good[100:], noise, empty):
+        (tmp_path / "b.npz").write_bytes(raw)
+        data_refused(tmp_path / "b.npz", name=tmp_path / "b.npz")
+
+
+def npy(shape, dtype="|u1", body=b""):
+    header = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + body
+
+
+def test_npz_sizes_are_checked_before_allocation(tmp_path):
+    bomb = npy((2**12, 256, 256), body=bytes(2**28))
+    for raw in (
+        npy((10**9, 28, 28)),
+        npy((10**6, 10**6, 10**6), body=b"x"),
+        npy((-4, -8, 8), body=bytes(256)),
+        npy((2**62, 4)),
+        npy((True, 8, 8), body=bytes(64)),
+        npy((), body=b"x"),
+        npy((3, 8, 8), "|V999999999"),
+        npy((3, 8, 8), "O"),
+        npy("(" * 50 + ")" * 50),
+        npy(("-" * 60) + "1"),
+        npy((4, 8, 8), "|u1")[:9],
+        bomb,
+    ):
+        write_npz(tmp_path / "a.npz", train_images=None)
+        with zipfile.ZipFile(tmp_path / "a.npz", "a", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("train_images.npy", raw)
+        message = data_refused(tmp_path / "a.npz", name=tmp_path / "a.npz")
+    assert "100 times" in message
+    memory_is_bounded()
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+def test_draft_gives_the_same_picture(tmp_path, monkeypatch):
+    picture(1600, 1200).save(tmp_path / "a.jpg", quality=95)
+    fast = [readers.decode(tmp_path / "a.jpg", 64, rng) for rng in (None, *(numpy_generator(k) for k in range(8)))]
+    monkeypatch.setattr(Image.Image, "draft", lambda *_: None)
+    monkeypatch.setattr(JpegImageFile, "draft", lambda *_: None)
+    full = [readers.decode(tmp_path / "a.jpg", 64, rng) for rng in (None, *(numpy_generator(k) for k in range(8)))]
+    for a, b in zip(fast, full):
+        assert np.abs(a.astype(int) - b.astype(int)).mean() < 2
+
+
+def test_crop_box():
+    rng, areas, ratios = np.random.default_rng(0), [], []
+    for _ in range(2000):
+        left, top, w, h = readers.crop_box(500, 375, rng)
+        assert 0 <= left <= 500 - w and 0 <= top <= 375 - h
+        areas.append(w * h / (500 * 375))
+        ratios.append(w / h)
+    assert 0.19 < min(areas) < 0.21 and max(areas) > 0.95 and 0.74 < min(ratios) < 0.76 and 1.32 < max(ratios) < 1.35
+    for width, height in ((1, 1), (1, 1000), (1000, 1), (2, 3)):
+        left, top, w, h = readers.crop_box(width, height, rng)
+        assert 0 <= left and 0 <= top and 0 < w <= width - left and 0 < h <= height - top
+
+
+def test_odd_images(tmp_path):
+    root = write_folder(tmp_path)
+    for k, mode in enumerate(("L", "CMYK")):
+        picture(mode=mode).save(root / "train" / "cat" / f"mode{k}.jpg")
+    for k, mode in enumerate(("L", "P", "RGBA", "LA", "1")):
+        picture(mode=mode).save(root / "train" / "cat" / f"mode{k}.png")
+    grey = (np.arange(40 * 30).reshape(30, 40) * 54).astype(np.uint16)
+    Image.fromarray(grey).save(root / "val" / "cat" / "00.png")
+    (root / "val" / "cat" / "01.pgm").write_bytes(b"P5 40 30 65535\n" + grey.astype(">u2").tobytes())
+    for k, size in enumerate(((1, 1), (1, 300), (300, 1), (7, 5))):
+        picture(*size).save(root / "train" / "dog" / f"size{k}.png")
+    splits = consume(data.load(root, ".", image_size=16))
+    for image in next(splits.test.ordered(2)).images:  # 16 bits are scaled, not cut off
+        mean = (image * splits.test.std / 255 + splits.test.mean / 255).mean()
+        assert abs(mean - grey.mean() / 65535) < 0.05
+
+
+def test_undecodable_images(tmp_path, monkeypatch):
+    root = write_folder(tmp_path)
+    good = (root / "train" / "cat" / "0.jpg").read_bytes()
+    bomb = bytearray(io_png())
+    bomb[16:24] = (60000).to_bytes(4, "big") * 2
+    for raw in (b"", b"not an image", good[:200], good[len(good) // 2 :], bytes(bomb), b"%!PS-Adobe-3.0 EPSF-3.0\n"):
+        (root / "val" / "cat" / "1.jpg").write_bytes(raw)
+        for workers in (0, 1):
+            if workers == 0 or raw == b"":
+                data_refused(root / "val" / "cat" / "1.jpg", "--skip-corrupt", name=root, image_size=16, workers=workers)
+        splits = consume(data.load(root, ".", image_size=16, skip_corrupt=True))
+        batch = next(splits.test.ordered(6))
+        assert torch.equal(batch.images[1], batch.images[2]) and not torch.equal(batch.images[0], batch.images[1])
+    for path in (root / "val").rglob("*.jpg"):
+        path.write_bytes(b"")
+    data_refused("none of the 6 images", name=root, image_size=16, skip_corrupt=True)
+
+
+def io_png():
+    buffer = io.BytesIO()
+    picture().save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_decompression_bombs_are_undecodable(tmp_path, monkeypatch, recwarn):
+    root = write_folder(tmp_path)
+    picture(80, 30).save(root / "val" / "dog" / "2.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # PIL itself only warns up to twice as many
+    data_refused("too many", root / "val" / "dog" / "2.jpg", name=root, image_size=16)
+    batch = next(data.load(root, ".", image_size=16, skip_corrupt=True).test.ordered(6))
+    assert torch.equal(batch.images[5], batch.images[0])  # the next,
+    assert batch.labels[5] == 0 == batch.labels[0]  # with its label
+    assert not recwarn.list
+
+
+# -------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_folder_finds_images_at_any_depth(tmp_path):
+    root = write_folder(tmp_path)
+    (root / "train" / "cat" / "deep" / "deeper").mkdir(parents=True)
+    picture().save(root / "train" / "cat" / "deep" / "deeper" / "x.JPEG")
+    for stray in ("train/notes.txt", "train/cat/notes.txt", "train/cat/._0.jpg"):
+        (root / stray).write_bytes(b"stray")
+    (root / "train" / ".hidden").mkdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(root / "train" / "cat" / "pipe.jpg")  # opening it would wait for ever
+        os.symlink("..", root / "train" / "cat" / "loop")
+        os.symlink(root / "train" / "dog" / "0.jpg", root / "train" / "cat" / "link.jpg")
+    splits = consume(data.load(root, ".", image_size=16))
+    assert len(splits.train) + len(splits.val) == 11 + hasattr(os, "mkfifo")
+
+
+def test_bad_folders(tmp_path):
+    def changed(change):
+        root = write_folder(tmp_path / str(len(list(tmp_path.iterdir()))))
+        change(root)
+        return root
+
+    def emptied(path):
+        for file in path.iterdir():
+            file.unlink()
+
+    (tmp_path / "empty").mkdir()
+    data_refused("train/<class>", name=tmp_path / "empty")
+    (tmp_path / "empty" / "train").mkdir()
+    (tmp_path / "empty" / "val").mkdir()
+    data_refused("0 class folders", name=tmp_path / "empty")
+    data_refused("train/<class>", name=changed(lambda root: (root / "train").rename(root / "training")))
+    data_refused("train/<class>", name=changed(lambda root: (root / "val").rename(root / "valid")))
+    data_refused("without images", "dog", name=changed(lambda root: emptied(root / "train" / "dog")))
+    data_refused("without images", "dog", name=changed(lambda root: emptied(root / "val" / "dog")))
+    data_refused("1 class folders", name=changed(lambda root: (root / "train" / "dog").rename(root / "dog")))
+    renamed = changed(lambda root: (root / "val" / "dog").rename(root / "val" / "bird"))
+    data_refused("bird", "train/ does not have", name=renamed)
+    data_refused("--images 11", name=changed(lambda root: None), limit=11)
+    if sys.platform == "linux":
+        data_refused(name=changed(lambda root: os.symlink("loop", root / "train" / "loop")))
+        data_refused("loop.jpg", name=changed(lambda root: os.symlink("loop.jpg", root / "train" / "dog" / "loop.jpg")))
+        odd = os.fsdecode(b"\xff\n\x1b[31m")
+        data_refused("does not have", name=changed(lambda root: (root / "val" / "dog").rename(root / "val" / odd)))
+    root = changed(lambda root: None)
+    splits = data.load(root, ".", image_size=16)
+    (root / "val" / "cat" / "0.jpg").unlink()  # data that disappears under the run
+    with pytest.raises(UserError, match="restore it"):
+        list(splits.test.ordered(4))
+
+
+# ----------------------------------------------------------------------------------------------------- worker processes
+
+
+def test_folder_works_where_processes_are_spawned(tmp_path):
+    root = write_folder(tmp_path)
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        splits = data.load(root, ".", image_size=16, workers=1)
+        assert equal(next(splits.train.stream(4, seed=0)), next(data.load(root, ".", image_size=16).train.stream(4, seed=0)))
+        (root / "val" / "cat" / "0.jpg").write_bytes(b"")
+        with pytest.raises(UserError, match="skip-corrupt") as caught:
+            list(splits.test.ordered(4))
+        assert caught.value.__suppress_context__ and caught.value.__cause__ is None
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
+def test_a_worker_that_dies_is_an_error(tmp_path):
+    children = set(multiprocessing.active_children())
+    splits = data.load(write_folder(tmp_path), ".", image_size=16, workers=2)
+    stream = splits.train.stream(4, seed=0)
+    next(stream)
+    os.kill((set(multiprocessing.active_children()) - children).pop().pid, signal.SIGKILL)
+    with pytest.raises(UserError, match="died"):
+        for _ in range(10_000):
+            next(stream)
+    with pytest.raises(UserError, match="died"):
+        next(splits.train.stream(4, seed=0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_do_not_outlive_a_killed_run(tmp_path):
+    script = (
+        "import data, multiprocessing, sys, time\n"
+        "if __name__ == '__main__':\n"
+        "    stream = data.load(sys.argv[1], '.', image_size=16, workers=2).train.stream(4, seed=0)\n"
+        "    next(stream)\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(data.__file__).parent)}
+    command = [sys.executable, tmp_path / "run.py", write_folder(tmp_path / "a")]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
+    pids = run.stdout.readline().split()
+    run.kill()
+    run.communicate()
+
+    def alive(pid):
+        try:
+            return ") Z " not in Path(f"/proc/{int(pid)}/stat").read_text()  # a zombie is not
+        except FileNotFoundError:
+            return False
+
+    end = time.monotonic() + 10
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert len(pids) == 2 and not any(map(alive, pids))
+
+
+# ----------------------------------------------------------------------------------------------------------------- fuzz
+
+
+def fuzz_cifar(name, layout):
+    def prepare(tmp_path, monkeypatch):
+        folder = write_cifar(tmp_path / layout.folder, layout, per_file=3)
+        return [folder / file for file in layout.files], {"name": name, "data_dir": tmp_path}, None
+
+    return prepare
+
+
+def fuzz_archive(tmp_path, monkeypatch):
+    archive, layout = make_archive(tmp_path, monkeypatch)
+
+    def before():
+        for path in archive.parent.iterdir():
+            if path.is_dir():
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+        trust(archive, layout, "cifar100", monkeypatch)
+
+    return [archive], {"name": "cifar100", "data_dir": archive.parent}, before
+
+
+def fuzz_npz(save):
+    def prepare(tmp_path, monkeypatch):
+        path = write_npz(tmp_path / "a.npz", save=save)
+        return [path], {"name": path, "data_dir": "."}, None
+
+    return prepare
+
+
+def fuzz_npy(tmp_path, monkeypatch):
+    """The arrays inside the .npz are damaged, the zip around them is whole."""
+    write_npz(tmp_path / "whole.npz")
+    with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
+        archive.extractall(tmp_path)
+
+    def before():
+        with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+            for path in tmp_path.glob("*.npy"):
+                archive.write(path, path.name)
+
+    before()
+    return sorted(tmp_path.glob("*.npy")), {"name": tmp_path / "a.npz", "data_dir": "."}, before
+
+
+def fuzz_folder(suffix):
+    def prepare(tmp_path, monkeypatch):
+        root = write_folder(tmp_path / "a", (("train", 2), ("val", 1)), suffix=suffix)
+        return [root / "train" / "cat" / f"0{suffix}"], {"name": root, "data_dir": ".", "image_size": 16}, None
+
+    return prepare
+
+
+FORMATS = (
+    {layout.folder: fuzz_cifar(name, layout) for name, layout in LAYOUTS}
+    | {"archive": fuzz_archive, "npz": fuzz_npz(np.savez), "npz deflated": fuzz_npz(np.savez_compressed), "npy": fuzz_npy}
+    | {suffix: fuzz_folder(suffix) for suffix in (".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm")}
+)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_fuzz(tmp_path, monkeypatch, kind):
+    """A damaged file loads to valid splits or raises a UserError of one line: nothing else, and soon, and in little memory."""
+    paths, arguments, before = FORMATS[kind](tmp_path, monkeypatch)
+    whole = {path: path.read_bytes() for path in paths}
+    accepted, slowest = 0, 0.0
+    for number in range(FUZZ):
+        rng = np.random.default_rng([number, *kind.encode()])
+        path = paths[rng.integers(0, len(paths))]
+        path.write_bytes(mutated(whole[path], rng))
+        if before:
+            before()
+        start, extra = time.monotonic(), {"skip_corrupt": bool(number % 2)} if kind[0] == "." else {}
+        try:
+            consume(data.load(**arguments, **extra))
+            accepted += 1
+        except UserError as error:
+            assert str(error).isprintable() and not extra.get("skip_corrupt")
+        except BaseException:
+            print(f"{kind} number {number}")
+            raise
+        slowest = max(slowest, time.monotonic() - start)
+        path.write_bytes(whole[path])
+    if before:
+        before()
+    consume(data.load(**arguments))  # it was the damage
+    print(f"fuzz {kind}: {FUZZ} files, {accepted} accepted, {FUZZ - accepted} refused, 0 other, slowest {slowest:.2f} s")
+    assert slowest < 20
+    memory_is_bounded()
