@@ -58,6 +58,18 @@ class Splits:
     mean: Colour
     std: Colour
 
+    def facts(self) -> dict:
+        """What a checkpoint says about the data."""
+        names = ("image_size", "channels", "class_names")
+        return {name: getattr(self, name) for name in names} | {"mean": list(self.mean), "std": list(self.std)}
+
+    def watched(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """The first validation images, [count, C, H, W], and where their objects are, [count, H, W] bool on the CPU, if that
+        is known: the same at every evaluation."""
+        images = next(iter(self.val.ordered(min(count, len(self.val))))).images
+        objects = getattr(self.val, "objects", None)
+        return images, None if objects is None else objects[: len(images)].cpu()
+
 
 def index_batches(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
     """Endlessly (b, indices [B] int64) from batch `start` on: one permutation of `count` after another, cut into batches."""

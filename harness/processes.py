@@ -14,6 +14,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from harness import UserError
 
@@ -129,6 +130,15 @@ def from_first(tensors: Iterable[Tensor]) -> None:
         with exchange():
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+
+def as_first(tree: Result) -> Result:
+    """A tree (of tuples and the like) of whole numbers and tensors as process 0 has it, tensors in place."""
+    leaves, shape = tree_flatten(tree)
+    counts = torch.tensor([leaf for leaf in leaves if isinstance(leaf, int)])
+    from_first([counts, *(leaf for leaf in leaves if isinstance(leaf, Tensor))])
+    counts = iter(counts.tolist())
+    return tree_unflatten([next(counts) if isinstance(leaf, int) else leaf for leaf in leaves], shape)
 
 
 def first_before_others(function: Callable[[], Result]) -> Result:

@@ -23,3 +23,9 @@ def torch_generator(*key: int) -> torch.Generator:
     """A CPU generator of torch that is a function of the integers in `key`; its `initial_seed()` serves as a seed."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) >> 1)
+
+
+def draw_dropout(rate: float | torch.Tensor, shape: tuple[int, ...], *key: int) -> torch.Tensor:
+    """Inverted dropout as a factor, 0 or 1/(1-rate), on the CPU. An explicit tensor, so that a loss is a function of its
+    arguments and differences between two of its values are differences of parameters, not of dropout."""
+    return (torch.rand(shape, generator=torch_generator(*key)) >= rate).float() / (1 - rate)

@@ -10,6 +10,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import warnings
 import zipfile
 from collections import Counter
@@ -18,10 +19,11 @@ from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness import UserError, printable
 from harness.checkpoints import check_records
+from harness.vectors import named
 
 CONTAINERS = "model", "state_dict", "model_ema"  # where training programs keep a network's weights, first choice first
 ANCHOR = "patch_embed.proj.weight"  # a ViT has it; what stands before it in a file's name is a wrapper's prefix
@@ -274,3 +276,30 @@ def resize_positions(table: Tensor, shape: Shape) -> Tensor:
     square = table[:, cls:].unflatten(1, (grid, grid)).permute(0, 3, 1, 2)  # [1, D, G, G]
     resized = F.interpolate(square, (wanted, wanted), mode="bicubic", align_corners=False, antialias=True)
     return torch.cat([first, resized.flatten(2).transpose(1, 2)], dim=1)  # [1, 1+g*g, D]
+
+
+# --------------------------------------------------------------------------------------------- a network's first weights
+
+
+def starting_weights(path: str | Path, modules: list[nn.Module], params: Tensor, heads: dict[str, int]) -> Tensor:
+    """The vector `params` of these modules (encoder, or encoder and decoder) with the weights found in `path` in their
+    places: a run's folder, or a public .pth or .safetensors. The encoder must be there whole; a decoder that is absent or
+    of another shape keeps its values.
+
+    heads: {"heads", "decoder_heads": of these modules}, which a run records, since they leave no trace in the weights'
+    shapes. Says what was used, one line on stderr. Raises UserError."""
+    path, fresh = Path(path), named(modules, params)
+    weights = read_weights(path / "checkpoint.pt" if path.is_dir() else path)
+    taken, line = fit(weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()})
+    if path.is_dir():
+        try:
+            settings = json.loads((path / "config.json").read_text())
+            theirs = {name: settings[name] for name in heads if name == "heads" or "decoder_pred.weight" in taken}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path / 'config.json'} is absent or damaged ({error}); give checkpoint.pt itself") from None
+        for name, number in theirs.items():
+            if number != heads[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{path} was trained with {flag} {number}, not {heads[name]}; give that flag")
+    print(f"{path}: {line}", file=sys.stderr)
+    return torch.cat([taken.get(name, tensor).to(tensor).reshape(-1) for name, tensor in fresh.items()])

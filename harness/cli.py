@@ -1,0 +1,102 @@
+"""The command line: flags from dataclasses, settings that are checked, one line at the end, of JSON or of what to mend."""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from harness import UserError, printable
+from harness.processes import first_to_fail, world
+
+
+def flag(default: Any, meaning: str, *, least=None, most=None, above=None, below=None) -> Any:
+    """A dataclass field that is also a command-line flag; the bounds are what `check` holds its value to."""
+    bounds = {"at least": least, "at most": most, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"help": meaning, "bounds": bounds})
+
+
+WITHIN = {
+    "at least": lambda value, bound: value >= bound,
+    "at most": lambda value, bound: value <= bound,
+    "above": lambda value, bound: value > bound,
+    "below": lambda value, bound: value < bound,
+}
+
+
+def flag_name(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check(settings: Any) -> None:
+    """Raise UserError where a field of this dataclass has another type than its own, a number that is not finite or out of
+    its bounds, or none of its choices; it names the flag to change."""
+    for field in dataclasses.fields(settings):
+        value, kind, name = getattr(settings, field.name), field.type, flag_name(field.name)
+        if get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                raise UserError(f"{name} {value!r}: choose from {', '.join(map(str, get_args(kind)))}")
+        elif type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{name} {str(value)[:80]}: must be of type {kind.__name__}")
+        elif kind in (int, float):
+            bounds = {word: bound for word, bound in field.metadata["bounds"].items() if bound is not None}
+            finite = kind is int or abs(value) < math.inf
+            if not finite or not all(WITHIN[word](value, bound) for word, bound in bounds.items()):
+                wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+                raise UserError(f"{name} {str(value)[:80]}: must be {wanted or 'a finite number'}")
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UserError instead of printing its usage and leaving."""
+
+    def error(self, message):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.Field]) -> None:
+    """A flag for each of these dataclass fields; one that the user leaves out is absent from the arguments."""
+    for field in fields:
+        options = {"help": f"{field.metadata['help']} (default {field.default})", "default": argparse.SUPPRESS}
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif get_origin(field.type) is Literal:
+            options["choices"] = get_args(field.type)
+        else:
+            options |= {"type": field.type, "metavar": field.type.__name__}
+        parser.add_argument(flag_name(field.name), **options)
+
+
+def reported(program: str, work: Callable[[], dict | None], remedy: str = "Lower --batch-size") -> int:
+    """Print what work() returns, unless None, as one line of JSON. Exit status 0, or 2 after one line for what the user
+    can mend; `remedy` is for a device out of memory."""
+    try:
+        summary = work()
+        if summary is not None:
+            print(json.dumps(summary, separators=(",", ":")))
+        return 0
+    except UserError as error:
+        message = str(error)
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory: {str(error).splitlines()[0]} {remedy}"
+    except OSError as error:
+        message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
+    if first_to_fail():
+        print(f"{program}: {printable(message)}", file=sys.stderr)
+    return 2
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of --device; auto takes the best there is. Raises UserError where the machine does not have it."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
+    if not available.get(name.split(":")[0], False):
+        have = ", ".join(kind for kind, here in available.items() if here)
+        raise UserError(f"--device {name} is not available here; this machine has: {have}")
+    if world() > 1 and name not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} does not go with several processes; choose cpu or cuda (each its own GPU)")
+    return torch.device(name)

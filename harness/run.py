@@ -1,0 +1,242 @@
+"""A run's folder: what is there to continue, and, while the loop is at work, the lock, files, signals and progress."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from harness import UserError
+from harness.checkpoints import newest
+from harness.cli import check, flag_name
+from harness.files import append_line, drop_rows_after, read_rows, write_whole
+from harness.processes import agree, average, exchange_seconds, rank, world
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+SNAPSHOTS = 10  # times in a run at which p is recorded
+
+
+class Run:
+    """The folder `out` of one run. Making this object looks at the folder and writes nothing; `at_work` writes.
+
+    settings: {part: {name: value}}, what the run's result depends on; a checkpoint holds the same.
+    machine: names of settings that may change when a run is resumed, since its result does not depend on them.
+    checkpoint: what there is to continue, or None; of several processes the first alone has it.
+    beside: {file name: bytes, or function of an open file} that the folder gets when the run begins.
+
+    Raises UserError where a run is there already, or `resume` finds one of other settings."""
+
+    def __init__(self, out: Path, settings: dict[str, dict], resume: bool, form: str, machine: set[str], minutes: float = 0.0):
+        self.out, self.minutes, self.writer = out, minutes, rank() == 0
+        self.checkpoint, self.stop, self.received, self.waited = None, 0, [], 0.0
+        self.beside = {"config.json": json.dumps(settings["config"], indent=2).encode()}
+        if not self.writer:
+            return
+        if not resume:
+            refuse_taken(out)
+        elif any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
+            self.checkpoint = newest(out, form)
+            for part, values in settings.items():
+                self._compare(part, values, machine)
+
+    def _compare(self, part: str, values: dict, machine: set[str]) -> None:
+        found = self.checkpoint.get(part)
+        if not isinstance(found, dict) or found.keys() != values.keys():
+            raise UserError(
+                f"{self.out} was written by another version or another command; resume it with that, or start again"
+            )
+        for name, value in values.items():
+            if name not in machine and found[name] != value:
+                shown = flag_name(name) if part != "data" else f"data whose {name} is"
+                raise UserError(
+                    f"{self.out} was started with {shown} {found[name]}, not {value}; "
+                    "resume it with its own flags or choose another --out"
+                )
+
+    @contextlib.contextmanager
+    def at_work(self, total: int, done: int, label: str, unit: str = "update") -> Iterator["Run"]:
+        """Lock the folder, write what belongs beside, and show progress from `done` of `total`; SIGINT and SIGTERM ask
+        the loop to stop. Raises UserError where another process is at work there."""
+        if self.writer:
+            self.out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
+            self._claim()
+            for name, content in self.beside.items():
+                if self.checkpoint is None or name == "config.json":
+                    write_whole(self.out / name, content)
+            for name in ("metrics.jsonl", "masks.jsonl"):
+                drop_rows_after(self.out / name, done)
+        exchange_seconds()  # counts from here
+        self.total, self.losses, self.window = total, [], []  # losses still on the device, and those read since the last line
+        self.looked = self.saved = self.logged = time.monotonic()
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, mininterval=1, disable=not self.writer)
+        with self.bar, stop_signals() as self.received:
+            yield self
+
+    def _claim(self) -> None:
+        """Keep the folder to this process as long as it lives: the lock ends with it, however it ends."""
+        self.lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(self.lock, msvcrt.LK_NBLCK, 1)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"another process is at work in {self.out}; wait until it ends, or choose another --out") from None
+
+    def timed(self, stream: Iterator) -> Iterator:
+        """The items of a stream; the seconds that the loop waits for them count as waiting."""
+        while True:
+            began = time.monotonic()
+            item = next(stream)
+            self.waited += time.monotonic() - began
+            yield item
+
+    def after(self, iteration: int, losses: dict[str, Tensor], cfg, metrics: Callable[[], dict], content: Callable[[], dict]):
+        """What follows each iteration of pretraining: progress; every `cfg.log_every` a line of metrics; a checkpoint when
+        it is due. Sets `stop` once a signal has come.
+
+        losses: scalars on the device; metrics(): what else a line holds; content(): the checkpoint's.
+        Raises UserError at a loss that is not finite."""
+        self.losses.append(losses)
+        self.bar.update()
+        now, last = time.monotonic(), iteration == self.total
+        due = now - self.saved >= 60 * self.minutes or last
+        look, due, self.stop = agree(now - self.looked > 1, due, self.received[0] if self.received else 0)
+        line = iteration % cfg.log_every == 0 or last
+        if not (due or line or look or self.stop):
+            return  # reading a loss waits for the device
+        self.window += self._read(iteration, cfg.level1_steps)
+        self.losses, self.looked = [], now
+        elapsed = max(now - self.logged, 1e-9)
+        speed, newest_row = len(self.window) * cfg.batch_size * cfg.level1_steps / elapsed, self.window[-1]
+        shown = {f"L{n}": f"{newest_row[f'level{n}_loss']:.3f}" for n in (1, 2, 3) if f"level{n}_loss" in newest_row}
+        self.bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
+        if line:
+            means = {name: float(np.mean([row[name] for row in self.window if name in row])) for name in newest_row}
+            pace = {"images_per_second": speed, "waiting_share": self.waited / elapsed}
+            if world() > 1:
+                pace["exchange_share"] = exchange_seconds() / elapsed
+            if self.writer:
+                append_line(self.out / "metrics.jsonl", {"iteration": iteration} | metrics() | means | pace)
+            self.window, self.logged, self.waited = [], time.monotonic(), 0.0
+        if due or self.stop:
+            if self.writer:
+                self.save(content())
+            self.saved = time.monotonic()
+
+    def is_tenth(self, iteration: int) -> bool:
+        """Whether this iteration ends a tenth of the run: then `record_masks` may follow, which read_masks reads."""
+        return iteration * SNAPSHOTS // self.total > (iteration - 1) * SNAPSHOTS // self.total
+
+    def record_masks(self, iteration: int, epoch: float, p: Tensor) -> None:
+        """Add p [images, N] to masks.jsonl, for the picture of masks over training."""
+        if self.writer:
+            rows = [[round(x, 3) for x in row] for row in p.tolist()]
+            append_line(self.out / "masks.jsonl", {"iteration": iteration, "epoch": epoch, "p": rows})
+
+    def save(self, content: dict) -> None:
+        """Write a checkpoint, whole or not at all, and keep the one before it. Raises UserError where a value is not finite,
+        and leaves everything as it is."""
+        if not all(leaf.isfinite().all() for leaf in tree_leaves(content) if isinstance(leaf, Tensor)):
+            raise UserError(
+                f"a weight is not finite; {self.out / 'checkpoint.pt'} is left as it was: lower the learning rates"
+            )
+        path, previous = self.out / "checkpoint.pt", self.out / "checkpoint.previous.pt"
+        write_whole(path, lambda file: torch.save(content, file), previous)
+
+    def _read(self, iteration: int, steps: int) -> list[dict[str, float]]:
+        """The losses still on the device as floats, means over processes, in one transfer."""
+        values = iter(average(torch.stack([value for row in self.losses for value in row.values()])).tolist())
+        rows = [{name: next(values) for name in row} for row in self.losses]
+        for number, row in enumerate(rows):
+            for name, value in row.items():
+                if not math.isfinite(value):
+                    update, path = iteration - len(rows) + number + 1, self.out / "checkpoint.pt"
+                    kept = f"{path} holds the last good state" if path.exists() else "there was no checkpoint yet"
+                    raise UserError(
+                        f"{name} is {value} at mask update {update} (level-1 step {update * steps}); {kept}; "
+                        "lower --lr, --head-lr or --mask-lr"
+                    )
+        return rows
+
+    def leave_if_stopped(self, iteration: int, what: str) -> None:
+        """Raise SystemExit (130, 143) where a signal has stopped the loop before its end."""
+        if self.stop and iteration < self.total:
+            if self.writer:
+                print(f"stopped at {what} {iteration} of {self.total}; continue with --resume", file=sys.stderr)
+            raise SystemExit(128 + self.stop)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl, {name: number}. Raises UserError where it is absent, empty or damaged."""
+    try:
+        rows = read_rows(path)
+        if not rows or any("epoch" not in row or not all(map(math.isfinite, row.values())) for row in rows):
+            raise ValueError
+        return rows
+    except (UserError, ValueError, TypeError, OverflowError):
+        raise UserError(f"{path} is absent, empty or damaged, so there are no curves to draw") from None
+
+
+def read_masks(path: Path, shape: tuple[int, int]) -> tuple[np.ndarray, list[float]]:
+    """p [lines, *shape] and the epochs of the lines of masks.jsonl. Raises UserError where it is damaged."""
+    try:
+        rows = read_rows(path)
+        if len(rows) > SNAPSHOTS:
+            raise ValueError
+        return np.array([row["p"] for row in rows], dtype=float).reshape(len(rows), *shape), [
+            float(row["epoch"]) for row in rows
+        ]
+    except (UserError, ValueError, TypeError, KeyError, OverflowError):
+        raise UserError(f"{path} is damaged, so the masks over training cannot be drawn; move it away") from None
+
+
+def read_settings(path: Path, kind: type) -> dict:
+    """The settings in a run's config.json, which are those of the dataclass `kind`. Raises UserError where they are not."""
+    try:
+        settings = json.loads(path.read_text())
+        names = {field.name for field in dataclasses.fields(kind)}
+        if not isinstance(settings, dict) or set(settings) != names:
+            differ = names ^ set(settings) if isinstance(settings, dict) else "all of them"
+            raise UserError(f"settings that differ: {', '.join(sorted(map(str, differ)))[:200]}")
+        check(kind(**settings))
+        return settings
+    except (OSError, UserError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is damaged or of another version ({error}); give all flags, and another --out") from None
+
+
+def refuse_taken(out: Path) -> None:
+    """Raise UserError where a new run would overwrite something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; continue it with --resume, or choose another --out")
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM fills, so that the iteration under way ends; a second one interrupts."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, function in former.items():
+            signal.signal(number, function)
