@@ -1,1 +1,47 @@
-"""Programs on top of the method: `python mlo_mae.py NAME ...` runs NAME.py of this folder, as `-m experiments.NAME` does."""
+"""Programs on top of the method: each file is a command of mlo_mae.py, by its name. Here is what they all read: a run."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import mlo_mae
+from harness import UserError, cli
+from harness.checkpoints import fitting, newest, whole_number
+from harness.weights import starting_weights
+
+
+def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networks, mlo_mae.State, data.Splits]:
+    """A run's networks, state and data; `machine` overrides fields of its configuration. Raises UserError."""
+    content, device = newest(run, mlo_mae.FORMAT), cli.choose_device(device)
+    with fitting(run / "checkpoint.pt"):
+        kept = {field.name: content["config"][field.name] for field in dataclasses.fields(mlo_mae.Config)}
+        kept["hypergradient"] = "exact"  # experiments record forms of their own, which reading a run does not need
+        cfg, facts = mlo_mae.Config(**kept | machine), content["data"]
+        mlo_mae.check(cfg)
+        sizes = [whole_number(facts["image_size"]), whole_number(facts["channels"]), len(facts["class_names"])]
+        if cfg.image_size not in (0, sizes[0]):
+            raise UserError(f"its images have {sizes[0]} pixels, but --image-size is {cfg.image_size}")
+        net, _ = mlo_mae.build(cfg, *sizes)
+        state = mlo_mae.restored(net, content, device)  # before the data, whose size a damaged file could make absurd
+    splits = mlo_mae.load_data(cfg, device)
+    if [splits.image_size, splits.channels, list(splits.class_names)] != [*sizes[:2], facts["class_names"]]:
+        raise UserError(f"{cfg.data} is not the data that {run} was trained on: sizes or class names differ")
+    return net, state, splits
+
+
+@torch.no_grad()
+def features(net: mlo_mae.Networks, params: Tensor, split, pooling: str = "cls") -> tuple[Tensor, Tensor]:
+    """Features [images, D] of `mlo_mae.encode` and labels [images] of a whole split, without augmentation, on the CPU.
+
+    params: theta, or the encoder's part of it."""
+    params = params[: net.encoder_size]
+    pairs = [(mlo_mae.encode(net, params, batch.images, pooling).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
+    return tuple(torch.cat(column) for column in zip(*pairs))
+
+
+def first_weights(net: mlo_mae.Networks, theta: Tensor, path: str | Path) -> Tensor:
+    """The encoder's part of theta, with the weights found in `path` (a run, or a public file). Raises UserError."""
+    return starting_weights(path, [net.encoder], theta[: net.encoder_size], {"heads": net.cfg.heads})
