@@ -43,8 +43,9 @@ A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last 
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
 H = d2L1/dtheta2.                                                                                                (13)
 
-Read on in this order: configuration, networks, masks and the three losses, the AdamW step, the hypergradient and its
-judge, the loop, a whole run, files, command line. Shapes: B images, N patches, K of them visible, D channels of a token.
+Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the
+loop; then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a
+token. What any run needs and no equation mentions (files, processes, flags) is in harness/.
 
     python mlo_mae.py                                        # built-in images: pretrain, probe, pictures
     python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
@@ -145,17 +146,18 @@ class Config:
 
 
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
-CIFAR = {
-    **{"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12},
-    **{"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16},
-    **{"masking_network": "mlp", "masking_width": 512, "mask_noise": 0.0, "mask_start": 0.0, "mask_lr": 0.05},
-    **{"head_norm": "layer", "epochs": 200, "batch_size": 128, "labelled_batch_size": 128, "level1_steps": 2, "head_steps": 1},
-    **{"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.01, "warmup": 0.0},
-}
-IMAGENET = CIFAR | {
-    **{"data": "imagenet", "image_size": 224, "patch_size": 16, "workers": 8, "epochs": 50, "batch_size": 256},
-    **{"labelled_batch_size": 256, "lr": 1.5e-4, "head_lr": 5e-4, "weight_decay": 0.05},
-}
+CIFAR = (
+    {"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12}
+    | {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
+    | {"masking_network": "mlp", "masking_width": 512, "mask_noise": 0.0, "mask_start": 0.0, "mask_lr": 0.05}
+    | {"head_norm": "layer", "epochs": 200, "batch_size": 128, "labelled_batch_size": 128, "level1_steps": 2, "head_steps": 1}
+    | {"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.01, "warmup": 0.0}
+)
+IMAGENET = (
+    CIFAR
+    | {"data": "imagenet", "image_size": 224, "patch_size": 16, "workers": 8, "epochs": 50, "batch_size": 256}
+    | {"labelled_batch_size": 256, "lr": 1.5e-4, "head_lr": 5e-4, "weight_decay": 0.05}
+)
 PRESETS = {
     "shapes": {},
     "cifar10": CIFAR | {"data": "cifar10"},
@@ -193,6 +195,8 @@ def check(cfg: Config) -> None:
 
 
 # --------------------------------------------------------------------------------- masks and the three losses
+# Each level's parameters are ONE vector, so that an optimiser step, its Jacobian and a direction in parameter space are
+# one line each, as in the equations. Modules keep the architecture alone; `call` runs one with a given vector.
 
 
 @dataclass
@@ -576,7 +580,7 @@ def outer_iteration(
     return State(state.iteration + 1, theta, head, psi), losses
 
 
-# ----------------------------------------------------------------------------------------------------- networks
+# ----------------------------------------------------------------------------------------------------- the networks
 # Names and computation are those of timm's VisionTransformer and of facebookresearch/mae, so weights interchange.
 
 
