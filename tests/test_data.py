@@ -1,5 +1,6 @@
 """data.py: what the splits hold, and that batches are functions of their number, whatever reads or draws them."""
 
+import itertools
 import multiprocessing
 
 import numpy as np
@@ -58,14 +59,9 @@ def test_augmentation_is_crop_and_flip(shapes):
         padded = torch.nn.functional.pad(original, (4, 4, 4, 4))
         pixels = (image * split.std + split.mean).round().byte()
         found = [
-            (top, left, flip)
-            for top in range(9)
-            for left in range(9)
-            for flip in (0, 1)
-            if torch.equal(
-                (padded[:, top : top + 32, left : left + 32].flip(2) if flip else padded[:, top : top + 32, left : left + 32]),
-                pixels,
-            )
+            (top, left, bool(flipped))
+            for top, left, flipped in itertools.product(range(9), range(9), ([], [2]))
+            if torch.equal(padded[:, top : top + 32, left : left + 32].flip(flipped), pixels)
         ]
         assert len(found) == 1
         seen.add(found[0])
@@ -199,3 +195,17 @@ def test_folder_stream_is_the_same_with_any_number_of_workers(tmp_path):
         assert not equal(batches[0], next(a.stream(5, seed=3)))
         assert not equal(batches[0], next(a.stream(5, seed=2, augment=False)))
     assert 0 < len(set(multiprocessing.active_children()) - set(others)) <= 2  # the splits share them
+
+
+def test_shares_of_a_stream_make_up_its_batches(tmp_path):
+    folder = data.load(write_folder(tmp_path, (("train", 10), ("val", 1))), ".", image_size=16).train
+    noise = np.random.default_rng(0).integers(0, 256, (30, 3, 16, 16), dtype=np.uint8)
+    resident = data.Images(noise, np.arange(30) % 3, (0.5,) * 3, (0.2,) * 3)
+    for split in (folder, resident):
+        for augment in (True, False):
+            whole = split.stream(6, 1, start=3, augment=augment)
+            shares = [split.stream(6, 1, start=3, augment=augment, part=slice(a, a + 2)) for a in (0, 2, 4)]
+            for _ in range(3):
+                batch, parts = next(whole), [next(share) for share in shares]
+                assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
+                assert torch.equal(batch.labels, torch.cat([part.labels for part in parts]))

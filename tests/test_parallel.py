@@ -326,27 +326,6 @@ def test_parts_bound_what_is_held_at_once(monkeypatch):
     assert held[1] < held[0] / 4 and held[2] < held[0] / 2
 
 
-def test_shares_of_a_stream_make_up_its_batches(tmp_path):
-    random = np.random.default_rng(0)
-    from PIL import Image
-
-    for part in ("train", "val"):
-        for number in range(20):
-            path = tmp_path / part / f"class{number % 2}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
-    folder = data.load(tmp_path, ".", image_size=16).train
-    resident = data.Images(random.integers(0, 256, (30, 3, 16, 16), dtype=np.uint8), np.arange(30) % 3, (0.5,) * 3, (0.2,) * 3)
-    for split in (folder, resident):
-        for augment in (True, False):
-            whole = split.stream(6, 1, start=3, augment=augment)
-            shares = [split.stream(6, 1, start=3, augment=augment, part=slice(a, a + 2)) for a in (0, 2, 4)]
-            for _ in range(3):
-                batch, parts = next(whole), [next(share) for share in shares]
-                assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
-                assert torch.equal(batch.labels, torch.cat([part.labels for part in parts]))
-
-
 def test_baselines_that_need_the_whole_batch_say_so(monkeypatch):
     whole = dataclasses.replace(TINY, masking="random", uniformity=0.01)
     semantic = dataclasses.replace(TINY, masking="semantic", parts_from="run")
