@@ -1,12 +1,10 @@
-"""Dense tasks: labels that follow their images, segmentation, detection and its measure, and both from the command line."""
+"""Dense tasks: segmentation, detection and its measure, and both from the command line."""
 
-import functools
 import json
 import math
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,22 +16,14 @@ import data
 import finetune
 import mlo_mae
 import transfer
-from data import IGNORED, load_dense
-from test_data import FUZZ, memory_is_bounded, mutated
+from harness.dense import IGNORED, Boxed, Masked, load_dense, tightest_boxes
+from helpers import write_coco, write_masked
 from test_finetune import TINY
 from transfer import Recipe
 
 SMALL = dict(TINY, batch_size=16, labelled_batch_size=8, epochs=1, images=200, device="cpu", checkpoint_minutes=0)
 FEW = ["--batch-size", "40", "--epochs", "2", "--device", "cpu", "--checkpoint-minutes", "0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def drawn_once():
-    """Drawing 8,000 shapes takes two seconds."""
-    drawn = functools.cache(data.shapes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "shapes", lambda size: dict(drawn(size)))
-        yield
+pytestmark = pytest.mark.usefixtures("drawn_once")
 
 
 @pytest.fixture(scope="module")
@@ -55,253 +45,6 @@ def refused(capsys, words, *expected):
     assert command(*words) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "transfer: " in line]
     assert len(lines) == 1 and all(str(word) in lines[0] for word in expected), lines
-
-
-# ------------------------------------------------------------------------------------------- labels follow images
-
-
-@pytest.mark.parametrize("kind", ["masks", "boxes"])
-def test_shapes_are_split_as_for_pretraining(kind):
-    plain, dense = data.load("shapes", "", limit=300, seed=3), load_dense("shapes", kind, limit=300, seed=3)
-    for part in ("train", "val", "test"):
-        a, b = getattr(plain, part), getattr(dense, part)
-        assert torch.equal(a.images, b.images) and torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std)
-        if kind == "masks":
-            assert torch.equal(b.labels > 0, a.objects)
-            assert torch.equal(b.labels.amax((1, 2)).long(), a.labels + 1)
-        else:
-            assert torch.equal(b.labels[:, 0, 4].long(), a.labels)
-    assert dense.class_names == (["background"] if kind == "masks" else []) + data.SHAPES
-
-
-def test_masks_move_with_their_images():
-    """Images that hold their own labels, so any move that the two do not share shows."""
-    masks = torch.randint(0, 200, (6, 16, 16), dtype=torch.uint8)
-    split = data.Masked(masks[:, None].repeat(1, 3, 1, 1), masks, (0.0,) * 3, (1.0,) * 3)
-    moves = set()
-    for images, labels in (batch for batch, _ in zip(split.stream(6, 0), range(8))):
-        there = labels != IGNORED
-        assert labels.dtype == torch.uint8 and torch.equal((images[:, 0] * 255).round().byte()[there], labels[there])
-        assert not images[:, 0][~there].any()  # black around the image has no class
-        moves.add(int(there.sum()))
-    assert len(moves) > 3
-    plain = next(split.ordered(6))
-    assert torch.equal(plain.labels, masks)
-
-
-def test_boxes_move_with_their_images():
-    """The box of an object's pixels after a move is its box, moved."""
-    shapes = load_dense("shapes", "masks", limit=200).train, load_dense("shapes", "boxes", limit=200).train
-    seen = 0
-    for masks, boxes in zip(*(split.stream(40, 5) for split in shapes)):
-        inside = ((masks.labels > 0) & (masks.labels < IGNORED)).numpy()
-        whole = (masks.labels != IGNORED).float().mean((1, 2)) == 1  # not moved but perhaps mirrored: nothing was cut off
-        found = data.boxes_of(inside, boxes.labels[:, 0, 4].numpy())[:, 0, :4]
-        low, high = boxes.labels[:, 0, :2].numpy(), boxes.labels[:, 0, 2:4].numpy()
-        assert np.all(low <= found[:, :2]) and np.all(high >= found[:, 2:])  # a cut object may fill less than its cut box
-        assert np.array_equal(found[whole], boxes.labels[whole, 0, :4].numpy())
-        assert (np.abs(found - boxes.labels[:, 0, :4].numpy()).max(1) == 0).mean() > 0.8
-        seen += 1
-        if seen == 6:
-            break
-
-
-def test_a_box_that_is_moved_out_of_the_image_is_none():
-    box = torch.tensor([[[0, 0, 2, 2, 3], [4, 4, 16, 16, 1], [0, 0, 0, 0, -1]]], dtype=torch.float32)
-    split = data.Boxed(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), box, (0.0,) * 3, (1.0,) * 3)
-
-    def moved(top, left, flip):  # 0 to 4: by 2 pixels down or right, to 2 up or left
-        return split.moved_labels(box, *map(torch.tensor, ([top], [left], [flip]))).tolist()[0]
-
-    none = [0, 0, 0, 0, -1]
-    assert moved(4, 4, False) == [none, [2, 2, 14, 14, 1], none]
-    assert moved(4, 4, True)[1] == [2, 2, 14, 14, 1]
-    assert moved(0, 2, False)[:2] == [[0, 2, 2, 4, 3], [4, 6, 16, 16, 1]]
-    assert moved(0, 2, True)[:2] == [[14, 2, 16, 4, 3], [0, 6, 12, 16, 1]]
-    assert moved(3, 2, False)[0] == [0, 0, 2, 1, 3]  # a pixel's breadth is left
-
-
-# ----------------------------------------------------------------------------------------------------- own folders
-
-
-def write_masked(root, masks="masks", train="train", val="val", values=(3, 7, 200)):
-    random = np.random.default_rng(0)
-    for split, count in ((train, 6), (val, 3)):
-        for i in range(count):
-            size = (20 + i, 30)
-            for top, array in (("images", random.integers(0, 255, (*size, 3))), (masks, random.choice(values, size))):
-                folder = root / top / split
-                folder.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(array.astype(np.uint8)).save(folder / f"{i}{'.png' if top == masks else '.jpg'}")
-    return root
-
-
-def coco_content(count=4, **changes):
-    images = [{"id": 10 + i, "file_name": f"{i}.jpg", "width": 40, "height": 20} for i in range(count)]
-    annotations = [{"image_id": 10 + i // 2, "category_id": 5 + 4 * (i % 2), "bbox": [4 * i, 2, 8, 10], "iscrowd": 0}
-                   for i in range(2 * count - 1)] + [{"image_id": 10, "category_id": 9, "bbox": [0, 0, 40, 20], "iscrowd": 1}]  # fmt: skip
-    categories = [{"id": 9, "name": "dog"}, {"id": 5, "name": "cat"}]
-    return {"images": images, "annotations": annotations, "categories": categories} | changes
-
-
-def write_coco(root, **changes):
-    (root / "annotations").mkdir(parents=True)
-    for name in ("train2017", "val2017"):
-        (root / name).mkdir()
-        content = coco_content(**(changes if name == "train2017" else {}))
-        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
-        for i in range(4):
-            Image.new("RGB", (40, 20), (40 * i, 0, 0)).save(root / name / f"{i}.jpg")
-    return root
-
-
-@pytest.mark.parametrize("names", [{}, dict(masks="annotations", train="training", val="validation")])
-def test_a_folder_of_masks(tmp_path, names):
-    root = write_masked(tmp_path, **names)
-    splits = load_dense(root, "masks", image_size=16, ignored=7, val_fraction=0.34)
-    assert [len(split) for split in (splits.train, splits.val, splits.test)] == [4, 2, 3]
-    assert splits.class_names == ["3", "200"] and splits.train.labels.shape == (4, 16, 16)
-    with Image.open(root / names.get("masks", "masks") / names.get("val", "val") / "1.png") as mask:
-        values = np.asarray(mask.resize((16, 16), Image.Resampling.NEAREST))
-    assert np.array_equal(splits.test.labels[1], np.select([values == 3, values == 200], [0, 1], IGNORED))
-
-
-def test_palette_masks_and_a_val_folder_of_its_own(tmp_path):
-    root = write_masked(tmp_path, values=(0, 1))
-    for top, suffix in (("images", ".jpg"), ("masks", ".png")):
-        (root / top / "test").mkdir()
-        (root / top / "test" / f"a{suffix}").write_bytes((root / top / "val" / f"0{suffix}").read_bytes())
-    path = root / "masks" / "test" / "a.png"
-    with Image.open(path) as mask:
-        palette = Image.fromarray(np.asarray(mask), mode="P")
-    palette.putpalette([200, 0, 0, 0, 200, 0])
-    palette.save(path)
-    splits = load_dense(root, "masks", image_size=16)
-    assert [len(split) for split in (splits.train, splits.val, splits.test)] == [6, 3, 1]
-    assert torch.equal(splits.test.labels[0], splits.val.labels[0])
-
-
-def test_a_folder_of_boxes(tmp_path):
-    splits = load_dense(write_coco(tmp_path / "a"), "boxes", image_size=64, val_fraction=0.25)
-    assert splits.class_names == ["cat", "dog"] and len(splits.test) == 4
-    assert splits.test.images[2, 0].float().mean() == pytest.approx(80, abs=2)  # in the order of the file
-    scale = torch.tensor([64 / 40, 64 / 20, 64 / 40, 64 / 20])
-    assert torch.equal(splits.test.labels[0, :, :4], torch.tensor([[0, 2, 8, 12], [4, 2, 12, 12]]) * scale)  # no crowd
-    assert splits.test.labels[0, :, 4].tolist() == [0, 1]
-    assert splits.test.labels[3].tolist() == [pytest.approx([24 * 1.6, 2 * 3.2, 32 * 1.6, 12 * 3.2, 0]), [-1] * 5]
-
-
-def replaced(name, change):
-    def damage(root):
-        path = root / name
-        change(path)
-    return damage  # fmt: skip
-
-
-MASK_FAULTS = {
-    "no mask": (replaced("masks/train/0.png", Path.unlink), "masks/train/0.png"),
-    "an image that is none": (replaced("images/val/1.jpg", lambda p: p.write_bytes(b"no")), "images/val/1.jpg"),
-    "a mask that is none": (replaced("masks/val/1.png", lambda p: p.write_bytes(b"no")), "masks/val/1.png"),
-    "a cut mask": (replaced("masks/val/1.png", lambda p: p.write_bytes(p.read_bytes()[:60])), "masks/val/1.png"),
-    "colours": (replaced("masks/val/1.png", lambda p: Image.new("RGB", (30, 21)).save(p)), "its mode is RGB"),
-    "another size": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 30)).save(p)), "30 x 30 pixels, but"),
-    "an unknown class": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 21), 9).save(p)), "the value 9"),
-    "no images": (replaced("images/val", lambda p: [file.unlink() for file in p.iterdir()]), "no images"),
-    "no training": (replaced("masks/train", shutil.rmtree), "expected images/train/*.jpg"),
-    "no test": (replaced("masks/val", shutil.rmtree), "expected images/train/*.jpg"),
-}
-
-
-@pytest.mark.parametrize("fault", MASK_FAULTS)
-def test_masks_that_cannot_be_used(tmp_path, fault):
-    damage, words = MASK_FAULTS[fault]
-    damage(write_masked(tmp_path))
-    with pytest.raises(data.DataError) as caught:
-        load_dense(tmp_path, "masks", image_size=16)
-    assert words in str(caught.value)
-
-
-def test_masks_of_one_class_teach_nothing(tmp_path):
-    with pytest.raises(data.DataError, match="show 1 classes"):
-        load_dense(write_masked(tmp_path, values=(4, 255)), "masks", image_size=16)
-
-
-annotation, small = coco_content()["annotations"][0], {"id": 10, "file_name": "0.jpg", "width": 4, "height": 4}
-BOX_FAULTS = {
-    "a category": (dict(annotations=[annotation | {"category_id": 6}]), "KeyError"),
-    "an image": (dict(annotations=[annotation | {"image_id": 1}]), "KeyError"),
-    "three numbers": (dict(annotations=[annotation | {"bbox": [1, 2, 3]}]), "damaged"),
-    "a negative breadth": (dict(annotations=[annotation | {"bbox": [1, 2, -3, 4]}]), "a box [1, 2, -3, 4]"),
-    "not a number": (dict(annotations=[annotation | {"bbox": [1, math.nan, 3, 4]}]), "a box"),
-    "infinite": (dict(annotations=[annotation | {"bbox": [1, 2, 3, math.inf]}]), "a box"),
-    "no width": (dict(images=[small | {"width": 0}], annotations=[annotation]), "damaged"),
-    "no boxes": (dict(annotations=[]), "up to 0 boxes"),
-    "no categories": (dict(categories=[]), "0 categories"),
-    "doubled categories": (dict(categories=[{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]), "2 categories, 1 of them"),
-    "a way out": (dict(images=[small | {"file_name": "../0.jpg"}], annotations=[annotation]), "out of its folder"),
-    "an absent image": (dict(images=[small | {"file_name": "9.jpg"}], annotations=[annotation]), "9.jpg"),
-    "a list": (dict(images={"a": 1}), "damaged"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", BOX_FAULTS)
-def test_boxes_that_cannot_be_used(tmp_path, fault):
-    changes, words = BOX_FAULTS[fault]
-    with pytest.raises(data.DataError) as caught:
-        load_dense(write_coco(tmp_path / "a", **changes), "boxes", image_size=16)
-    assert words in str(caught.value) and str(caught.value).isprintable()
-
-
-def test_folders_of_boxes_that_cannot_be_used(tmp_path):
-    root = write_coco(tmp_path / "a")
-    path = root / "annotations" / "instances_val2017.json"
-    for content, words in ((b"{", "JSONDecodeError"), (b"[" * 10**5, "RecursionError"), (b"\xff" * 9, "damaged")):
-        path.write_bytes(content)
-        with pytest.raises(data.DataError, match=words):
-            load_dense(root, "boxes", image_size=16)
-    path.unlink()
-    with pytest.raises(data.DataError, match="expected annotations/instances_train"):
-        load_dense(root, "boxes", image_size=16)
-    (root / "annotations" / "instances_train.json").write_text("{}")
-    with pytest.raises(data.DataError, match="leave one of them"):
-        load_dense(root, "boxes", image_size=16)
-
-
-@pytest.mark.parametrize("kind, write", [("masks", write_masked), ("boxes", write_coco)])
-def test_fuzz(tmp_path, kind, write):
-    """Damaged files give valid splits or one line, as in test_data.py."""
-    root = write(tmp_path / "a")
-    paths, accepted = sorted(path for path in root.rglob("*.*") if path.is_file()), 0
-    described = [path for path in paths if path.suffix in (".png", ".json")]
-    for number in range(FUZZ):
-        rng = np.random.default_rng([number, *kind.encode()])
-        path = (described if number % 3 else paths)[rng.integers(len(described if number % 3 else paths))]
-        whole = path.read_bytes()
-        path.write_bytes(mutated(whole, rng))
-        try:
-            splits = load_dense(root, kind, image_size=8)
-            for split in (splits.train, splits.val, splits.test):
-                images, labels = next(split.stream(3, 0))
-                assert images.shape == (3, 3, 8, 8) and images.isfinite().all() and labels.isfinite().all()
-                classes = labels[labels != IGNORED].int() if kind == "masks" else labels[..., 4]
-                assert classes.numel() == 0 or -1 <= classes.min() and classes.max() < len(splits.class_names)
-                assert kind == "masks" or 0 <= labels[..., :4].min() and labels[..., :4].max() <= 8
-            accepted += 1
-        except data.DataError as error:
-            assert str(error).isprintable()
-        except BaseException:
-            print(f"{kind} number {number}: {path}")
-            raise
-        path.write_bytes(whole)
-    load_dense(root, kind, image_size=8)  # it was the damage
-    assert 0 < accepted < FUZZ
-    memory_is_bounded()
-
-
-@pytest.mark.parametrize("option, value", [("image_size", -1), ("image_size", 10**6), ("limit", -1), ("val_fraction", 1.0), ("ignored", 256)])
-def test_options_out_of_range(option, value):
-    with pytest.raises(data.DataError, match="out of range"):
-        load_dense("shapes", "masks", **{option: value})
 
 
 # --------------------------------------------------------------------------------------------------- segmentation
@@ -563,7 +306,7 @@ def test_it_learns(task, measure):
         distance = np.hypot(*distance) if label == 0 else distance.max(0)
         objects |= (distance < 9) & (labels == label)[:, None, None]
     images = (255 * objects[:, None] * np.array([[1, 0, 0], [0, 0, 1]])[labels][:, :, None, None]).astype(np.uint8)
-    kind, wanted = (data.Masked, objects * (1 + labels[:, None, None])) if task == "segment" else (data.Boxed, data.boxes_of(objects, labels))
+    kind, wanted = (Masked, objects * (1 + labels[:, None, None])) if task == "segment" else (Boxed, tightest_boxes(objects, labels))
     parts = (kind(images[part], wanted[part], (0.2,) * 3, (0.3,) * 3) for part in np.split(np.arange(count), (80, 100)))
     names = ["none"] * (task == "segment") + ["disc", "square"]
     splits = data.Splits(*parts, names, 3, 32, (0.2,) * 3, (0.3,) * 3)
