@@ -40,13 +40,14 @@ from tqdm import tqdm
 import mlo_mae
 from data import Splits
 from harness import UserError, cli
-from harness.checkpoints import fitting, flatten, read_saved
+from harness.checkpoints import fitting, read_saved
 from harness.cli import flag
 from harness.processes import world
 from harness.randomness import PARTS, torch_generator
 from harness.run import Run, read_settings, stop_signals
+from harness.vectors import flatten
 from kernels import gather_patches
-from mlo_mae import PRESETS, SHOWN, Config, Encoder, Networks, autocast, draw_run, open_run
+from mlo_mae import PRESETS, Config, Encoder, Networks, autocast
 
 # ------------------------------------------------------------------------------------------------------- U-MAE
 
@@ -267,9 +268,8 @@ def empty_encoder(cfg: Config, splits: Splits, width: int, depth: int, heads: in
 
 def frozen(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     """The module with these weights, of which there may be more than it has. Raises UserError where they do not fit."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    weights = {name: weights[name] for name in shapes}
-    flatten(weights, shapes)  # the one check of names, shapes and values
+    weights = {name: weights[name] for name in module.state_dict()}
+    flatten([module], weights)  # the one check of names, shapes and values
     module.load_state_dict(weights, assign=True)
     return module.requires_grad_(False)
 
@@ -351,24 +351,6 @@ def prepare(net: Networks, splits: Splits, device: torch.device, run: Run) -> No
         net.score = semantic_masks(net, parts)
 
 
-def train(cfg: UMAE, out: Path, resume: bool = False) -> dict | None:
-    """`mlo_mae.train` of a baseline."""
-    check(cfg)
-    summary = mlo_mae.train(cfg, out, resume, prepare=prepare)
-    if isinstance(cfg, SemMAE):
-        draw_parts(out, cfg.device)
-    return summary
-
-
-def draw_parts(run: Path, device_name: str, **machine) -> list[Path]:
-    """Draw the pictures of a SemMAE run again, with parts in place of p; returns their paths. Raises UserError."""
-    net, state, splits = open_run(run, device_name, **machine)
-    parts = read_parts(net.cfg, splits, run / "parts.pt", splits.train.mean.device)
-    net.score = semantic_masks(net, parts)
-    images = next(iter(splits.val.ordered(min(SHOWN, len(splits.val))))).images
-    return draw_run(net, state, splits, run, part_ids(net, parts, images) / parts.learner.parts)
-
-
 def run_command(argv: list[str] | None) -> dict | None:
     """Run one of METHODS with these flags; returns what its last line reports."""
     parser = cli.Parser(prog="mlo_mae.py baselines", description=__doc__.splitlines()[0])
@@ -384,7 +366,8 @@ def run_command(argv: list[str] | None) -> dict | None:
         flags = read_settings(out / "config.json", METHODS[method]) | flags
     preset = flags.get("preset", "shapes")
     cfg = METHODS[method](**{"preset": preset} | PRESETS[preset] | flags)
-    return train(cfg, out or Path("runs") / f"{cfg.preset}-{method}-{cfg.seed}", resume)
+    check(cfg)
+    return mlo_mae.reported_run(cfg, out or Path("runs") / f"{cfg.preset}-{method}-{cfg.seed}", resume, prepare=prepare)
 
 
 def main(argv: list[str] | None = None) -> int:

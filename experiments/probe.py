@@ -6,40 +6,51 @@
 The training split fits several probes, the validation split chooses one, and the test split is read once.
 """
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
+import mlo_mae
+from data import Splits
+from experiments import features, open_run
 from harness import cli
+from harness.files import write_whole
 from harness.probe import PROBES, linear_probe
-from mlo_mae import features, open_run
+
+RECIPE_HELP = (
+    "lbfgs: to convergence, weight decay chosen on validation; mae: MAE's, by SGD, learning rate chosen on validation "
+    "(default lbfgs)"
+)
 
 
-def probe(run: Path, recipe: str = "lbfgs", pooling: str = "cls", device: str = "auto", **machine) -> dict[str, float]:
-    """The accuracies (shares) of the run in this folder, as `harness.probe.linear_probe` returns them.
-
-    machine: settings of the run that are others on this machine, such as data_dir. Raises UserError."""
-    net, state, splits = open_run(run, device, **machine)
-    found = [features(net, state.theta.params, split, pooling) for split in (splits.train, splits.val, splits.test)]
+def probe(
+    net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, recipe: str = "lbfgs", pooling: str = "cls"
+) -> dict[str, float]:
+    """The accuracies (shares) that `harness.probe.linear_probe` returns, of the features of this state's encoder."""
+    found = (features(net, state.theta.params, split, pooling) for split in (splits.train, splits.val, splits.test))
     return linear_probe(*found, len(splits.class_names), recipe)
+
+
+def after_training(net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, out: Path) -> dict[str, float]:
+    """What `mlo_mae.pretrain` ends with: `probe`, which also goes into the run's folder."""
+    found = probe(net, state, splits)
+    write_whole(out / "probe.json", json.dumps(found).encode())
+    return found
 
 
 def run_command(argv: list[str] | None) -> dict:
     """Run `probe` with these flags; returns what its last line reports."""
     parser = cli.Parser(prog="mlo_mae.py probe", description=__doc__.splitlines()[0])
-    cli.add_run(parser)
-    parser.add_argument(
-        "--recipe",
-        choices=list(PROBES),
-        default="lbfgs",
-        help="lbfgs: to convergence, weight decay chosen on validation; mae: MAE's, by SGD, learning rate chosen on "
-        "validation (default lbfgs)",
-    )
-    parser.add_argument(
-        "--pooling", choices=["cls", "mean"], default="cls", help="CLS token, or mean of the patches' tokens (default cls)"
-    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--recipe", choices=list(PROBES), default="lbfgs", help=RECIPE_HELP)
+    pooling = "CLS token, or mean of the patches' tokens (default cls)"
+    parser.add_argument("--pooling", choices=["cls", "mean"], default="cls", help=pooling)
     flags = vars(parser.parse_args(argv))
-    how = {name: flags[name] for name in ("recipe", "pooling")}
-    return {"verb": "probe", "run": str(flags["run"]), **how, **probe(**flags)}
+    how = {name: flags.pop(name) for name in ("recipe", "pooling")}
+    return {"verb": "probe", "run": str(flags["run"]), **how, **probe(*open_run(**flags), **how)}
 
 
 def main(argv: list[str] | None = None) -> int:
