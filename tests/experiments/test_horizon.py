@@ -1,4 +1,4 @@
-"""horizon.py: that its T knows the objects, that its derivative is the one it names, and what it prints."""
+"""horizon: that its T knows the objects, that its derivative is the one it names, and what it prints."""
 
 import json
 from dataclasses import replace
@@ -8,15 +8,17 @@ import pytest
 import torch
 from einops import reduce
 
-import horizon
 import mlo_mae
+from experiments import horizon
+from harness.schedule import schedule
+from harness.vectors import call
 
-TINY = replace(horizon.CONFIG, images=240, patch_size=8, width=8, depth=1, heads=2, decoder_width=8, decoder_heads=2, batch_size=8,
-               labelled_batch_size=16, head_steps=2)  # fmt: skip
+SIZES = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2}
+TINY = replace(horizon.CONFIG, **SIZES, images=240, batch_size=8, labelled_batch_size=16, head_steps=2)
 
 
 @pytest.fixture
-def training(monkeypatch):
+def training(monkeypatch, drawn_once):
     monkeypatch.setattr(horizon, "CONFIG", TINY)
     return horizon.begin(0, 6, 40)
 
@@ -35,26 +37,27 @@ def test_its_masking_network_knows_the_objects(training):
 def test_the_derivative_is_that_of_the_steps_it_names(training):
     ahead, look = 2, 3
     theta, steps = horizon.go_on(training, "all alike", ahead, order=1 + look)
-    given = horizon.labelled(training, 100 + look)
-    of_a, of_b = mlo_mae.unrolled(training.net, theta, torch.zeros(2), training.head, given, steps).hypergradient
-    objects = np.mean([mlo_mae.call(training.net.masking, torch.tensor([50.0, -50.0]), step.images).mean() for step in steps])
+    labelled = horizon.labelled(training, 100 + look)
+    of_a, of_b = mlo_mae.unrolled(training.net, theta, torch.zeros(2), training.head, labelled, steps).hypergradient
+    objects = np.mean([call(training.net.masking, torch.tensor([50.0, -50.0]), step.images).mean() for step in steps])
     expected = (of_a / objects - of_b / (1 - objects)) / ahead
     assert horizon.derivative(training, ahead, look) == pytest.approx(float(expected), rel=1e-3)
     assert horizon.derivative(training, ahead, look + 1) != pytest.approx(float(expected), rel=1e-3)
 
 
 def test_ways_part_only_by_their_weights(training):
-    (alike, made), (again, _), (objects, others) = (horizon.go_on(training, way, 3) for way in ("all alike", "all alike", "objects"))
+    ways = "all alike", "all alike", "objects"
+    (alike, made), (again, _), (objects, others) = (horizon.go_on(training, way, 3) for way in ways)
     assert torch.equal(alike.params, again.params) and not torch.equal(alike.params, objects.params)
     assert all(torch.equal(a.images, b.images) and torch.equal(a.mask, b.mask) for a, b in zip(made, others))
-    assert len(made) == 3 and made[0].rates.lr == pytest.approx(TINY.lr * mlo_mae.schedule(6, 40, TINY.warmup * 40))
+    assert len(made) == 3 and made[0].rates.lr == pytest.approx(TINY.lr * schedule(6, 40, TINY.warmup * 40))
 
 
 def test_the_table(training, monkeypatch, capsys):
     monkeypatch.setattr(horizon, "LOOKS", {1: 2, 3: 1})
-    arguments = ["--seeds", "2", "--after", "4", "--of", "20"]
-    assert mlo_mae.reported("horizon", lambda: horizon.run(horizon.parse(arguments))) == 0
+    assert mlo_mae.main(["horizon", "--seeds", "2", "--after", "4", "--of", "20"]) == 0
     *printed, last = capsys.readouterr().out.splitlines()
+    assert printed[0] == "`python mlo_mae.py horizon --seeds 2 --after 4 --of 20`"
     rows = json.loads(last)["rows"]
     assert [row["steps_ahead"] for row in rows] == [1, 3] and [len(row["derivatives"]) for row in rows] == [4, 2]
     assert np.array(rows[0]["loss3"]).shape == (2, 3) and np.isfinite(rows[0]["loss3"]).all()
@@ -64,6 +67,6 @@ def test_the_table(training, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--after", "9", "--of", "9"], ["--steps", "3"]])
 def test_what_cannot_run_ends_in_one_line(arguments, capsys):
-    assert mlo_mae.reported("horizon", lambda: horizon.run(horizon.parse(arguments))) == 2
+    assert horizon.main(arguments) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and arguments[0] in errors[0]
