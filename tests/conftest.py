@@ -3,7 +3,9 @@ subprocesses (tiny tensors gain nothing from more)."""
 
 import faulthandler
 import functools
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,10 +16,12 @@ import numpy as np
 import pytest
 import torch  # after the number of threads is set
 
-import data
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when they are first imported
+
+from helpers import SCRIPT, arguments, write_sides
+
+import data
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +44,22 @@ def drawn_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "shapes", functools.cache(data.shapes))
         yield
+
+
+@pytest.fixture(scope="session")
+def sides(tmp_path_factory):
+    """An .npz of images of two classes."""
+    return write_sides(tmp_path_factory.mktemp("data") / "sides.npz")
+
+
+@pytest.fixture(scope="session")
+def whole_run(sides, tmp_path_factory):
+    """A finished run, as a user starts it: its folder, what it printed last, and its stderr."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    argv = [sys.executable, SCRIPT, *arguments(sides, out, "--epochs", 20)]
+    finished = subprocess.run(argv, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return out, json.loads(finished.stdout.splitlines()[-1]), finished.stderr
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import collections
 import io
 import json
 import os
+import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 import data
+import mlo_mae
 from harness import UserError
+from harness.checkpoints import read_saved
 from harness.weights import write_safetensors
 
 FUZZ = int(os.environ.get("MLO_MAE_FUZZ", 150))  # damaged files of each kind to try
@@ -147,6 +151,72 @@ def memory_is_bounded() -> None:
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 * 2**20  # KiB
 
 
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+SCRIPT = Path(mlo_mae.__file__)
+SMALL = {  # flags of a run that takes a second
+    **{"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2},
+    **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 8},
+    **{"batch_size": 16, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
+    **{"mask_start": 0, "log_every": 2, "device": "cpu"},
+}
+
+
+def write_sides(path: Path, parts: tuple[tuple[str, int], ...] = (("train", 60), ("test", 20))) -> Path:
+    """An .npz of 16x16 images of two classes, bright on the left or on the right."""
+    random, arrays = np.random.default_rng(0), {}
+    for part, count in parts:
+        labels = random.integers(0, 2, count)
+        images = random.integers(0, 120, (count, 16, 16, 3))
+        images[labels == 0, :, :8] += 100
+        images[labels == 1, :, 8:] += 100
+        arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels}
+    np.savez(path, **arrays)
+    return path
+
+
+def arguments(source: str | Path, out: Path, *more: object) -> list[str]:
+    """The command line of a small run on this data; `more` are flags that follow SMALL's, and so take their place."""
+    flags = [str(word) for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return ["pretrain", "--data", str(source), "--out", str(out), *flags, *map(str, more)]
+
+
+def checkpoint_of(run: Path) -> dict:
+    return read_saved(run / "checkpoint.pt", mlo_mae.FORMAT)
+
+
+def weights(run: Path) -> dict[tuple[str, str], Tensor]:
+    """All parameters in a run's checkpoint."""
+    content = checkpoint_of(run)
+    return {(part, name): tensor for part in ("model", "head", "masking") for name, tensor in content[part].items()}
+
+
+def same(first: dict[object, Tensor], second: dict[object, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def refused(argv: list[object], capsys: pytest.CaptureFixture, *words: object) -> str:
+    """The command ends with status 2 and one line on stderr, beside the progress bar, that holds `words`; that line."""
+    capsys.readouterr()
+    status = mlo_mae.main([str(argument) for argument in argv])
+    printed = capsys.readouterr().err.splitlines()
+    bar = re.compile("(update|step)/s|s/(update|step)")
+    lines = [line for line in printed if line and ("mlo_mae:" in line or not bar.search(line))]
+    assert status == 2
+    assert len(lines) == 1 and lines[0].startswith("mlo_mae: "), lines
+    for word in words:
+        assert str(word) in lines[0], lines[0]
+    return lines[0]
+
+
+def copied(source: Path, target: Path) -> Path:
+    """A copy of a run's folder, which a test may damage."""
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
 # ------------------------------------------------------------------------------------------------- public weights
 
 Shapes = dict[str, tuple[int, ...]]
@@ -220,6 +290,22 @@ WRAPPED = {  # kinds of files that hold weights by their public names: {name: te
 
 
 # --------------------------------------------------------------------------------------------------------- damage
+
+
+class Explosive:
+    """Where unpickling executes what it is told to, a folder "exploded" appears."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+DAMAGED = {  # kinds of damage to a whole file: its bytes -> others
+    "truncated": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: content[: (at := len(content) // 2)] + bytes([content[at] ^ 1]) + content[at + 1 :],
+    "empty": lambda content: b"",
+    "text": lambda content: b"not a checkpoint",
+    "pickle": lambda content: pickle.dumps(Explosive()),
+}
 
 
 def mutated(raw: bytes, rng: np.random.Generator) -> bytes:
