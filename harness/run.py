@@ -33,7 +33,8 @@ SNAPSHOTS = 10  # times in a run at which p is recorded
 
 
 class Run:
-    """The folder `out` of one run. Making this object looks at the folder and writes nothing; `at_work` writes.
+    """The folder `out` of one run. Making this object looks at the folder and writes nothing; `at_work` writes. Without a
+    folder (None) nothing is ever written, and signals do what they do.
 
     settings: {part: {name: value}}, what the run's result depends on; a checkpoint holds the same.
     machine: names of settings that may change when a run is resumed, since its result does not depend on them.
@@ -42,8 +43,16 @@ class Run:
 
     Raises UserError where a run is there already, or `resume` finds one of other settings."""
 
-    def __init__(self, out: Path, settings: dict[str, dict], resume: bool, form: str, machine: set[str], minutes: float = 0.0):
-        self.out, self.minutes, self.writer = out, minutes, rank() == 0
+    def __init__(
+        self,
+        out: Path | None,
+        settings: dict[str, dict],
+        resume: bool,
+        form: str,
+        machine: set[str],
+        minutes: float = 0.0,
+    ):
+        self.out, self.minutes, self.writer = out, minutes, out is not None and rank() == 0
         self.checkpoint, self.stop, self.received, self.waited = None, 0, [], 0.0
         self.beside = {"config.json": json.dumps(settings["config"], indent=2).encode()}
         if not self.writer:
@@ -84,8 +93,8 @@ class Run:
         exchange_seconds()  # counts from here
         self.total, self.losses, self.window = total, [], []  # losses still on the device, and those read since the last line
         self.looked = self.saved = self.logged = time.monotonic()
-        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, mininterval=1, disable=not self.writer)
-        with self.bar, stop_signals() as self.received:
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, mininterval=1, disable=rank() > 0)
+        with self.bar, stop_signals() if self.out else contextlib.nullcontext([]) as self.received:
             yield self
 
     def _claim(self) -> None:
@@ -136,6 +145,14 @@ class Run:
             if self.writer:
                 self.save(content())
             self.saved = time.monotonic()
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether one process's loop of its own (fine-tuning's) has to `save` after this iteration: after some minutes, at
+        the end, and once a signal has come, which sets `stop`. The minutes then start again."""
+        self.stop, now = self.received[0] if self.received else 0, time.monotonic()
+        due = self.writer and (self.stop > 0 or iteration == self.total or now - self.saved >= 60 * self.minutes)
+        self.saved = now if due else self.saved
+        return due
 
     def is_tenth(self, iteration: int) -> bool:
         """Whether this iteration ends a tenth of the run: then `record_masks` may follow, which read_masks reads."""
