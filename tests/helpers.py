@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import dataclasses
+import functools
 import io
 import json
 import os
@@ -21,6 +23,8 @@ import data
 import mlo_mae
 from harness import UserError
 from harness.checkpoints import read_saved
+from harness.processes import average, share
+from harness.vectors import inverse_fan_in, weight_decays
 from harness.weights import write_safetensors
 
 FUZZ = int(os.environ.get("MLO_MAE_FUZZ", 150))  # damaged files of each kind to try
@@ -160,6 +164,59 @@ SMALL = {  # flags of a run that takes a second
     **{"batch_size": 16, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
     **{"mask_start": 0, "log_every": 2, "device": "cpu"},
 }
+
+
+TINY = mlo_mae.Config(  # for the method without a run
+    **{"patch_size": 4, "width": 16, "depth": 2, "heads": 2},
+    **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 12},
+    **{"batch_size": 12, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
+    **{"head_norm": "layer", "dropout": 0.3, "mask_start": 0.0},
+)
+
+
+def noise_batches(cfg: mlo_mae.Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Iterator[data.Batch]]:
+    """Batches of levels 1, 2 and 3, [B, 3, 16, 16] and five classes, of which each process has its share."""
+    random = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (60, 3, 16, 16), generator=random, dtype=torch.uint8)
+    split = data.Images(images, torch.arange(60) % 5, (0.5,) * 3, (0.25,) * 3)
+
+    def stream(size, seed):
+        for batch in split.stream(size, seed, part=share(size)):
+            yield data.Batch(batch.images.to(dtype), batch.labels)
+
+    return [stream(size, seed) for seed, size in enumerate((cfg.batch_size, *2 * [cfg.labelled_batch_size]))]
+
+
+@functools.cache
+def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
+    """All parameters and moments after two outer iterations from moments as training leaves them, the losses, and T's
+    first gradient (a tenth of it). `changes` are of TINY."""
+    settings = {"warmup": 0.0, "masking_network": "mlp", "mask_noise": 0.0} | changes
+    cfg = dataclasses.replace(TINY, **settings)
+    net, params = mlo_mae.build(cfg, 16, 3, 5)
+    random = torch.Generator().manual_seed(0)
+
+    def warm(vector, t):
+        mu = 1e-2 * torch.randn(len(vector), generator=random, dtype=torch.float64)
+        nu = mu.square() * (1 + torch.randn(len(vector), generator=random, dtype=torch.float64).square())
+        return mlo_mae.Level(vector.to(dtype), mu.to(dtype), nu.to(dtype), t)
+
+    theta, head, psi = (warm(vector, t) for vector, t in zip(params, (7, 4, 3)))
+    psi = psi._replace(mu=torch.zeros_like(psi.mu))  # so that after one step it is T's gradient
+    state, batches, rows, gradient = mlo_mae.State(0, theta, head, psi), noise_batches(cfg, dtype), [], None
+    decay = [weight_decays(modules, cfg.weight_decay).to(dtype) for modules in mlo_mae.modules_of(net).values()]
+    for _ in range(2):
+        rate = inverse_fan_in(net.masking).to(dtype)
+        state, losses = mlo_mae.outer_iteration(net, state, batches, 10, decay, rate)
+        gradient = state.psi.mu if gradient is None else gradient
+        rows.append(average(torch.stack([value.to(dtype) for value in losses.values()])))
+    levels = {"theta": state.theta, "head": state.head, "psi": state.psi}
+    moved = {f"{name} {part}": getattr(level, part) for name, level in levels.items() for part in ("params", "mu", "nu")}
+    return {"T's gradient": gradient, "losses": torch.stack(rows)} | moved
+
+
+def relative_error(found: Tensor, judge: Tensor) -> float:
+    return float((found.double() - judge.double()).norm() / judge.double().norm().clamp_min(1e-30))
 
 
 def write_sides(path: Path, parts: tuple[tuple[str, int], ...] = (("train", 60), ("test", 20))) -> Path:

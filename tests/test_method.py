@@ -1,0 +1,385 @@
+"""The networks, masks and losses against their equations written out, and the loop that puts them together."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import TINY, noise_batches
+
+import mlo_mae
+from harness import UserError
+from harness.probe import mask_statistics
+from harness.vectors import inverse_fan_in, weight_decays
+from mlo_mae import CIFAR, IMAGENET, PRESETS, Config, build, call, unflatten
+
+# ------------------------------------------------------------------------------------------------- the networks
+
+
+def mae_by_hand(weight, images, kept, size, heads, decoder_heads):
+    """MAE's equations (arXiv 2111.06377) written image by image, patch by patch, head by head, in float64.
+
+    kept: for each image, its visible patches. Returns the error of each patch [B, L], 0 where visible."""
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdim=True)
+        return (
+            centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight[name + ".weight"]
+            + weight[name + ".bias"]
+        )
+
+    def linear(x, name):
+        return x @ weight[name + ".weight"].T + weight[name + ".bias"]
+
+    def block(x, name, heads):  # x [N, D]
+        q, k, v = linear(norm(x, name + ".norm1"), name + ".attn.qkv").chunk(3, dim=-1)
+        width = x.shape[1] // heads
+        mixed = []
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            scores = q[:, part] @ k[:, part].T / math.sqrt(width)
+            mixed.append(scores.exp() / scores.exp().sum(1, keepdim=True) @ v[:, part])
+        x = x + linear(torch.cat(mixed, dim=1), name + ".attn.proj")
+        hidden = linear(norm(x, name + ".norm2"), name + ".mlp.fc1")
+        hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+        return x + linear(hidden, name + ".mlp.fc2")
+
+    depth = 1 + max(int(name.split(".")[1]) for name in weight if name.startswith("blocks."))
+    decoder_depth = 1 + max(int(name.split(".")[1]) for name in weight if name.startswith("decoder_blocks."))
+    errors = torch.zeros(len(images), (images.shape[2] // size) ** 2, dtype=images.dtype)
+    for i, image in enumerate(images):
+        corners = [(r, c) for r in range(0, image.shape[1], size) for c in range(0, image.shape[2], size)]
+        cut = [image[:, r : r + size, c : c + size] for r, c in corners]
+        tokens = [weight["cls_token"][0, 0] + weight["pos_embed"][0, 0]]
+        for j in kept[i]:
+            convolved = torch.einsum("cpq,dcpq->d", cut[j], weight["patch_embed.proj.weight"])
+            tokens.append(convolved + weight["patch_embed.proj.bias"] + weight["pos_embed"][0, 1 + j])
+        x = torch.stack(tokens)
+        for number in range(depth):
+            x = block(x, f"blocks.{number}", heads)
+        x = linear(norm(x, "norm"), "decoder_embed")
+        full = [x[0]] + [weight["mask_token"][0, 0]] * len(cut)
+        for place, j in enumerate(kept[i]):
+            full[1 + j] = x[1 + place]
+        x = torch.stack(full) + weight["decoder_pos_embed"][0]
+        for number in range(decoder_depth):
+            x = block(x, f"decoder_blocks.{number}", decoder_heads)
+        pred = linear(norm(x, "decoder_norm"), "decoder_pred")[1:]
+        for j, patch in enumerate(cut):
+            if j in kept[i]:
+                continue
+            pixels = patch.permute(1, 2, 0).flatten()  # row, column, channel
+            mean = pixels.mean()
+            var = (pixels - mean).square().sum() / (len(pixels) - 1)
+            errors[i, j] = (pred[j] - (pixels - mean) / (var + 1e-6).sqrt()).square().mean()
+    return errors
+
+
+def test_forward_equals_the_published_equations():
+    cfg = Config(
+        **{"patch_size": 4, "width": 24, "depth": 2, "heads": 3},
+        **{"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2},
+        **{"masking_network": "mlp", "mask_noise": 0.0},
+    )
+    net, (theta, _, psi) = build(cfg, 20, 3, 7)
+    torch.manual_seed(1)
+    theta = theta.double() + 0.3 * torch.randn(len(theta), dtype=torch.float64)  # nothing is zero or special
+    images = torch.randn(3, 3, 20, 20, dtype=torch.float64)
+    prob, keep, restore, mask = mlo_mae.draw_masks(net, psi.double(), images, theta[: net.encoder_size], 0)
+    step = mlo_mae.Step(None, None, None, images, keep, restore, mask)
+    errors = mlo_mae.patch_errors(net, theta[: net.encoder_size], theta[net.encoder_size :], step)
+
+    named = unflatten(net.encoder, theta[: net.encoder_size]) | unflatten(net.decoder, theta[net.encoder_size :])
+    visible = [[j for j in range(25) if mask[i, j] == 0] for i in range(3)]
+    expected = mae_by_hand(named, images, visible, 4, 3, 2)
+    assert net.visible == 6 and all(len(ids) == 6 for ids in visible)  # int(25 * (1 - 0.75))
+    assert torch.allclose(errors, expected, rtol=1e-10, atol=1e-12)
+    loss = mlo_mae.level1_loss(prob, mask, errors)
+    by_hand = sum(prob[i, j] * expected[i, j] for i in range(3) for j in range(25) if j not in visible[i]) / (3 * 19)
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-12)
+    for i in range(3):  # the hidden patches are those of highest p
+        assert prob[i][mask[i] == 1].min() >= prob[i][mask[i] == 0].max()
+
+
+def test_whole_images_give_the_features_of_all_patches_in_order():
+    net, (theta, _, _) = build(Config(width=16, depth=1, heads=2, decoder_width=8, decoder_heads=2), 16, 3, 2)
+    images, params = torch.randn(2, 3, 16, 16), theta[: net.encoder_size]
+    everything = torch.arange(16).expand(2, -1)
+    tokens = call(net.encoder, params, images, everything)
+    assert torch.allclose(call(net.encoder, params, images), tokens, atol=1e-6)
+    assert torch.allclose(mlo_mae.encode(net, params, images), tokens[:, 0], atol=1e-6)
+    assert torch.allclose(mlo_mae.encode(net, params, images, "mean"), tokens[:, 1:].mean(1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "preset, image_size, encoder_millions, decoder_millions, first_of_t",
+    [
+        (CIFAR, 32, 85.3, 25.8, 3072),
+        (IMAGENET, 224, 85.8, 26.1, 150528),
+        (PRESETS["imagenet-large"], 224, 303.3, 26.3, 150528),
+    ],
+    ids=["cifar", "imagenet", "imagenet-large"],
+)
+def test_preset_sizes_and_public_names(preset, image_size, encoder_millions, decoder_millions, first_of_t, monkeypatch):
+    monkeypatch.setattr(mlo_mae, "parameters_to_vector", lambda parameters: torch.zeros(1))  # no storage: meta tensors
+    with torch.device("meta"):
+        net, _ = build(dataclasses.replace(Config(), **preset), image_size, 3, 100)
+    count = {part: sum(p.numel() for p in getattr(net, part).parameters()) / 1e6 for part in ("encoder", "decoder")}
+    assert count["encoder"] == pytest.approx(encoder_millions, abs=0.06)
+    assert count["decoder"] == pytest.approx(decoder_millions, abs=0.06)
+    assert net.masking.fc1.weight.shape == (512, first_of_t)
+    # The names of timm's VisionTransformer (without its classifier) and of facebookresearch/mae's decoder.
+    modules = "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"
+    a_block = [f"{module}.{kind}" for module in modules for kind in ("weight", "bias")]
+    encoder = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
+    encoder |= {f"blocks.{n}.{name}" for n in range(preset["depth"]) for name in a_block}
+    decoder = {"mask_token", "decoder_pos_embed"}
+    decoder |= {f"decoder_{module}.{kind}" for module in ("embed", "norm", "pred") for kind in ("weight", "bias")}
+    decoder |= {f"decoder_blocks.{n}.{name}" for n in range(preset["decoder_depth"]) for name in a_block}
+    assert {name for name, _ in net.encoder.named_parameters()} == encoder
+    assert {name for name, _ in net.decoder.named_parameters()} == decoder
+    width, patch = preset["width"], preset["patch_size"]
+    assert net.encoder.patch_embed.proj.weight.shape == (width, 3, patch, patch)
+    assert net.encoder.blocks[0].attn.qkv.weight.shape == (3 * width, width)
+    assert net.encoder.pos_embed.shape == (1, 1 + (image_size // patch) ** 2, width)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_is_a_configuration_that_runs(preset):
+    cfg = Config(**{"preset": preset} | PRESETS[preset])
+    mlo_mae.check(cfg)
+    assert preset == "shapes" or cfg.mask_noise == cfg.mask_start == 0 and cfg.masking_network == "mlp"  # as published
+
+
+def test_positions_are_sin_cos_of_column_then_row():
+    table = mlo_mae.sincos_positions(8, 3)[0]
+    assert torch.equal(table[0], torch.zeros(8))
+    for row in range(3):
+        for column in range(3):
+            angles = [[place / 10000 ** (k / 2) for k in (0, 1)] for place in (column, row)]
+            expected = [wave(angle) for two in angles for wave in (math.sin, math.cos) for angle in two]
+            assert torch.allclose(table[1 + 3 * row + column], torch.tensor(expected), atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------- masks
+
+
+def test_random_masks_are_uniform_and_p_is_one():
+    net, (theta, _, psi) = build(Config(masking="random"), 32, 3, 8)
+    prob, keep, restore, mask = mlo_mae.draw_masks(net, psi, torch.zeros(2000, 3, 32, 32), None, 0, 1)
+    assert torch.equal(prob, torch.ones(2000, 64)) and torch.equal(mask.sum(1), torch.full((2000,), 48.0))
+    assert (mask.mean(0) - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 2000)
+    again = mlo_mae.draw_masks(net, psi, torch.zeros(2000, 3, 32, 32), None, 0, 1)[3]
+    other = mlo_mae.draw_masks(net, psi, torch.zeros(2000, 3, 32, 32), None, 0, 2)[3]
+    assert torch.equal(mask, again) and not torch.equal(mask, other)
+
+
+def test_before_its_start_t_is_not_asked():
+    """Learned masks are then those of --masking random, draw by draw."""
+    images, masks = torch.randn(50, 3, 32, 32), {}
+    for masking in ("learned", "random"):
+        net, (_, _, psi) = build(Config(masking=masking, mask_start=0.5), 32, 3, 8)
+        psi = torch.ones_like(psi).cumsum(0).sin()  # T has preferences
+        for progress in (0.0, 0.49, 0.5, 1.0):
+            prob, _, _, masks[masking, progress] = mlo_mae.draw_masks(net, psi, images, None, 0, 1, progress=progress)
+            assert prob.eq(1).all() == (masking == "random" or progress < 0.5)
+    for progress in (0.0, 0.49, 0.5, 1.0):
+        assert torch.equal(masks["learned", progress], masks["random", progress]) == (progress < 0.5)
+
+
+@pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
+def test_the_shared_t_starts_without_a_preference(masking_input):
+    cfg = Config(masking_network="shared", masking_input=masking_input, masking_width=6, width=16, patch_size=4)
+    net, (theta, _, psi) = build(cfg, 32, 3, 8)
+    prob = mlo_mae.masking_probability(net, psi, torch.randn(5, 3, 32, 32), theta[: net.encoder_size])
+    assert torch.equal(prob, torch.full((5, 64), 0.5))
+    window = (3, 12, 12) if masking_input == "pixels" else (16, 3, 3)  # three by three patches
+    assert net.masking.window.weight.shape == (6, *window)
+
+
+def test_the_shared_t_sees_a_patch_and_its_neighbours_wherever_they_lie():
+    net, (_, _, psi) = build(Config(masking_network="shared", masking_input="pixels", patch_size=4), 32, 3, 8)
+    torch.manual_seed(0)
+    psi, images = psi.double() + 0.1 * torch.randn(len(psi)), torch.randn(2, 3, 32, 32).double()
+
+    def logits(images):  # [B, 8, 8], less their mean, which the borders change: here the one of patch (6, 6) is 0
+        found = mlo_mae.masking_probability(net, psi, images, None).logit()
+        assert found.mean(1).abs().max() < 1e-9 and found.std() > 0.1
+        return found.unflatten(1, (8, 8)) - found[:, 54, None, None]
+
+    right = logits(images.roll(4, 3))  # patches move by one; standardising the image does not see that
+    expected = logits(images)[:, 1:-1, 1:-2] - logits(images)[:, 6:7, 5:6]
+    assert torch.allclose(right[:, 1:-1, 2:-1], expected, atol=1e-9)
+
+    turned = images.clone()
+    turned[:, :, 8:12, 12:16] = images[:, :, 8:12, 12:16].flip(2)  # patch (2, 3), its pixels in another order
+    moved = (logits(turned) - logits(images)).abs() > 1e-9
+    near = torch.zeros(8, 8, dtype=torch.bool)
+    near[1:4, 2:5] = True
+    assert torch.equal(moved, near.expand(2, -1, -1))
+
+
+@pytest.mark.parametrize("noise", [1.0, 2.5])
+@pytest.mark.parametrize("hidden", [1, 2])
+def test_noisy_masks_are_drawn_by_their_odds_without_replacement(monkeypatch, noise, hidden):
+    net, _ = build(Config(patch_size=8, mask_ratio=hidden / 4, mask_noise=noise, mask_start=0.0), 16, 3, 8)
+    logits = torch.tensor([2.0, -1.0, 0.5, -0.5])
+    monkeypatch.setattr(mlo_mae, "masking_probability", lambda _net, _psi, x, _params: logits.sigmoid().expand(len(x), -1))
+    images = torch.zeros(40_000, 3, 16, 16)
+    prob, _, _, mask = mlo_mae.draw_masks(net, None, images, None, 0, 1)
+    assert torch.equal(prob[7], logits.sigmoid())  # the noise has no part in L1's weights
+    odds = (logits / noise).exp().tolist()
+    total = sum(odds)
+    if hidden == 1:
+        expected = {(i,): odds[i] / total for i in range(4)}
+    else:  # one first and the other of the rest, or the reverse
+        pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+        expected = {(i, j): odds[i] * odds[j] / total * sum(1 / (total - odds[k]) for k in (i, j)) for i, j in pairs}
+    assert sum(expected.values()) == pytest.approx(1)
+    for patches, share in expected.items():
+        found = mask[:, list(patches)].all(1).double().mean().item()
+        assert abs(found - share) < 5 * math.sqrt(share * (1 - share) / len(images)), patches
+    assert torch.equal(mask, mlo_mae.draw_masks(net, None, images, None, 0, 1)[3])
+    assert not torch.equal(mask, mlo_mae.draw_masks(net, None, images, None, 0, 2)[3])
+
+
+def test_without_noise_the_highest_p_are_hidden(monkeypatch):
+    net, _ = build(Config(patch_size=8, mask_ratio=0.5, masking_network="mlp", mask_noise=0.0, mask_start=0.0), 16, 3, 8)
+    prob = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.51, 0.5, 0.49, 0.52]])
+    monkeypatch.setattr(mlo_mae, "masking_probability", lambda *arguments: prob)
+    mask = mlo_mae.draw_masks(net, None, torch.zeros(2, 3, 16, 16), None, 0, 1)[3]
+    assert mask.tolist() == [[0, 1, 0, 1], [1, 0, 0, 1]]
+
+
+def test_a_score_of_a_baseline_hides_the_highest_and_p_is_one():
+    net, (_, _, psi) = build(Config(patch_size=8, mask_ratio=0.5, mask_start=0.0), 16, 3, 8)
+    scores, seen = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.51, 0.5, 0.49, 0.52]]), []
+
+    def score(images, generator, progress):
+        seen.append((images, torch.rand(3, generator=generator), progress))
+        return scores
+
+    net.score = score
+    images = torch.zeros(2, 3, 16, 16)
+    for key in (1, 1, 2):
+        prob, _, _, mask = mlo_mae.draw_masks(net, psi, images, None, 0, key, progress=0.3)
+        assert mask.tolist() == [[0, 1, 0, 1], [1, 0, 0, 1]] and prob.eq(1).all()
+    assert all(given is images and progress == 0.3 for given, _, progress in seen)
+    draws = [draw for _, draw, _ in seen]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])  # a function of the keys
+
+
+@pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
+@pytest.mark.parametrize("image_size, patch", [(32, 4), (96, 8)])
+def test_first_masks_are_neither_saturated_nor_the_same(masking_input, image_size, patch):
+    cfg = Config(masking_network="mlp", masking_input=masking_input, mask_noise=0.0, patch_size=patch)
+    net, params = build(cfg, image_size, 3, 8)
+    state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, "cpu") for vector in params))
+    torch.manual_seed(0)
+    images = F.interpolate(torch.randn(64, 3, 6, 6), size=image_size, mode="bilinear")  # smooth, as photographs are
+    prob, _, _, mask = mlo_mae.masks_now(net, state, images, progress=1.0)
+    statistics = mask_statistics(prob, mask, None, None, patch)
+    assert 0.3 < statistics["p_mean"] < 0.7 and 0.05 < statistics["p_std"] < 0.3
+    assert statistics["p_entropy"] > 0.7
+    assert statistics["mask_overlap"] < 0.93
+
+
+# -------------------------------------------------------------------------------------------------- steps and loop
+
+
+@pytest.mark.parametrize(
+    "network, layers, biases", [("mlp", ("fc1", "fc2"), ("fc1", "fc2")), ("shared", ("window", "fc"), ("window",))]
+)
+def test_one_step_moves_a_unit_of_t_by_mask_lr_at_most(network, layers, biases):
+    net, (_, _, psi) = build(Config(masking_network=network), 32, 3, 8)
+    scale = inverse_fan_in(net.masking)
+    after = mlo_mae.adamw(mlo_mae.fresh_level(psi, "cpu"), torch.randn(len(psi)), mlo_mae.Rates(0.02 * scale, 0 * psi))
+    moved = unflatten(net.masking, after.params - psi)
+    for name in layers:  # inputs of size 1
+        assert moved[name + ".weight"].abs().flatten(1).sum(1).max() == pytest.approx(0.02, rel=1e-3)
+    for name in biases:
+        assert moved[name + ".bias"].abs().max() == pytest.approx(0.02, rel=1e-3)
+
+
+def test_gradients_do_not_depend_on_how_threads_are_scheduled():
+    cfg = Config(masking="random")
+    net, (theta, _, _) = build(cfg, 32, 3, 8)
+    images, rates = torch.randn(cfg.batch_size, 3, 32, 32), mlo_mae.Rates(1e-3, torch.zeros(()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        found = [mlo_mae.level1_step(net, mlo_mae.fresh_level(theta, "cpu"), None, images, rates, 0)[1] for _ in range(12)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(step.gradient, found[0].gradient) for step in found)
+
+
+def fresh_state(**settings):
+    """Networks and state at the start of a tiny run, and the arguments of `outer_iteration` that follow."""
+    cfg = dataclasses.replace(TINY, **settings)
+    net, params = build(cfg, 16, 3, 5)
+    state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, "cpu") for vector in params))
+    decay = [weight_decays(modules, cfg.weight_decay) for modules in mlo_mae.modules_of(net).values()]
+    return net, state, (noise_batches(cfg), 4, decay, inverse_fan_in(net.masking))
+
+
+def test_an_outer_iteration_steps_each_level_as_often_as_asked():
+    net, state, rest = fresh_state(level1_steps=3, head_steps=2, mask_start=0.5)
+    for iteration in range(4):
+        before, (state, losses) = state, mlo_mae.outer_iteration(net, state, *rest)
+        assert state.iteration == iteration + 1 and state.theta.t == 3 * (iteration + 1)
+        if iteration < 2:  # T and the head wait for the second half
+            assert losses.keys() == {"level1_loss", "reconstruction_error"} and losses["level1_loss"] > 0
+            assert state.head is before.head and state.psi is before.psi
+        else:
+            names = {"level1_loss", "reconstruction_error", "level2_loss", "level3_loss", "hypergradient_norm"}
+            assert losses.keys() == names and all(value > 0 for value in losses.values())
+            assert (state.head.t, state.psi.t) == (2 * (iteration - 1), iteration - 1)
+            assert not torch.equal(state.psi.params, before.psi.params)
+
+
+def test_another_form_of_the_hypergradient_takes_the_place_of_the_configurations():
+    """It is asked with what `exact` is asked with, and its answer is followed."""
+    net, state, rest = fresh_state(warmup=0.0)
+    batches, asked = noise_batches(net.cfg), []
+    given = [next(batch) for batch in batches[1:]]
+
+    def form(net, theta, psi, head, labelled, steps):
+        asked.append((theta, psi, head, labelled, steps))
+        found = mlo_mae.exact(net, theta, psi, head, labelled, steps)
+        return found._replace(hypergradient=-found.hypergradient)
+
+    other, losses = mlo_mae.outer_iteration(net, state, *rest, hypergradient=form)
+    ((theta, psi, head, labelled, steps),) = asked
+    assert theta is other.theta and psi is state.psi.params and head is state.head
+    assert [step.theta.t for step in steps] == [net.cfg.level1_steps - 1]  # --unroll last
+    for found, wanted in zip(labelled[:4], (given[0].images, given[0].labels, given[1].images, given[1].labels)):
+        assert torch.equal(found, wanted)
+    own, same_losses = mlo_mae.outer_iteration(net, state, noise_batches(net.cfg), *rest[1:])
+    assert losses == same_losses and torch.equal(own.head.params, other.head.params)
+    assert torch.equal(own.psi.mu, -other.psi.mu) and own.psi.mu.any()
+
+
+def test_a_penalty_is_added_to_level_1_and_not_to_the_error():
+    net, state, rest = fresh_state(masking="random", level1_steps=1)
+    plain, without = mlo_mae.outer_iteration(net, state, *rest)
+    net.penalty = lambda features: 0.5 + features.square().mean()
+    moved, found = mlo_mae.outer_iteration(net, state, noise_batches(net.cfg), *rest[1:])
+    assert found["level1_loss"] > without["level1_loss"] + 0.5
+    assert found["reconstruction_error"] == without["reconstruction_error"] == without["level1_loss"]
+    assert not torch.equal(moved.theta.mu, plain.theta.mu)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"patch_size": 5}, ["16 pixels", "patches of 5"]),
+        ({"mask_ratio": 0.999}, ["--mask-ratio 0.999", "16 patches"]),
+        ({"width": 4096, "depth": 1000, "heads": 1}, ["too large", "--width"]),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_anything_is_allocated(changes, words):
+    with pytest.raises(UserError) as caught:
+        build(dataclasses.replace(TINY, **changes), 16, 3, 5)
+    assert all(word in str(caught.value) for word in words), caught.value
