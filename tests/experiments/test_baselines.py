@@ -9,13 +9,30 @@ import signal
 import numpy as np
 import pytest
 import torch
+from helpers import SMALL, refused, same
 
-import baselines
 import mlo_mae
-from baselines import PartLearner, blur, learn_parts, overlap, semantic_quota, semantic_scores, uniformity
+from experiments import baselines, open_run
+from experiments.baselines import (
+    PARTS_FORMAT,
+    UMAE,
+    PartLearner,
+    SemMAE,
+    blur,
+    learn_parts,
+    overlap,
+    prepare,
+    read_parts,
+    semantic_masks,
+    semantic_quota,
+    semantic_scores,
+    uniformity,
+)
+from harness import UserError
+from harness.run import read_metrics
+from harness.vectors import call
 from kernels import select_patches
-from mlo_mae import Config, RunError, build, fresh_level, level1_step, main
-from test_mlo_mae import same
+from mlo_mae import build, fresh_level, level1_step, main
 
 # ------------------------------------------------------------------------------------------------------- U-MAE
 
@@ -52,14 +69,14 @@ def test_level_1_adds_the_weighted_term_of_masked_cls_tokens():
     """The same step with and without the term: losses and gradients differ by it, and by nothing else."""
     found = {}
     for weight in (0.0, 0.7):
-        cfg = Config(masking="random", uniformity=weight, width=16, depth=1, heads=2, decoder_width=8)
-        net, (theta, _, psi) = build(cfg, 16, 3, 2)
+        net, (theta, _, psi) = build(UMAE(uniformity=weight, width=16, depth=1, heads=2, decoder_width=8), 16, 3, 2)
+        prepare(net, None, None, None)  # which needs data, device and folder for parts alone
         images = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
         rates = mlo_mae.Rates(1e-3, torch.zeros(len(theta)).double())
         _, step, loss, error = level1_step(net, fresh_level(theta.double(), "cpu"), psi, images, rates, 0, 0)
         found[weight] = step.gradient, loss, error
     params = theta.double().requires_grad_()
-    term = uniformity(mlo_mae.call(net.encoder, params[: net.encoder_size], images, step.keep)[:, 0])
+    term = uniformity(call(net.encoder, params[: net.encoder_size], images, step.keep)[:, 0])
     (gradient,) = torch.autograd.grad(term, params)
     assert found[0.7][1] - found[0.0][1] == pytest.approx(0.7 * term.item(), rel=1e-9) and term > 1e-3
     assert torch.allclose(found[0.7][0] - found[0.0][0], 0.7 * gradient, atol=1e-10)
@@ -222,9 +239,8 @@ def test_parts_are_the_clusters_of_a_toy_set(monkeypatch):
 
 # -------------------------------------------------------------------------------------------------- whole runs
 
-FLAGS = ["--patch-size", "4", "--width", "16", "--depth", "1", "--heads", "2", "--decoder-width", "8", "--decoder-depth", "1",
-         "--decoder-heads", "2", "--masking-width", "8", "--batch-size", "16", "--labelled-batch-size", "8",
-         "--parts", "3", "--parts-steps", "5", "--log-every", "1", "--level1-steps", "2", "--device", "cpu"]  # fmt: skip
+FLAGS = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+PARTS = ["--parts", "3", "--parts-steps", "5"]
 
 
 def write_npz(path, size):
@@ -234,22 +250,26 @@ def write_npz(path, size):
     return path
 
 
+def arguments(folder, out, *command, images="small.npz"):
+    """`command` and the flags of a small run on the images in `folder`, without --image-size."""
+    name = 1 + (command[0] == "baselines")
+    common = ["--data", folder / images, *FLAGS, "--image-size", 0, "--log-every", 1, "--out", folder / out]
+    return [str(word) for word in (*command[:name], *common, *command[name:])]
+
+
+def semmae(folder):
+    return "baselines", "semmae", *PARTS, "--parts-from", folder / "mae", "--epochs", 4
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images, a run of random masks on them whose encoder is wider, and a semantic run on that encoder."""
+    """Images, a run of random masks on them whose encoder is wider, and a run of SemMAE on that encoder."""
     folder = tmp_path_factory.mktemp("semantic")
     write_npz(folder / "small.npz", 16)
-    assert pretrain(folder, "mae", "--masking", "random", "--width", "32", "--depth", "2", "--epochs", "1") == 0
-    assert pretrain(folder, "semantic", *semantic(folder)) == 0
+    wider = "--masking", "random", "--width", "32", "--depth", "2", "--epochs", "1"
+    assert main(arguments(folder, "mae", "pretrain", *wider)) == 0
+    assert main(arguments(folder, "semantic", *semmae(folder))) == 0
     return folder
-
-
-def semantic(folder):
-    return "--masking", "semantic", "--parts-from", folder / "mae", "--epochs", 4
-
-
-def pretrain(folder, out, *more, images="small.npz"):
-    return main(["pretrain", "--data", str(folder / images), *FLAGS, "--out", str(folder / out), *map(str, more)])
 
 
 def tensors(run):
@@ -264,10 +284,19 @@ def flat(tree, path=""):
 
 def test_a_run_with_uniformity(folder, tmp_path):
     shutil.copy(folder / "small.npz", tmp_path)
-    assert pretrain(tmp_path, "run", "--masking", "random", "--uniformity", 0.5, "--epochs", 5) == 0
-    rows = mlo_mae.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert main(arguments(tmp_path, "run", "baselines", "u-mae", "--uniformity", 0.5, "--epochs", 5)) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     terms = [row["level1_loss"] - row["reconstruction_error"] for row in rows]  # p is 1: what L1 has beyond the error
     assert all(0 < term <= 0.5 + 1e-6 for term in terms) and terms[-1] < terms[0]
+    assert all("level3_loss" not in row and row["p_mean"] == 1 for row in rows)
+
+
+def test_semmae_may_have_the_term_as_well(folder, tmp_path):
+    shutil.copy(folder / "small.npz", tmp_path)
+    flags = *semmae(folder), "--uniformity", 0.5, "--epochs", 1
+    assert main(arguments(tmp_path, "run", *flags)) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert all(0 < row["level1_loss"] - row["reconstruction_error"] <= 0.5 + 1e-6 for row in rows)
 
 
 def test_a_semantic_run_keeps_its_parts(folder, tmp_path, capsys):
@@ -277,7 +306,7 @@ def test_a_semantic_run_keeps_its_parts(folder, tmp_path, capsys):
     assert content["encoder_shape"] == [32, 2, 2]
     frozen = torch.load(folder / "mae" / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in content["encoder"].items())
-    rows = mlo_mae.read_metrics(run / "metrics.jsonl")
+    rows = read_metrics(run / "metrics.jsonl")
     assert all(math.isfinite(row["level1_loss"]) and row["mask_overlap"] < 1 and "level3_loss" not in row for row in rows)
     (run / "masks.png").unlink()
     assert main(["show", str(run), "--device", "cpu"]) == 0
@@ -287,11 +316,12 @@ def test_a_semantic_run_keeps_its_parts(folder, tmp_path, capsys):
 
 
 def test_masks_go_to_whole_parts_and_follow_step_and_image(folder):
-    net, _, splits = mlo_mae.open_run(folder / "semantic", "cpu")
-    net.parts = mlo_mae.read_parts(net.cfg, splits, folder / "semantic" / "parts.pt", torch.device("cpu"))
+    net, _, splits = open_run(folder / "semantic", "cpu")
+    parts = read_parts(net.cfg, splits, folder / "semantic" / "parts.pt", torch.device("cpu"))
+    assert parts.learner.parts == 3
     images = next(splits.train.ordered(48)).images
     known = torch.arange(16).expand(48, -1) // 6  # parts as they should be used: 6, 6, 4 patches
-    net.parts = net.parts._replace(learner=KnownParts(known))
+    net.score = semantic_masks(net, parts._replace(learner=KnownParts(known)))
     for progress, cut in ((0.0, 3), (1.0, 1)):
         prob, keep, _, mask = mlo_mae.draw_masks(net, None, images, None, 0, 0, 7, progress=progress)
         taken, n = counts(known, 3, mask), counts(known, 3)
@@ -303,6 +333,8 @@ def test_masks_go_to_whole_parts_and_follow_step_and_image(folder):
 
 
 class KnownParts:
+    parts = 3
+
     def __init__(self, ids):
         self.ids = ids
 
@@ -314,13 +346,13 @@ def test_level_1_masks_move_with_the_run(folder, monkeypatch):
     seen = []
     real = baselines.semantic_scores
     monkeypatch.setattr(baselines, "semantic_scores", lambda *given: seen.append(given[2]) or real(*given))
-    assert pretrain(folder, "moving", *semantic(folder)) == 0
+    assert main(arguments(folder, "moving", *semmae(folder))) == 0
     steps = [share for share in seen if share < 1]  # 6 updates of 2 steps, each with a line of metrics after it
     assert steps == [share / 6 for update in range(6) for share in [update, update, update + 1] if share < 6]
     assert seen[-2:] == [1, 1]  # the last line of metrics, and the picture
 
 
-def test_resumed_runs_end_with_the_same_weights(folder, tmp_path, monkeypatch):
+def test_resumed_runs_end_with_the_same_weights(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder / "mae", tmp_path / "mae")
     shutil.copy(folder / "small.npz", tmp_path)
     real, calls = mlo_mae.mask_statistics, []
@@ -333,10 +365,12 @@ def test_resumed_runs_end_with_the_same_weights(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(mlo_mae, "mask_statistics", interrupted)
     with pytest.raises(SystemExit) as stop:
-        pretrain(tmp_path, "cut", *semantic(tmp_path))
+        main(arguments(tmp_path, "cut", *semmae(tmp_path)))
     assert stop.value.code == 130 and not (tmp_path / "cut" / "probe.json").exists()
     shutil.rmtree(tmp_path / "mae")  # parts.pt is enough
-    assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    refused(["pretrain", "--out", tmp_path / "cut", "--resume"], capsys, "parts_from")  # another command began it
+    refused(["baselines", "u-mae", "--out", tmp_path / "cut", "--resume"], capsys, "parts_from")
+    assert main(["baselines", "semmae", "--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert same(tensors(tmp_path / "cut"), tensors(folder / "semantic"))
     first, second = ((run / "parts.pt").read_bytes() for run in (tmp_path / "cut", folder / "semantic"))
     assert first == second
@@ -344,15 +378,15 @@ def test_resumed_runs_end_with_the_same_weights(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", [1, 5])  # of one step it finds the last one under way
 def test_a_stop_during_part_learning_leaves_nothing(folder, tmp_path, monkeypatch, capsys, steps):
-    real = mlo_mae.frozen_tokens
+    real = baselines.frozen_tokens
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         return real(*arguments)
 
-    monkeypatch.setattr(mlo_mae, "frozen_tokens", interrupted)
+    monkeypatch.setattr(baselines, "frozen_tokens", interrupted)
     with pytest.raises(SystemExit) as stop:
-        pretrain(folder, tmp_path / "run", *semantic(folder), "--parts-steps", steps)
+        main(arguments(folder, tmp_path / "run", *semmae(folder), "--parts-steps", steps))
     assert stop.value.code == 130 and not (tmp_path / "run").exists()
     assert "start again" in capsys.readouterr().err
 
@@ -363,51 +397,88 @@ def test_a_stop_during_part_learning_leaves_nothing(folder, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--masking", "semantic"], ["--parts-from"]),
-        (["--parts-from", "mae"], ["--parts-from", "--masking semantic"]),
-        (["--parts-from", "mae", "--masking", "random"], ["--parts-from", "--masking semantic"]),
-        (["--masking", "semantic", "--parts-from", "nothing"], ["nothing", "does not exist"]),
-        (["--masking", "semantic", "--parts-from", "."], ["checkpoint.pt", "does not exist"]),
-        (["--masking", "semantic", "--parts-from", "small.npz"], ["small.npz", "cannot be read"]),
-        (["--masking", "semantic", "--parts-from", "semantic/parts.pt"], ["parts.pt", "mlo-mae checkpoint 1"]),
-        (["--masking", "semantic", "--parts-from", "mae", "--patch-size", "2"], ["mae", "4 pixels a patch", "2"]),
-        (["--masking", "semantic", "--parts-from", "mae", "--parts", "1"], ["--parts", "2"]),
-        (["--masking", "semantic", "--parts-from", "mae", "--parts-steps", "0"], ["--parts-steps", "1"]),
-        (["--uniformity", "0.01"], ["--uniformity", "--masking random"]),
-        (["--masking", "random", "--uniformity", "-1"], ["--uniformity", "negative"]),
-        (["--masking", "random", "--uniformity", "nan"], ["--uniformity"]),
-        (["--masking", "random", "--uniformity", "0.01", "--batch-size", "1"], ["--batch-size", "2"]),
+        (["baselines"], ["u-mae", "semmae"]),
+        (["baselines", "mae"], ["mae", "u-mae", "semmae"]),
+        (["baselines", "semmae"], ["--parts-from"]),
+        (["pretrain", "--parts-from", "mae"], ["--parts-from"]),
+        (["pretrain", "--masking", "random", "--parts-from", "mae"], ["--parts-from"]),
+        (["baselines", "u-mae", "--parts-from", "mae"], ["--parts-from"]),
+        (["baselines", "semmae", "--parts-from", "nothing"], ["nothing", "does not exist"]),
+        (["baselines", "semmae", "--parts-from", "."], ["checkpoint.pt", "does not exist"]),
+        (["baselines", "semmae", "--parts-from", "small.npz"], ["small.npz", "cannot be read"]),
+        (["baselines", "semmae", "--parts-from", "semantic/parts.pt"], ["parts.pt", mlo_mae.FORMAT]),
+        (["baselines", "semmae", "--parts-from", "mae", "--patch-size", "2"], ["mae", "4 pixels a patch", "2"]),
+        (["baselines", "semmae", "--parts-from", "mae", "--parts", "1"], ["--parts", "2"]),
+        (["baselines", "semmae", "--parts-from", "mae", "--parts-steps", "0"], ["--parts-steps", "1"]),
+        (["baselines", "semmae", "--parts-from", "mae", "--masking", "learned"], ["--masking", "random"]),
+        (["pretrain", "--uniformity", "0.01"], ["--uniformity"]),
+        (["baselines", "u-mae", "--masking", "learned"], ["--masking", "random"]),
+        (["baselines", "u-mae", "--uniformity", "-1"], ["--uniformity", "at least 0"]),
+        (["baselines", "u-mae", "--uniformity", "nan"], ["--uniformity"]),
+        (["baselines", "u-mae", "--uniformity", "0.01", "--batch-size", "1"], ["--batch-size", "2"]),
     ],
 )
 def test_what_does_not_go_together_ends_in_one_line(folder, capsys, monkeypatch, flags, words):
     monkeypatch.chdir(folder)
-    capsys.readouterr()
-    assert main(["pretrain", "--data", "small.npz", *FLAGS, *flags, "--out", "refused"]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("mlo_mae: "), lines
-    assert all(word in lines[0] for word in words), lines
+    refused(flags if len(flags) == 1 else arguments(folder, "refused", *flags), capsys, *words)
     assert not (folder / "refused").exists()
 
 
 def test_parts_of_other_images_are_refused(folder, capsys):
     write_npz(folder / "large.npz", 24)
-    assert pretrain(folder, "refused", *semantic(folder), images="large.npz") == 2
-    assert "16 pixels" in capsys.readouterr().err and not (folder / "refused").exists()
+    refused(arguments(folder, "refused", *semmae(folder), images="large.npz"), capsys, "16 pixels")
+    assert not (folder / "refused").exists()
 
 
-def test_damaged_or_missing_parts_end_in_one_line(folder, tmp_path):
-    net, _, splits = mlo_mae.open_run(folder / "semantic", "cpu")
-    path = tmp_path / "parts.pt"
-    with pytest.raises(RunError, match="does not exist"):
-        mlo_mae.read_parts(net.cfg, splits, path, torch.device("cpu"))
-    content = torch.load(folder / "semantic" / "parts.pt", weights_only=True)
-    for name, value in (("learner", {}), ("learner", 3), ("learner", None), ("encoder", None), ("encoder", [1, 2]),
-                        ("encoder", content["encoder"] | {"cls_token": "x"}), ("encoder_shape", None),
-                        *(("encoder_shape", shape) for shape in ([16, 2, 2], [32, 2], [32, 2, 0], [32, 2, 5], ["a", 2, 2], 7))):  # fmt: skip
+def test_damaged_or_missing_parts_end_in_one_line(folder, tmp_path, capsys):
+    net, _, splits = open_run(folder / "semantic", "cpu")
+    path = tmp_path / "run" / "parts.pt"
+    with pytest.raises(UserError, match="does not exist"):
+        read_parts(net.cfg, splits, path, torch.device("cpu"))
+    shutil.copytree(folder / "semantic", tmp_path / "run")
+    content = torch.load(path, weights_only=True)
+    encoder, learner = content["encoder"], content["learner"]
+    nan = torch.full_like(learner["pixels.bias"], math.nan)
+    changes = [("learner", value) for value in ({}, 3, None, learner | {"pixels.bias": nan})]
+    changes += [("encoder", value) for value in (None, [1, 2], encoder | {"cls_token": "x"})]
+    shapes = None, [16, 2, 2], [32, 2], [32, 2, 0], [32, 2, 5], ["a", 2, 2], 7, [32, 10**9, 2], [0, 2, 2]
+    for name, value in [*changes, *(("encoder_shape", shape) for shape in shapes)]:
         changed = content | {name: value}
         torch.save(changed if value is not None else {key: changed[key] for key in changed if key != name}, path)
-        with pytest.raises(RunError, match="parts.pt is damaged: .* do not fit"):
-            mlo_mae.read_parts(net.cfg, splits, path, torch.device("cpu"))
+        with pytest.raises(UserError, match="parts.pt (does not fit: |is damaged or of another version)"):
+            read_parts(net.cfg, splits, path, torch.device("cpu"))
+    refused(["show", tmp_path / "run"], capsys, "parts.pt")
     torch.save(torch.load(folder / "mae" / "checkpoint.pt", weights_only=True), path)
-    with pytest.raises(RunError, match="parts.pt is no file of the kind 'mlo-mae parts 1'$"):
-        mlo_mae.read_parts(net.cfg, splits, path, torch.device("cpu"))
+    with pytest.raises(UserError, match=f"parts.pt is no file of the kind '{PARTS_FORMAT}'$"):
+        read_parts(net.cfg, splits, path, torch.device("cpu"))
+
+
+def test_a_damaged_run_gives_no_parts(folder, tmp_path):
+    net, _, splits = open_run(folder / "semantic", "cpu")
+    content = torch.load(folder / "mae" / "checkpoint.pt", weights_only=True)
+    for change in (
+        {"config": 7},
+        {"config": content["config"] | {"depth": 10**9}},
+        {"config": content["config"] | {"width": 16}},
+        {"data": {}},
+        {"model": {}},
+        {"model": content["model"] | {"cls_token": content["model"]["cls_token"] * math.inf}},
+    ):
+        torch.save(content | change, tmp_path / "bad.pt")
+        with pytest.raises(UserError, match="bad.pt (does not fit: |is damaged or of another version)"):
+            baselines.frozen_encoder(net.cfg, splits, tmp_path / "bad.pt")
+
+
+def test_baselines_that_need_the_whole_batch_say_so(monkeypatch):
+    sizes = dict.fromkeys(("width", "decoder_width", "masking_width"), 16)
+    sizes |= {"depth": 2, "heads": 2, "batch_size": 12, "labelled_batch_size": 8}
+    semantic = SemMAE(parts_from="run", **sizes)
+    baselines.check(UMAE(**sizes))
+    baselines.check(semantic)
+    with pytest.raises(UserError, match="--uniformity .* one process and --accumulate 1"):
+        baselines.check(UMAE(**sizes, accumulate=2))
+    for module in (mlo_mae, baselines):
+        monkeypatch.setattr(module, "world", lambda: 2)
+    for cfg, words in ((UMAE(**sizes), "--uniformity"), (semantic, "semmae goes with one process")):
+        with pytest.raises(UserError, match=words):
+            baselines.check(cfg)
