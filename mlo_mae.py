@@ -53,10 +53,7 @@ token. What any run needs and no equation mentions (files, processes, flags) is 
 """
 
 import dataclasses
-import importlib
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +74,9 @@ from harness.checkpoints import fitting, packed, unpacked, whole_number
 from harness.cli import flag
 from harness.memory import in_parts, through
 from harness.probe import mask_statistics
-from harness.processes import as_first, average, end, first_before_others, gather, join, leave, share, summed, world
+from harness.processes import as_first, average, end, first_before_others, gather, leave, share, summed, world
 from harness.randomness import DROPOUT, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, MASKS, draw_dropout, torch_generator
-from harness.run import Run, read_metrics, read_settings
+from harness.run import Run, add_run_flags, read_metrics, settings_of
 from harness.schedule import schedule
 from harness.vectors import call, inverse_fan_in, size_of, unflatten, weight_decays
 from harness.weights import starting_weights
@@ -909,25 +906,6 @@ def restored(net: Networks, content: dict, device: torch.device) -> State:
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def pretrain(argv: list[str]) -> dict | None:
-    """Run `pretrain` with these flags, then probe the encoder and draw pictures; returns what the last line reports."""
-    parser = cli.Parser(
-        prog="mlo_mae.py pretrain",
-        description=__doc__.splitlines()[0],
-        epilog=f"other commands, each with --help: {', '.join(other_commands())}",
-    )
-    cli.add_flags(parser, dataclasses.fields(Config))
-    parser.add_argument("--out", type=Path, help="folder of the run (default runs/<preset>-<masking>-<seed>)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
-    flags = vars(parser.parse_args(argv))
-    out, resume = flags.pop("out"), flags.pop("resume")
-    if resume and out and (out / "config.json").exists():
-        flags = read_settings(out / "config.json", Config) | flags
-    preset = flags.get("preset", "shapes")
-    cfg = Config(**{"preset": preset} | PRESETS[preset] | flags)
-    return reported_run(cfg, out or Path("runs") / f"{cfg.preset}-{cfg.masking}-{cfg.seed}", resume)
-
-
 def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> dict | None:
     """`train`, then probe and pictures: what to report, in the first of several processes."""
     processes, first = world(), share(world()).start == 0
@@ -936,37 +914,22 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
         return None
     updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, trained[2]), "processes": processes}
     report = updates | read_metrics(out / "metrics.jsonl")[-1]
-    report["probe"] = command("probe").after_training(*trained, out)
-    command("show").after_training(*trained, out)
+    report["probe"] = cli.command("probe").after_training(*trained, out)
+    cli.command("show").after_training(*trained, out)
     return report
 
 
-def other_commands() -> list[str]:
-    """The programs in experiments/, which are commands by their names."""
-    return sorted(path.stem for path in (Path(__file__).resolve().parent / "experiments").glob("[a-z]*.py"))
-
-
-def command(name: str):
-    """The module of a program in experiments/: found by its name, since nothing here imports what stands on it."""
-    return importlib.import_module(f"experiments.{name}")
+def pretrain(argv: list[str]) -> dict | None:
+    """Run `pretrain` with these flags; returns what its last line reports."""
+    others = f"other commands, each with --help: {', '.join(cli.commands())}"
+    parser = cli.Parser(prog="mlo_mae.py pretrain", description=__doc__.splitlines()[0], epilog=others)
+    add_run_flags(parser, Config, "<masking>")
+    return reported_run(*settings_of(vars(parser.parse_args(argv)), Config, PRESETS, "<masking>"))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 after one line, whatever the number of processes, for what the user can mend."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    name = argv.pop(0) if argv and not argv[0].startswith("-") else "pretrain"
-    if name in other_commands() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return command(name).main(argv)
-
-    def work():
-        if name in other_commands():
-            raise UserError(f"{name} runs as one process; start it without torchrun")
-        if name != "pretrain":
-            raise UserError(f"{name} is no command; choose from pretrain, {', '.join(other_commands())}")
-        join()
-        return pretrain(argv)
-
-    return cli.reported("mlo_mae", work)
+    return cli.dispatch(argv, pretrain)
 
 
 if __name__ == "__main__":

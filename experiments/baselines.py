@@ -44,7 +44,7 @@ from harness.checkpoints import fitting, read_saved
 from harness.cli import flag
 from harness.processes import world
 from harness.randomness import PARTS, torch_generator
-from harness.run import Run, read_settings, stop_signals
+from harness.run import Run, add_run_flags, settings_of, stop_signals
 from harness.vectors import flatten
 from kernels import gather_patches
 from mlo_mae import PRESETS, Config, Encoder, Networks, autocast
@@ -357,17 +357,12 @@ def run_command(argv: list[str] | None) -> dict | None:
     commands = parser.add_subparsers(dest="method", required=True, metavar=" | ".join(METHODS))
     for name, kind in METHODS.items():
         command = commands.add_parser(name, help=kind.__doc__, description=kind.__doc__)
-        cli.add_flags(command, dataclasses.fields(kind))
-        command.add_argument("--out", type=Path, help=f"folder of the run (default runs/<preset>-{name}-<seed>)")
-        command.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
+        add_run_flags(command, kind, name)
     flags = vars(parser.parse_args(argv))
-    method, out, resume = (flags.pop(name) for name in ("method", "out", "resume"))
-    if resume and out and (out / "config.json").exists():
-        flags = read_settings(out / "config.json", METHODS[method]) | flags
-    preset = flags.get("preset", "shapes")
-    cfg = METHODS[method](**{"preset": preset} | PRESETS[preset] | flags)
+    method = flags.pop("method")
+    cfg, out, resume = settings_of(flags, METHODS[method], PRESETS, method)
     check(cfg)
-    return mlo_mae.reported_run(cfg, out or Path("runs") / f"{cfg.preset}-{method}-{cfg.seed}", resume, prepare=prepare)
+    return mlo_mae.reported_run(cfg, out, resume, prepare=prepare)
 
 
 def main(argv: list[str] | None = None) -> int:

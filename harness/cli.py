@@ -2,16 +2,20 @@
 
 import argparse
 import dataclasses
+import importlib
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 import torch
 
 from harness import UserError, printable
-from harness.processes import first_to_fail, world
+from harness.processes import first_to_fail, join, world
 
 
 def flag(default: Any, meaning: str, *, least=None, most=None, above=None, below=None) -> Any:
@@ -100,3 +104,36 @@ def choose_device(name: str) -> torch.device:
     if world() > 1 and name not in ("cpu", "cuda"):
         raise UserError(f"--device {name} does not go with several processes; choose cpu or cuda (each its own GPU)")
     return torch.device(name)
+
+
+# The programs in experiments/ are commands. They are found by their names: nothing imports what stands on it.
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
+
+
+def commands() -> list[str]:
+    """The names of the programs in experiments/."""
+    return sorted(path.stem for path in EXPERIMENTS.glob("[a-z]*.py"))
+
+
+def command(name: str) -> ModuleType:
+    """The module of one of `commands`."""
+    return importlib.import_module(f"experiments.{name}")
+
+
+def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None]) -> int:
+    """Run the command that argv (None: the process's own) begins with, or pretrain(flags): the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else "pretrain"
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if name in commands() and alone:
+        return command(name).main(argv)
+
+    def work():
+        if name in commands():
+            raise UserError(f"{name} runs as one process; start it without torchrun")
+        if name != "pretrain":
+            raise UserError(f"{name} is no command; choose from pretrain, {', '.join(commands())}")
+        join()
+        return pretrain(argv)
+
+    return reported("mlo_mae", work)

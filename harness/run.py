@@ -1,5 +1,6 @@
 """A run's folder: what is there to continue, and, while the loop is at work, the lock, files, signals and progress."""
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from harness import UserError
 from harness.checkpoints import newest
-from harness.cli import check, flag_name
+from harness.cli import add_flags, check, flag_name
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
 
@@ -233,6 +235,24 @@ def read_settings(path: Path, kind: type) -> dict:
         return settings
     except (OSError, UserError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is damaged or of another version ({error}); give all flags, and another --out") from None
+
+
+def add_run_flags(parser: argparse.ArgumentParser, kind: type, name: str) -> None:
+    """A flag for each field of the dataclass `kind`, and those that say where its runs go; `name` as in `settings_of`."""
+    add_flags(parser, dataclasses.fields(kind))
+    parser.add_argument("--out", type=Path, help=f"folder of the run (default runs/<preset>-{name}-<seed>)")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
+
+
+def settings_of(flags: dict, kind: type, presets: dict[str, dict], name: str) -> tuple[Any, Path, bool]:
+    """(settings of the dataclass `kind`, folder, whether to resume) of parsed flags: the preset's values, over them those of
+    a run that is resumed, over them the flags'. `name` stands in the default folder's. Raises UserError."""
+    out, resume = flags.pop("out"), flags.pop("resume")
+    if resume and out and (out / "config.json").exists():
+        flags = read_settings(out / "config.json", kind) | flags
+    preset = flags.get("preset", kind.preset)
+    cfg = kind(**{"preset": preset} | presets[preset] | flags)
+    return cfg, out or Path("runs") / f"{cfg.preset}-{name.replace('<masking>', cfg.masking)}-{cfg.seed}", resume
 
 
 def refuse_taken(out: Path) -> None:
