@@ -24,7 +24,8 @@ import mlo_mae
 from harness import UserError
 from harness.checkpoints import read_saved
 from harness.processes import average, share
-from harness.vectors import inverse_fan_in, weight_decays
+from harness.randomness import draw_dropout
+from harness.vectors import inverse_fan_in, unflatten, weight_decays
 from harness.weights import write_safetensors
 
 FUZZ = int(os.environ.get("MLO_MAE_FUZZ", 150))  # damaged files of each kind to try
@@ -213,6 +214,47 @@ def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
     levels = {"theta": state.theta, "head": state.head, "psi": state.psi}
     moved = {f"{name} {part}": getattr(level, part) for name, level in levels.items() for part in ("params", "mu", "nu")}
     return {"T's gradient": gradient, "losses": torch.stack(rows)} | moved
+
+
+def hypergradient_problem(warm: bool = True, count: int = 1, seed: int = 0, **changes: object) -> tuple:
+    """Networks, and the arguments of a hypergradient function after them, in float64, of a tiny run in which `count`
+    level-1 steps were really made; `changes` are of TINY."""
+    cfg = dataclasses.replace(TINY, **{"batch_size": 6, "dropout": 0.5} | changes)
+    net, params = mlo_mae.build(cfg, 16, 3, 5)
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    def level(vector, t):
+        # Moments as training leaves them: a mean of past gradients, and their mean square at least as large.
+        mu = 1e-2 * normal(len(vector)) if warm else torch.zeros(len(vector), dtype=torch.float64)
+        nu = mu.square() * (1 + normal(len(vector)).square()) if warm else torch.zeros_like(mu)
+        moved = vector.double() + 0.2 * normal(len(vector))  # biases and CLS as after training: not zero, not tiny
+        return mlo_mae.Level(moved, mu, nu, t if warm else 0)
+
+    theta, head, psi = (level(vector, t) for vector, t in zip(params, (7, 4, 3)))
+    decay = [weight_decays(modules, cfg.weight_decay).double() for modules in mlo_mae.modules_of(net).values()]
+    steps = []
+    for number in range(count):
+        images, rates = normal(cfg.batch_size, 3, 16, 16), mlo_mae.Rates(1e-2, decay[0])
+        theta, step, _, _ = mlo_mae.level1_step(net, theta, psi.params, images, rates, 0, number)
+        steps.append(step)
+    pairs = [(normal(cfg.batch_size, 3, 16, 16), torch.arange(cfg.batch_size) % 5) for _ in (2, 3)]
+    dropout = draw_dropout(cfg.dropout, (cfg.head_steps, cfg.batch_size, cfg.width), seed, 1).double()
+    labelled = mlo_mae.Labelled(*pairs[0], *pairs[1], dropout, mlo_mae.Rates(3e-2, decay[1]))
+    return net, (theta, psi.params, head, labelled, steps)
+
+
+def error_of_form(form: Callable[..., mlo_mae.Result], **settings: object) -> float:
+    """Relative error of a form of the hypergradient in a `hypergradient_problem`, by the judge."""
+    net, problem = hypergradient_problem(**settings)
+    found, judge = form(net, *problem), mlo_mae.unrolled(net, *problem)
+    assert judge.hypergradient.norm() > 1e-9  # a zero would agree with anything
+    assert all(piece.any() for piece in unflatten(net.masking, judge.hypergradient).values())  # in any layer of T
+    assert relative_error(found.head.params, judge.head.params) < 1e-13
+    assert relative_error(found.level3_loss, judge.level3_loss) < 1e-13
+    return relative_error(found.hypergradient, judge.hypergradient)
 
 
 def relative_error(found: Tensor, judge: Tensor) -> float:

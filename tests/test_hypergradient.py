@@ -1,66 +1,17 @@
-"""The three forms of the hypergradient against each other, in float64, on real level-1 and head steps."""
+"""The forms of the hypergradient against each other, in float64, on real level-1 and head steps."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, error_of_form, hypergradient_problem, relative_error
 
 import kernels
 import mlo_mae
-from mlo_mae import Config, Labelled, Level, Rates, adamw, adamw_pullback, build, decay_of, level1_step
-
-TINY_RUN = Config(patch_size=4, width=16, depth=2, heads=2, decoder_width=8, decoder_depth=1, decoder_heads=2,
-                  masking_network="shared", masking_width=12, mask_start=0.0, head_norm="layer", dropout=0.5, batch_size=6,
-                  level1_steps=2, head_steps=1)  # fmt: skip
-SIZE, CHANNELS, CLASSES = 16, 3, 5
-
-
-def problem(warm=True, count=1, seed=0, **settings):
-    """(net, arguments of a hypergradient function) of a tiny run: `count` level-1 steps were really made."""
-    cfg = dataclasses.replace(TINY_RUN, **settings)
-    net, params = build(cfg, SIZE, CHANNELS, CLASSES)
-    random = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=random, dtype=torch.float64)
-
-    def level(vector, t):
-        # Moments as training leaves them: a mean of past gradients, and their mean square at least as large.
-        m = 1e-2 * normal(len(vector)) if warm else torch.zeros(len(vector), dtype=torch.float64)
-        v = m.square() * (1 + normal(len(vector)).square()) if warm else torch.zeros_like(m)
-        moved = vector.double() + 0.2 * normal(len(vector))  # biases and CLS as after training: not zero, not tiny
-        return Level(moved, m, v, t if warm else 0)
-
-    theta, head, psi = (level(vector, t) for vector, t in zip(params, (7, 4, 3)))
-    decay = [decay_of(cfg, net.encoder, net.decoder).double(), decay_of(cfg, net.head).double()]
-    steps = []
-    for number in range(count):
-        images = normal(cfg.batch_size, CHANNELS, SIZE, SIZE)
-        theta, step, _, _ = level1_step(net, theta, psi.params, images, Rates(1e-2, decay[0]), 0, number)
-        steps.append(step)
-    shape = (cfg.head_steps, cfg.batch_size, cfg.width)
-    given = Labelled(
-        normal(cfg.batch_size, CHANNELS, SIZE, SIZE), torch.arange(cfg.batch_size) % CLASSES,
-        normal(cfg.batch_size, CHANNELS, SIZE, SIZE), torch.arange(cfg.batch_size) % CLASSES,
-        mlo_mae.draw_dropout(cfg.dropout, shape, seed, 1).double(),
-        mlo_mae.draw_dropout(cfg.dropout, (2, *shape[1:]), seed, 2).double(), Rates(3e-2, decay[1]),
-    )  # fmt: skip
-    return net, (theta, psi.params, head, given, steps)
-
-
-def relative_error(found, judge):
-    return float((found - judge).norm() / judge.norm())
-
-
-def errors_of(form, **settings):
-    net, arguments = problem(**settings)
-    found, judge = form(net, *arguments), mlo_mae.unrolled(net, *arguments)
-    assert judge.hypergradient.norm() > 1e-9  # a zero would agree with anything
-    assert all(piece.any() for piece in mlo_mae.unflatten(net.masking, judge.hypergradient).values())  # in any layer of T
-    assert relative_error(found.head.params, judge.head.params) < 1e-13
-    assert relative_error(found.level3_loss, judge.level3_loss) < 1e-13
-    return relative_error(found.hypergradient, judge.hypergradient)
+from data import Batch
+from harness.vectors import inverse_fan_in, unflatten, weight_decays
+from mlo_mae import Level, Rates, adamw, adamw_pullback, build
 
 
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
@@ -70,9 +21,8 @@ def errors_of(form, **settings):
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
 @pytest.mark.parametrize("head_norm", ["layer", "batch"])
 def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, masking_network, masking_input, head_norm):
-    error = errors_of(mlo_mae.exact, warm=warm, update_jacobian=jacobian, head_steps=head_steps,
-                      masking_network=masking_network, masking_input=masking_input, head_norm=head_norm)  # fmt: skip
-    assert error < 1e-9
+    settings = {"masking_network": masking_network, "masking_input": masking_input, "head_norm": head_norm}
+    assert error_of_form(mlo_mae.exact, warm=warm, update_jacobian=jacobian, head_steps=head_steps, **settings) < 1e-9
 
 
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
@@ -81,46 +31,33 @@ def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, ma
 @pytest.mark.parametrize("masking_network", ["shared", "mlp"])
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
 def test_exact_equals_unrolled_over_several_steps(jacobian, warm, count, masking_network, masking_input):
-    error = errors_of(mlo_mae.exact, warm=warm, update_jacobian=jacobian, count=count, masking_network=masking_network,
-                      masking_input=masking_input)  # fmt: skip
-    assert error < 1e-9
-
-
-@pytest.mark.parametrize("jacobian", ["adamw", "identity"])
-def test_finite_differences_agree_while_dropout_is_held(jacobian):
-    settings = dict(hypergradient="finite-difference", update_jacobian=jacobian)
-    assert errors_of(mlo_mae.finite_difference, **settings) < 1e-3
-
-
-@pytest.mark.parametrize("jacobian", ["adamw", "identity"])
-def test_finite_differences_are_noise_when_dropout_is_redrawn(jacobian):
-    settings = dict(hypergradient="finite-difference", update_jacobian=jacobian, redraw_dropout=True)
-    assert errors_of(mlo_mae.finite_difference, **settings) > 0.3
+    settings = {"masking_network": masking_network, "masking_input": masking_input}
+    assert error_of_form(mlo_mae.exact, warm=warm, update_jacobian=jacobian, count=count, **settings) < 1e-9
 
 
 def test_several_steps_differ_from_the_last_alone():
-    net, (theta, psi, head, given, steps) = problem(count=3)
-    full = mlo_mae.exact(net, theta, psi, head, given, steps).hypergradient
-    last = mlo_mae.exact(net, theta, psi, head, given, steps[-1:]).hypergradient
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=3)
+    full = mlo_mae.exact(net, theta, psi, head, labelled, steps).hypergradient
+    last = mlo_mae.exact(net, theta, psi, head, labelled, steps[-1:]).hypergradient
     assert relative_error(last, full) > 1e-2
 
 
 def test_first_order_is_exact_less_the_path_through_the_head():
-    net, (theta, psi, head, given, steps) = problem()
-    exact = mlo_mae.exact(net, theta, psi, head, given, steps)
-    first = mlo_mae.first_order(net, theta, psi, head, given, steps)
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem()
+    exact = mlo_mae.exact(net, theta, psi, head, labelled, steps)
+    first = mlo_mae.first_order(net, theta, psi, head, labelled, steps)
     assert torch.equal(first.head.params, exact.head.params)
     assert relative_error(first.hypergradient, exact.hypergradient) > 1e-2  # so the agreements above do test that path
     # A head that starts where level 2 ends and stays there leaves the direct path alone.
-    still = given._replace(rates=given.rates._replace(lr=0.0))
+    still = labelled._replace(rates=labelled.rates._replace(lr=0.0))
     direct = mlo_mae.exact(net, theta, psi, exact.head, still, steps).hypergradient
     assert relative_error(first.hypergradient, direct) < 1e-12
 
 
 def test_hypergradient_predicts_the_change_of_level_3():
     """No autograd of ours in this one: move psi, make all the steps again, and read L3."""
-    net, (theta, psi, head, given, steps) = problem(count=1)
-    gradient = mlo_mae.exact(net, theta, psi, head, given, steps).hypergradient
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=1)
+    gradient = mlo_mae.exact(net, theta, psi, head, labelled, steps).hypergradient
     direction = gradient / gradient.norm()
 
     def level3(moved):
@@ -131,7 +68,7 @@ def test_hypergradient_predicts_the_change_of_level_3():
         errors = mlo_mae.patch_errors(net, params[:split], params[split:], step)
         (g,) = torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, errors), params)
         after = adamw(step.theta, g, step.rates).params.detach()
-        return mlo_mae.upper_levels(net, after[:split], head, given)[0]
+        return mlo_mae.upper_levels(net, after[:split], head, labelled)[0]
 
     width = 1e-4
     measured = (level3(psi + width * direction) - level3(psi - width * direction)) / (2 * width)
@@ -140,28 +77,31 @@ def test_hypergradient_predicts_the_change_of_level_3():
 
 def test_levels_2_and_3_by_modules_and_torchs_adamw():
     """phi', L2 and L3 as PyTorch's own modules and optimiser make them; the forms above share `upper_levels`."""
-    net, (theta, psi, head, given, steps) = problem(warm=False, head_steps=3)
-    encoder = dict(mlo_mae.unflatten(net.encoder, theta.params[: net.encoder_size]))
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(warm=False, head_steps=3)
+    encoder = dict(unflatten(net.encoder, theta.params[: net.encoder_size]))
     features2, features3 = (
-        torch.func.functional_call(net.encoder, encoder, (images,))[:, 0].detach() for images in (given.images2, given.images3)
+        torch.func.functional_call(net.encoder, encoder, (images,))[:, 0].detach()
+        for images in (labelled.images2, labelled.images3)
     )
-    norm, fc = torch.nn.LayerNorm(TINY_RUN.width).double(), torch.nn.Linear(TINY_RUN.width, CLASSES).double()
-    named = mlo_mae.unflatten(net.head, head.params)
+    norm, fc = torch.nn.LayerNorm(TINY.width).double(), torch.nn.Linear(TINY.width, 5).double()
+    named = unflatten(net.head, head.params)
     norm.load_state_dict({"weight": named["norm.weight"], "bias": named["norm.bias"]})
     fc.load_state_dict({"weight": named["fc.weight"], "bias": named["fc.bias"]})
-    groups = [{"params": [fc.weight], "weight_decay": given.rates.decay.max().item()},
-              {"params": [*norm.parameters(), fc.bias], "weight_decay": 0.0}]  # fmt: skip
+    groups = [
+        {"params": [fc.weight], "weight_decay": labelled.rates.decay.max().item()},
+        {"params": [*norm.parameters(), fc.bias], "weight_decay": 0.0},
+    ]
     optimizer, losses = torch.optim.AdamW(groups, lr=3e-2, betas=(0.9, 0.95), eps=1e-8), []
-    for dropout in given.dropout:
-        losses.append(torch.nn.functional.cross_entropy(fc(norm(features2) * dropout), given.labels2))
+    for dropout in labelled.dropout:
+        losses.append(torch.nn.functional.cross_entropy(fc(norm(features2) * dropout), labelled.labels2))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    found = mlo_mae.exact(net, theta, psi, head, given, steps)
+    found = mlo_mae.exact(net, theta, psi, head, labelled, steps)
     expected = torch.cat([p.detach().flatten() for p in (norm.weight, norm.bias, fc.weight, fc.bias)])
     assert relative_error(found.head.params, expected) < 1e-12 and found.head.t == 3
     assert found.level2_loss.item() == pytest.approx(losses[0].item(), rel=1e-12)
-    loss3 = torch.nn.functional.cross_entropy(fc(norm(features3)), given.labels3)
+    loss3 = torch.nn.functional.cross_entropy(fc(norm(features3)), labelled.labels3)
     assert found.level3_loss.item() == pytest.approx(loss3.item(), rel=1e-12)
 
 
@@ -184,13 +124,13 @@ def test_adamw_pullback_is_the_published_diagonal():
     """Equation (12) of the docstring, written out, for a warm state with a parameter that never had a gradient."""
     torch.manual_seed(1)
     n, lr = 40, 2e-3
-    g, m, v = torch.randn(n, dtype=torch.float64), torch.randn(n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
-    g[0] = m[0] = v[0] = 0
-    level = Level(torch.randn(n, dtype=torch.float64), m, v, 9)
+    (g, mu, params), nu = torch.randn(3, n, dtype=torch.float64), torch.rand(n, dtype=torch.float64)
+    g[0] = mu[0] = nu[0] = 0
+    level = Level(params, mu, nu, 9)
     b1, b2, eps, t = mlo_mae.BETA1, mlo_mae.BETA2, mlo_mae.EPS, 10
-    mh = (b1 * m + (1 - b1) * g) / (1 - b1**t)
-    vh = (b2 * v + (1 - b2) * g**2) / (1 - b2**t)
-    root = vh.sqrt()
+    mh = (b1 * mu + (1 - b1) * g) / (1 - b1**t)
+    nh = (b2 * nu + (1 - b2) * g**2) / (1 - b2**t)
+    root = nh.sqrt()
     second = mh * (1 - b2) * g / ((1 - b2**t) * root * (root + eps) ** 2)
     second[0] = 0
     diagonal = -lr * ((1 - b1) / (1 - b1**t) / (root + eps) - second)
@@ -212,23 +152,23 @@ def test_level1_loss_is_linear_in_the_errors():
     assert float(together) == pytest.approx(float(apart), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, iterations", [("fp32", 2), ("bf16", 1)])
 def test_kernels_forced_on_give_the_same_run(precision, iterations, bfloat16_as_on_a_chip):
     """Outer iterations through the Triton kernels (interpreted without a GPU) and through the references."""
     if kernels.backend.triton is None:
         pytest.skip("triton is not installed")
-    cfg = dataclasses.replace(TINY_RUN, patch_size=8, depth=1, labelled_batch_size=4, dropout=0.1, warmup=0.0)
-    images = torch.randn(40, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    cfg = dataclasses.replace(TINY, patch_size=8, depth=1, batch_size=6, labelled_batch_size=4, dropout=0.1, warmup=0.0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    labels, sizes = torch.arange(40, device=device) % 5, (cfg.batch_size, *2 * [cfg.labelled_batch_size])
 
     def run(backend, precision):
-        net, params = build(dataclasses.replace(cfg, precision=precision), SIZE, CHANNELS, CLASSES)
-        state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
-        labels = torch.arange(40, device=device) % CLASSES
-        batches = [iter([mlo_mae.data.Batch(images[i : i + size].to(device), labels[i : i + size]) for i in range(0, 30, size)])
-                   for size in (cfg.batch_size, cfg.labelled_batch_size, cfg.labelled_batch_size)]  # fmt: skip
-        decay = mlo_mae.level_decays(net, device)
-        rate, rows = mlo_mae.inverse_fan_in(net.masking).to(device), []
+        net, params = build(dataclasses.replace(cfg, precision=precision), 16, 3, 5)
+        state, rows = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params)), []
+        batches = [iter([Batch(images[i : i + size], labels[i : i + size]) for i in range(0, 30, size)]) for size in sizes]
+        decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in mlo_mae.modules_of(net).values()]
+        rate = inverse_fan_in(net.masking).to(device)
         with kernels.use(backend):
             for _ in range(iterations):
                 state, losses = mlo_mae.outer_iteration(net, state, batches, 2, decay, rate)
@@ -238,7 +178,7 @@ def test_kernels_forced_on_give_the_same_run(precision, iterations, bfloat16_as_
     (ours, state), (exact, judge) = run("triton", precision), run("reference", "fp32")
 
     def errors(state):  # of the moments, which hold the gradients: a weight whose gradient is rounding may step either way
-        return np.array([relative_error(getattr(state, name).m, getattr(judge, name).m) for name in ("theta", "head", "psi")])
+        return np.array([relative_error(found.mu, level.mu) for found, level in zip(state[1:], judge[1:])])
 
     if precision == "fp32":
         assert torch.allclose(ours, exact, rtol=1e-3)  # losses, and the norm of the hypergradient
