@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import mlo_mae
 from harness import UserError, cli
-from harness.checkpoints import fitting, read_saved
+from harness.checkpoints import fitting, read_saved, whole_number
 from harness.files import write_whole
 from harness.vectors import flatten
 from harness.weights import is_decoder, write_safetensors
@@ -77,31 +77,38 @@ def read_trained(run: Path) -> Trained:
     content = read_saved(path, mlo_mae.FORMAT, FINE_TUNING)
     with fitting(path):
         tuned = content["format"] == FINE_TUNING
-        model = content["best"].get("model") if tuned else content["model"]
-    if model is None:
+        found = content["best"] if tuned else content
+        unfinished = tuned and "model" not in found
+    if unfinished:
         raise UserError(f"{run} has no finished epoch yet; continue it with --resume")
     with fitting(path):
-        cfg, facts = Config(**{name: content["config"][name] for name in SIZES}), content["data"]
+        cfg, facts, model = Config(**{name: content["config"][name] for name in SIZES}), content["data"], found["model"]
         mlo_mae.check(cfg)  # a damaged file must not ask for networks without end
-        image_size, channels, classes = facts["image_size"], facts["channels"], len(facts["class_names"])
+        image_size, channels = whole_number(facts["image_size"]), whole_number(facts["channels"])
+        classes = len(facts["class_names"])
         mean, std = ([float(value) for value in facts[name]] for name in ("mean", "std"))
         if not len(mean) == len(std) == channels:
             raise UserError(f"{len(mean)} means and {len(std)} deviations for {channels} channels")
-        pooling = content["recipe"]["pooling"] if tuned else None
-        with torch.device("meta"):  # names and shapes alone
-            modules = [Encoder(image_size, cfg.patch_size, channels, cfg.width, cfg.depth, cfg.heads)]
-            if not tuned:
-                sizes = cfg.width, cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads
-                modules.append(Decoder(image_size, cfg.patch_size, channels, *sizes))
-            else:
-                modules.append(nn.ModuleDict({"head": nn.Linear(cfg.width, classes)}))
-                if pooling == "mean":  # the mean is normalised, not the tokens
-                    modules.append(nn.ModuleDict({"fc_norm": modules[0].norm}))
-                    modules[0].norm = nn.Identity()
-                elif pooling != "cls":
-                    raise UserError(f"a classifier of {pooling!r}")
-        flatten(modules, model)  # the one check of names, shapes and values
+        pooling = str(content["recipe"]["pooling"]) if tuned else None
+        flatten(architecture(cfg, image_size, channels, classes, pooling), model)  # the one check of names, shapes and values
     return Trained(cfg, image_size, channels, classes, mean, std, model, pooling)
+
+
+def architecture(cfg: Config, image_size: int, channels: int, classes: int, pooling: str | None) -> list[nn.Module]:
+    """Encoder and decoder, or encoder and a classifier that reads `pooling`; without weights, which might be too many.
+
+    Raises UserError where there is no such classifier."""
+    with torch.device("meta"):
+        encoder = Encoder(image_size, cfg.patch_size, channels, cfg.width, cfg.depth, cfg.heads)
+        if pooling is None:
+            sizes = cfg.width, cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads
+            return [encoder, Decoder(image_size, cfg.patch_size, channels, *sizes)]
+        classifier = nn.ModuleDict({"head": nn.Linear(cfg.width, classes)})
+        if pooling == "mean":  # the mean is normalised, not the tokens
+            classifier["fc_norm"], encoder.norm = encoder.norm, nn.Identity()
+        elif pooling != "cls":
+            raise UserError(f"a classifier of {pooling!r}")
+        return [encoder, classifier]
 
 
 def timm_call(trained: Trained) -> str:
