@@ -13,13 +13,20 @@ from harness.checkpoints import fitting, newest, whole_number
 from harness.weights import starting_weights
 
 
+def config_of(content: dict) -> mlo_mae.Config:
+    """The configuration in a run's checkpoint, as far as it is mlo_mae.py's: experiments have fields of their own. Raises
+    UserError, and others: see `fitting`."""
+    kept = {field.name: content["config"][field.name] for field in dataclasses.fields(mlo_mae.Config)}
+    cfg = mlo_mae.Config(**kept | {"hypergradient": "exact"})  # some record another form, which reading a run does not need
+    mlo_mae.check(cfg)
+    return cfg
+
+
 def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networks, mlo_mae.State, data.Splits]:
     """A run's networks, state and data; `machine` overrides fields of its configuration. Raises UserError."""
     content, device = newest(run, mlo_mae.FORMAT), cli.choose_device(device)
     with fitting(run / "checkpoint.pt"):
-        kept = {field.name: content["config"][field.name] for field in dataclasses.fields(mlo_mae.Config)}
-        kept["hypergradient"] = "exact"  # experiments record forms of their own, which reading a run does not need
-        cfg, facts = mlo_mae.Config(**kept | machine), content["data"]
+        cfg, facts = dataclasses.replace(config_of(content), **machine), content["data"]
         mlo_mae.check(cfg)
         sizes = [whole_number(facts["image_size"]), whole_number(facts["channels"]), len(facts["class_names"])]
         if cfg.image_size not in (0, sizes[0]):

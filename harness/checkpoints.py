@@ -54,7 +54,8 @@ def newest(out: Path, *formats: str) -> dict:
         if not previous.exists():
             raise
         content = read_saved(previous, *formats)
-        print(f"mlo_mae: {error}; going on from {previous}, mask update {content.get('iteration')}", file=sys.stderr)
+        place = f"mask update {content['iteration']}" if "iteration" in content else f"step {content.get('step')}"
+        print(f"mlo_mae: {error}; going on from {previous}, {place}", file=sys.stderr)
         return content
 
 

@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,9 +44,15 @@ def as_images(patches: Tensor, patch_size: int, mean: Sequence[float], std: Sequ
     return (pixels * std + mean).clamp(0, 1).cpu().numpy()
 
 
-def grid(path: Path, rows: Sequence[tuple[str, np.ndarray | Tensor, dict]]) -> None:
+def grid(
+    path: Path,
+    rows: Sequence[tuple[str, np.ndarray | Tensor, dict]],
+    annotate: Callable[[np.ndarray], object] | None = None,
+) -> None:
     """Write a PNG of rows of small images: (title, values, style), values as images [N, H, W] or [N, H, W, C], or one for
-    each patch of a square image [N, L]; style as PIXELS is. Raises UserError where it cannot be written."""
+    each patch of a square image [N, L]; style as PIXELS is. annotate(axes [rows, N]) may draw on the images.
+
+    Raises UserError where it cannot be written."""
     from matplotlib.figure import Figure
 
     columns = len(rows[0][1])
@@ -60,6 +66,8 @@ def grid(path: Path, rows: Sequence[tuple[str, np.ndarray | Tensor, dict]]) -> N
             axis.imshow(pixels, **style)
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(title)
+    if annotate:
+        annotate(axes)
     save_figure(figure, path)
 
 
