@@ -15,7 +15,9 @@ BATCHES, DROP_PATH, DISTORT = range(100, 103)  # fine-tuning's: drop path torch'
 
 
 def numpy_generator(*key: int) -> np.random.Generator:
-    """A numpy generator that is a function of the integers in `key`, and independent for every other key."""
+    """A numpy generator that is a function of the integers in `key`, and independent for every other key.
+
+    Zeros at the end of a key do not count: the keys of one purpose have one length."""
     return np.random.default_rng([k % 2**64 for k in key])
 
 
