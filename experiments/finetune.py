@@ -388,9 +388,9 @@ def encoder_and_data(run: Path | None, recipe: Training, settings: dict) -> tupl
 
 def add_training_flags(
     parser: argparse.ArgumentParser, recipe: type[Training], settings: tuple[str, ...], folder: str
-) -> None:
+) -> argparse._ArgumentGroup:
     """What every training of an encoder asks for: the flags of a recipe, those settings of Config, and where it goes;
-    `folder` is the default in words."""
+    `folder` is the default in words. Returns the group of the settings."""
     weights = "folder of a run, or a public .pth or .safetensors; not needed with --from-scratch"
     parser.add_argument("run", type=Path, nargs="?", metavar="RUN_OR_CHECKPOINT", help=weights)
     cli.add_flags(parser, fields(recipe))
@@ -399,6 +399,7 @@ def add_training_flags(
     where = f"folder to write (default {folder}, or scratch-..., in RUN or, without one, named in runs)"
     parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--resume", action="store_true", help="continue what is in --out, or start it")
+    return group
 
 
 def run_command(argv: list[str] | None) -> dict:

@@ -1,52 +1,66 @@
 """Dense tasks on a pretrained encoder: the class of every pixel (segmentation), and boxes around objects (detection).
 
-    python transfer.py segment RUN                          # on shapes: the object's pixels, by class
-    python transfer.py detect RUN
-    python transfer.py segment RUN --frozen                 # the encoder is held as it is: how much do its tokens tell?
-    python transfer.py segment --from-scratch               # fresh weights: no pretraining
-    python transfer.py segment RUN --data DIR --image-size 224     # DIR/images/train/*.jpg, DIR/masks/train/*.png, ... (ADE20K)
-    python transfer.py detect RUN --data DIR                # DIR/annotations/instances_train*.json, DIR/train*/ ... (COCO)
+    python mlo_mae.py transfer segment RUN                  # on shapes: the object's pixels, by class
+    python mlo_mae.py transfer detect RUN
+    python mlo_mae.py transfer segment RUN --frozen         # the encoder is held as it is: how much do its tokens tell?
+    python mlo_mae.py transfer segment --from-scratch       # fresh weights: no pretraining
+    python mlo_mae.py transfer segment RUN --data DIR       # DIR/images/train/*.jpg, DIR/masks/train/*.png, ... (ADE20K)
+    python mlo_mae.py transfer detect RUN --data DIR        # DIR/annotations/instances_train*.json, DIR/train*/ ... (COCO)
 
 Both heads are one linear layer on every patch's token, so that what is measured is the encoder; they are no rivals of the
 heads of several million weights that win competitions. The training loop is finetune.py's: the validation split is read
 after each epoch, the weights that do best on it are kept, and the test split is read once. In this order: segmentation,
-detection (targets, losses, boxes from predictions, average precision), pictures, command line.
+detection (targets, losses, boxes from predictions, average precision), pictures, where it starts, command line.
 """
 
 import argparse
 import sys
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-import data
-import finetune
 import mlo_mae
-from mlo_mae import Config, RunError, flag
+from data import Batch, Splits
+from experiments import config_of, finetune, first_weights
+from harness import UserError, cli
+from harness.checkpoints import fitting, newest
+from harness.cli import flag
+from harness.dense import IGNORED, Boxed, Masked, load_dense
+from harness.pictures import PIXELS, grid
+from mlo_mae import PRESETS, Config, Networks
 
 
 @dataclass(frozen=True)
-class Recipe(finetune.Training):
+class DenseRecipe(finetune.Training):
     """How to train. Every field is a flag."""
 
     frozen: bool = flag(False, "hold the encoder as it is, and let the head learn alone")
 
 
+def check(recipe: DenseRecipe) -> None:
+    """Raise UserError for a recipe that cannot run, naming the flag to change."""
+    finetune.check(recipe)
+    if recipe.frozen and recipe.from_scratch:
+        raise UserError("--frozen holds an encoder that has learned something; leave out --from-scratch")
+
+
 class Dense(finetune.Tuned):
     """The encoder, and a linear layer on every patch's token."""
 
-    def __init__(self, cfg, splits, recipe, outputs):
+    def __init__(self, cfg: Config, splits: Splits, recipe: DenseRecipe, outputs: int):
         super().__init__(cfg, splits, recipe)
         self.requires_grad_(not recipe.frozen)
         self.head = nn.Linear(cfg.width, outputs)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, images, scales=None):  # [B, C, H, W], factors of the branches -> [B, L, outputs]
+    def forward(self, images, scales=None):  # [B, C, H, W], factors of the branches -> [B, N, outputs]
         return self.head(self.tokens(images, scales)[:, 1:])
 
 
@@ -56,7 +70,7 @@ class Dense(finetune.Tuned):
 class Segmenter(Dense):
     """A class for every pixel: the patches' logits, interpolated (the linear decoder of arXiv 2105.05633)."""
 
-    def __init__(self, cfg, splits, recipe):
+    def __init__(self, cfg: Config, splits: Splits, recipe: DenseRecipe):
         super().__init__(cfg, splits, recipe, len(splits.class_names))
 
     def forward(self, images, scales=None):  # -> [B, classes, H, W]
@@ -64,41 +78,47 @@ class Segmenter(Dense):
         return F.interpolate(logits, images.shape[2:], mode="bilinear")
 
 
-def pixel_loss(model, batch, scales, recipe, splits, step):
+def pixel_loss(
+    model: Segmenter, batch: Batch, scales: Tensor | None, recipe: DenseRecipe, splits: Splits, step: int
+) -> Tensor:
     """Mean cross-entropy of the pixels that have a class."""
     labels = batch.labels.long()  # [B, H, W]
-    total = F.cross_entropy(model(batch.images, scales), labels, ignore_index=data.IGNORED, reduction="sum")
-    return total / (labels != data.IGNORED).sum().clamp_min(1)
+    total = F.cross_entropy(model(batch.images, scales), labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp_min(1)
 
 
 @torch.no_grad()
-def evaluate_pixels(model, split):
+def evaluate_pixels(model: Segmenter, split: Masked) -> dict[str, float]:
     """{"miou": intersection over union of each class's true and predicted pixels in the whole split, mean over the classes
     that are either; "pixels": share of the pixels whose class is right}. Pixels without a class do not count."""
     confusion = 0  # [classes, classes]: truth, prediction
     for images, labels in split.ordered(64):
-        logits, counted = model(images), labels != data.IGNORED
+        logits, counted = model(images), labels != IGNORED
         classes = logits.shape[1]
         pairs = labels[counted].long() * classes + logits.argmax(1)[counted]
         confusion = confusion + torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu().double()
     right, union = confusion.diag(), confusion.sum(0) + confusion.sum(1) - confusion.diag()
     shares = right / union.clamp_min(1)
-    return {"miou": (shares.sum() / (union > 0).sum().clamp_min(1)).item(),
-            "pixels": (right.sum() / confusion.sum().clamp_min(1)).item()}  # fmt: skip
+    return {
+        "miou": (shares.sum() / (union > 0).sum().clamp_min(1)).item(),
+        "pixels": (right.sum() / confusion.sum().clamp_min(1)).item(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ detection
 
 
 class Detector(Dense):
-    """At every patch, a score for each class and one box: FCOS (arXiv 1904.01355) at one scale, without its centre-ness."""
+    """At every patch, a score for each class and one box: FCOS (arXiv 1904.01355) at one scale, without its centre-ness.
 
-    def __init__(self, cfg, splits, recipe):
+    Boxes are left, top, right, bottom in pixels."""
+
+    def __init__(self, cfg: Config, splits: Splits, recipe: DenseRecipe):
         super().__init__(cfg, splits, recipe, len(splits.class_names) + 4)
         # Scores of 0.01, so that the many patches without an object do not drown the first steps (arXiv 1708.02002)
         nn.init.constant_(self.head.bias[:-4], -np.log(99))
 
-    def forward(self, images, scales=None):  # -> logits [B, L, classes], boxes [B, L, 4] in pixels: left, top, right, bottom
+    def forward(self, images, scales=None):  # -> logits [B, N, classes], boxes [B, N, 4]
         found = super().forward(images, scales)
         logits, place, size = found.split([found.shape[2] - 4, 2, 2], dim=2)
         middle = centres(images.shape[2], self.patch, images.device) + self.patch * place
@@ -106,27 +126,28 @@ class Detector(Dense):
         return logits, torch.cat([middle - half, middle + half], dim=2)
 
 
-def centres(size, patch, device):
-    """The centres of the patches, [L, 2]: x, y in pixels."""
+def centres(size: int, patch: int, device: torch.device | str) -> Tensor:
+    """The centres of the patches, [N, 2]: x, y in pixels."""
     ends = torch.arange(patch / 2, size, patch, device=device)
     return torch.cartesian_prod(ends, ends).flip(1)
 
 
-def assign(boxes, places, patch):
-    """Which box each patch is to find, [B, L], and whether there is any: of those around its centre, or those whose own
-    centre is in the patch, the smallest. boxes [B, M, 5], places [L, 2]."""
+def assign(boxes: Tensor, places: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """Which box each patch is to find, [B, N], and whether there is any: of those around its centre, or those whose own
+    centre is in the patch, the smallest. boxes [B, M, 5], places [N, 2]."""
     low, high, label = boxes[:, None, :, :2], boxes[:, None, :, 2:4], boxes[:, None, :, 4]  # [B, 1, M, ...]
-    places = places[None, :, None]  # [1, L, 1, 2]
+    places = places[None, :, None]  # [1, N, 1, 2]
     around = ((low <= places) & (places < high)).all(-1)
     within = (((low + high) / 2 - places).abs() <= patch / 2).all(-1)
-    area = (high - low).prod(-1).where((around | within) & (label >= 0), torch.inf)  # [B, L, M]
+    area = (high - low).prod(-1).where((around | within) & (label >= 0), torch.inf)  # [B, N, M]
     smallest, index = area.min(2)
     return index, smallest.isfinite()
 
 
-def overlap(a, b):
+def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Intersection over union of boxes, [..., 4] and [..., 4] -> [...], and what generalised IoU takes off it: the share of
     the box around both that is in neither (arXiv 1902.09630)."""
+
     def area(low, high):
         return (high - low).clamp_min(0).prod(-1)
 
@@ -137,24 +158,24 @@ def overlap(a, b):
     return common / union, 1 - union / hull
 
 
-def focal_loss(logits, wanted):
-    """Binary cross-entropy, in which a prediction counts by the square of its error (arXiv 1708.02002: gamma 2, alpha 0.25)."""
+def focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Binary cross-entropy, in which a prediction counts by its error squared (arXiv 1708.02002: gamma 2, alpha 0.25)."""
     off = (wanted - logits.sigmoid()).abs()
     weight = 0.25 * wanted + 0.75 * (1 - wanted)
     return weight * off**2 * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
 
 
-def box_loss(model, batch, scales, recipe, splits, step):
+def box_loss(model: Detector, batch: Batch, scales: Tensor | None, recipe: DenseRecipe, splits: Splits, step: int) -> Tensor:
     """Focal loss of all scores, and 1 - generalised IoU of the boxes of patches that have one to find; by their number."""
     logits, boxes = model(batch.images, scales)
     index, found = assign(batch.labels, centres(batch.images.shape[2], model.patch, boxes.device), model.patch)
-    wanted = batch.labels.gather(1, index[..., None].expand(-1, -1, 5))  # [B, L, 5]
+    wanted = batch.labels.gather(1, index[..., None].expand(-1, -1, 5))  # [B, N, 5]
     labels = F.one_hot(wanted[..., 4].clamp_min(0).long(), logits.shape[2]) * found[..., None]
     iou, apart = overlap(boxes[found], wanted[found][:, :4])
     return (focal_loss(logits, labels.float()).sum() + (1 - iou + apart).sum()) / found.sum().clamp_min(1)
 
 
-def detections(logits, boxes, size, most=100, least=0.05, same=0.5):
+def detections(logits: Tensor, boxes: Tensor, size: int, most: int = 100, least: float = 0.05, same: float = 0.5) -> Tensor:
     """The `most` best boxes of each image, [B, most, 6]: corners within the image, score, class. The score is -1 where
     it is below `least`, or where a better box of the same class overlaps by more than `same`."""
     scores, places = logits.sigmoid().flatten(1).topk(min(most, logits[0].numel()), dim=1)  # [B, K]: best first
@@ -171,7 +192,7 @@ def detections(logits, boxes, size, most=100, least=0.05, same=0.5):
 THRESHOLDS = torch.linspace(0.5, 0.95, 10, dtype=torch.float64)  # of IoU
 
 
-def matches(found, truth):
+def matches(found: Tensor, truth: Tensor) -> Tensor:
     """Which of an image's boxes of one class are right, [10, n], at each of THRESHOLDS: the best first, each takes the true
     box that it overlaps most of those that are left. found [n, 6] by falling score, truth [m, 5]."""
     right = torch.zeros(len(THRESHOLDS), len(found), dtype=torch.bool)
@@ -186,7 +207,7 @@ def matches(found, truth):
     return right
 
 
-def average_precision(found, truth):
+def average_precision(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
     """COCO's average precision: {"ap": mean over IoU 0.50 to 0.95, "ap50": at 0.50}, over the classes that are there.
 
     found: of each image, its boxes [n, 6] (corners, score, class); truth: its true boxes [m, 5]. The precision at a recall
@@ -213,7 +234,7 @@ def average_precision(found, truth):
 
 
 @torch.no_grad()
-def evaluate_boxes(model, split):
+def evaluate_boxes(model: Detector, split: Boxed) -> dict[str, float]:
     """`average_precision` of a split."""
     found, truth = [], []
     for images, labels in split.ordered(64):
@@ -228,116 +249,140 @@ SHOWN = 8  # images
 
 
 @torch.no_grad()
-def draw(model, splits, out, annotate):
-    """Write predictions.png: test images, the truth below them, and below that what the model finds."""
-    from matplotlib.figure import Figure
+def draw(model: Dense, splits: Splits, out: Path, annotate: Callable) -> None:
+    """Write predictions.png: test images, the truth below them, and below that what the model finds.
 
-    batch = splits.test.pick(torch.arange(min(SHOWN, len(splits.test))))
-    pixels = (batch.images * splits.test.std + splits.test.mean).div(255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    figure = Figure(figsize=(1.25 * len(pixels) + 0.5, 3.9), layout="constrained")
-    axes = figure.subplots(3, len(pixels), squeeze=False)
-    for row, title in zip(axes, ("image", "truth", "found")):
-        row[0].set_ylabel(title)
-        for axis, image in zip(row, pixels):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-    annotate(axes[1:], model(batch.images), batch.labels.cpu(), splits.class_names)
-    mlo_mae.save_figure(figure, out / "predictions.png")
+    annotate(axes [2, images], the model's output, labels, class names) draws the truth and what is found."""
+    split = splits.test
+    batch = split.pick(torch.arange(min(SHOWN, len(split))))
+    pixels = (batch.images * split.std + split.mean).div(255).clamp(0, 1).permute(0, 2, 3, 1)
+    found, labels = model(batch.images), batch.labels.cpu()
+    rows = [(title, pixels, PIXELS) for title in ("image", "truth", "found")]
+    grid(out / "predictions.png", rows, lambda axes: annotate(axes[1:], found, labels, splits.class_names))
 
 
-def draw_masks(axes, logits, masks, class_names):
+def draw_masks(axes: np.ndarray, logits: Tensor, masks: Tensor, class_names: list[str]) -> None:
+    """Colours for classes, over the images."""
     for row, shown in zip(axes, (masks, logits.argmax(1).cpu())):
         for axis, mask in zip(row, shown.numpy()):
-            colours = np.ma.masked_equal(mask, data.IGNORED)
+            colours = np.ma.masked_equal(mask, IGNORED)
             axis.imshow(colours, cmap="nipy_spectral", vmin=0, vmax=len(class_names) - 1, interpolation="nearest")
 
 
-def draw_boxes(axes, found, boxes, class_names):
+def draw_boxes(axes: np.ndarray, found: tuple[Tensor, Tensor], boxes: Tensor, class_names: list[str]) -> None:
+    """Boxes and their classes' names; of what is found, those with a score of at least 0.3."""
     size = axes[0][0].get_images()[0].get_size()[0]
     found = detections(*found, size).cpu()
+    label_style = {"fontsize": 6, "color": "white", "verticalalignment": "top", "clip_on": True}
+    background = {"facecolor": "red", "linewidth": 0, "pad": 1}
     for row, shown, least in zip(axes, (boxes, found[..., [0, 1, 2, 3, 5, 4]]), (0, 0.3)):
         for axis, rows in zip(row, shown.numpy()):
             for left, top, right, bottom, label, *score in rows[::-1]:  # the best last, above the others
                 if label >= 0 and min(score, default=1) >= least:
                     x, y = np.array([left, right, right, left, left]) - 0.5, np.array([top, top, bottom, bottom, top]) - 0.5
                     axis.plot(x, y, color="red", linewidth=1)
-                    axis.text(x[0], y[0], class_names[int(label)], fontsize=6, color="white", verticalalignment="top",
-                              bbox={"facecolor": "red", "linewidth": 0, "pad": 1}, clip_on=True)  # fmt: skip
+                    axis.text(x[0], y[0], class_names[int(label)], bbox=background, **label_style)
+
+
+# ------------------------------------------------------------------------------------------------ where it starts
+
+SEGMENT = finetune.Task(
+    name="segment",
+    format="mlo-mae segmentation 1",
+    model=Segmenter,
+    loss=pixel_loss,
+    evaluate=evaluate_pixels,
+    measure="miou",
+    labels="masks",
+    draw=partial(draw, annotate=draw_masks),
+)
+DETECT = finetune.Task(
+    name="detect",
+    format="mlo-mae detection 1",
+    model=Detector,
+    loss=box_loss,
+    evaluate=evaluate_boxes,
+    measure="ap",
+    labels="boxes",
+    draw=partial(draw, annotate=draw_boxes),
+)
+TASKS = {"segment": SEGMENT, "detect": DETECT}
+SETTINGS = tuple(name for name in finetune.SETTINGS if name not in ("data_dir", "skip_corrupt", "workers"))
+ARCHITECTURE = {"preset", "patch_size", "width", "depth", "heads"}  # which a run has settled
+
+
+def encoder_and_dense_data(
+    task: finetune.Task, run: Path | None, recipe: DenseRecipe, settings: dict, ignored: int = IGNORED
+) -> tuple[Networks, Tensor, Splits]:
+    """(Networks, theta of the encoder, Splits) for a task, of a run's folder, or of a public checkpoint, or fresh ones by
+    `settings`; `ignored` is for `load_dense`. Raises UserError."""
+    if recipe.from_scratch == (run is not None):
+        raise UserError("give either a run or a file of weights, or --from-scratch")
+    if finetune.is_run(run, settings.keys() & ARCHITECTURE):
+        content = newest(run, mlo_mae.FORMAT)
+        with fitting(run / "checkpoint.pt"):
+            base = asdict(config_of(content)) | ({"image_size": 0, "images": 0} if "data" in settings else {})
+    else:
+        preset = settings.get("preset", "shapes")
+        base = {"preset": preset, "seed": recipe.seed} | PRESETS[preset]
+    cfg = Config(**base | settings | {"init": str(run or "")})
+    mlo_mae.check(cfg)
+    if cfg.data != "shapes" and "data" not in settings:
+        where = "give --data DIR, a folder that has (transfer --help), or --data shapes"
+        raise UserError(f"{cfg.data} has no {task.labels}; {where}")
+    same = {name: getattr(cfg, name) for name in ("image_size", "val_fraction", "seed")}
+    device = cli.choose_device(cfg.device)
+    splits = load_dense(cfg.data, task.labels, limit=cfg.images, ignored=ignored, device=device, **same)
+    net, (theta, _, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    theta = theta[: net.encoder_size]
+    return net, first_weights(net, theta, run) if run else theta, splits
 
 
 # --------------------------------------------------------------------------------------------------- command line
 
-SEGMENT = finetune.Task("segment", "mlo-mae segmentation 1", Segmenter, pixel_loss, evaluate_pixels, "miou",
-                        lambda *what: draw(*what, draw_masks))  # fmt: skip
-DETECT = finetune.Task("detect", "mlo-mae detection 1", Detector, box_loss, evaluate_boxes, "ap",
-                       lambda *what: draw(*what, draw_boxes))  # fmt: skip
-TASKS = {"segment": (SEGMENT, "masks"), "detect": (DETECT, "boxes")}  # and what they need for labels
-SETTINGS = [field for field in finetune.SETTINGS if field.name not in ("data_dir", "skip_corrupt", "workers")]
-SETTING_NAMES = {field.name for field in SETTINGS}
-ARCHITECTURE = {"preset", "patch_size", "width", "depth", "heads"}  # which a run has settled
+LAYOUTS = {
+    "segment": "images/<split>/*.jpg, masks/<split>/*.png",
+    "detect": "annotations/instances_<split>*.json, <split>*/*.jpg",
+}
+PURPOSES = {"segment": "the class of every pixel", "detect": "boxes around objects"}
 
 
-def starting_point(kind, run, recipe, settings, ignored=data.IGNORED):
-    """(Networks, theta of the encoder, Splits) of a run's folder, or of a public checkpoint, or fresh ones by `settings`.
-
-    Raises RunError, data.DataError and interchange.WeightsError."""
-    if recipe.from_scratch == (run is not None):
-        raise RunError("give either a run or a file of weights, or --from-scratch")
-    if finetune.is_run(run, settings.keys() & ARCHITECTURE):
-        path = run / "config.json"
-        if not path.exists():
-            raise RunError(f"{path} does not exist; give the folder of a run")
-        base = mlo_mae.read_config(path) | ({"image_size": 0, "images": 0} if "data" in settings else {})
-    else:
-        preset = settings.get("preset", "shapes")
-        base = {"preset": preset, "seed": recipe.seed} | mlo_mae.PRESETS[preset]
-    cfg = Config(**base | settings | {"init": str(run or "")})
-    mlo_mae.check(cfg)
-    if cfg.data != "shapes" and "data" not in settings:
-        raise RunError(f"{cfg.data} has no {kind}; give --data DIR, a folder that has (transfer.py --help), or --data shapes")
-    splits = data.load_dense(cfg.data, kind, image_size=cfg.image_size, limit=cfg.images, val_fraction=cfg.val_fraction,
-                             seed=cfg.seed, ignored=ignored, device=mlo_mae.choose_device(cfg.device))  # fmt: skip
-    net, (theta, _, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    theta = theta[: net.encoder_size]
-    return net, mlo_mae.starting_weights(net, theta, run) if run else theta, splits
-
-
-def parse(argv):
-    parser = mlo_mae.Parser(prog="transfer.py", description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    commands = parser.add_subparsers(dest="task", required=True, metavar="segment | detect")
-    layouts = {"segment": "images/<split>/*.jpg, masks/<split>/*.png", "detect": "annotations/instances_<split>*.json, <split>*/*.jpg"}
-    for name, purpose in (("segment", "the class of every pixel"), ("detect", "boxes around objects")):
-        command = commands.add_parser(name, help=purpose)
-        command.add_argument("run", type=Path, nargs="?", metavar="RUN_OR_CHECKPOINT",
-                             help="folder of a run, or a public .pth or .safetensors; not with --from-scratch")  # fmt: skip
-        mlo_mae.add_flags(command, fields(Recipe))
-        group = command.add_argument_group("data, encoder and machine")
-        mlo_mae.add_flags(group, [field for field in SETTINGS if field.name != "data"])
-        group.add_argument("--data", default=argparse.SUPPRESS, metavar="str", help=f"shapes, or a folder with {layouts[name]} "
-                           "for the splits train and val, or test as well (default: the run's, if that is shapes)")  # fmt: skip
+def parse(argv: list[str] | None) -> dict:
+    """The command line. Raises UserError."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(prog="mlo_mae.py transfer", description=__doc__, formatter_class=raw)
+    commands = parser.add_subparsers(dest="task", required=True, metavar=" | ".join(TASKS))
+    for name in TASKS:
+        command = commands.add_parser(name, help=PURPOSES[name])
+        settings = tuple(setting for setting in SETTINGS if setting != "data")
+        group = finetune.add_training_flags(command, DenseRecipe, settings, f"{name}-<seed>")
+        where = f"shapes, or a folder with {LAYOUTS[name]} for the splits train and val, or test as well"
+        where += " (default: the run's, if that is shapes)"
+        group.add_argument("--data", default=argparse.SUPPRESS, metavar="str", help=where)
         if name == "segment":
-            group.add_argument("--ignore", type=int, default=data.IGNORED, metavar="int",
-                               help="value in a folder's masks that is no class, beside 255 (ADE20K: 0)")  # fmt: skip
-        command.add_argument("--out", type=Path, help="folder to write (default <task>-<seed>, or scratch-..., in RUN or, "
-                             "without one, named in runs)")  # fmt: skip
-        command.add_argument("--resume", action="store_true", help="continue what is in --out, or start it")
+            none = "value in a folder's masks that is no class, beside 255 (ADE20K: 0)"
+            group.add_argument("--ignore", type=int, default=IGNORED, metavar="int", help=none)
     return vars(parser.parse_args(argv))
 
 
-def run_command(task, run, out, resume, ignore=data.IGNORED, **flags):
-    """Run one task; returns what its last line reports."""
-    settings = {name: flags.pop(name) for name in SETTING_NAMES & flags.keys()}
-    recipe = Recipe(**flags)
-    finetune.check(recipe)
-    if recipe.frozen and recipe.from_scratch:
-        raise RunError("--frozen holds an encoder that has learned something; leave out --from-scratch")
-    wanted, kind = TASKS[task]
-    net, theta, splits = starting_point(kind, run, recipe, settings, ignore)
-    name = f"{'scratch-' * recipe.from_scratch}{task}{'-frozen' * recipe.frozen}-{recipe.seed}"
-    out = out or finetune.default_folder(run, name, net.cfg.preset)
-    return {"verb": task, "run": str(out), **finetune.finetune(net, theta, splits, recipe, out, resume, wanted)}
+def run_command(argv: list[str] | None) -> dict:
+    """Run `transfer` with these flags; returns what its last line reports."""
+    flags = parse(argv)
+    name, run, out, resume = (flags.pop(flag) for flag in ("task", "run", "out", "resume"))
+    task, ignored = TASKS[name], flags.pop("ignore", IGNORED)
+    settings = {setting: flags.pop(setting) for setting in SETTINGS if setting in flags}
+    recipe = DenseRecipe(**flags)
+    check(recipe)
+    net, theta, splits = encoder_and_dense_data(task, run, recipe, settings, ignored)
+    kind = f"scratch-{name}" if recipe.from_scratch else f"{name}-frozen" if recipe.frozen else name
+    out = out or finetune.default_folder(run, f"{kind}-{recipe.seed}", net.cfg.preset)
+    return {"verb": name, "run": str(out), **finetune.finetune(net, theta, splits, recipe, out, resume, task)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line for what the user can mend."""
+    return cli.reported("mlo_mae", lambda: run_command(argv))
 
 
 if __name__ == "__main__":
-    sys.exit(mlo_mae.reported("transfer", lambda: run_command(**parse(sys.argv[1:]))))
+    sys.exit(main())
