@@ -60,6 +60,19 @@ def picture(width: int = 40, height: int = 30, seed: int = 0, mode: str = "RGB")
     return Image.fromarray(base.clip(0, 255).astype(np.uint8)).convert(mode)
 
 
+def write_colours(path: Path) -> Path:
+    """An .npz of 120 + 30 images of six classes: a square whose colour is the class, which no crop or flip changes."""
+    random, arrays = np.random.default_rng(0), {}
+    for part, count in (("train", 120), ("test", 30)):
+        labels = np.arange(count) % 6
+        images = random.integers(0, 100, (count, 16, 16, 3))
+        colours = np.array([(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1), (1, 0, 1)])
+        images[:, 4:12, 4:12] += 150 * colours[labels][:, None, None]
+        arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels}
+    np.savez(path, **arrays)
+    return path
+
+
 def write_folder(
     root: Path,
     parts: tuple[tuple[str, int], ...] = (("train", 5), ("val", 3)),
@@ -274,10 +287,14 @@ def write_sides(path: Path, parts: tuple[tuple[str, int], ...] = (("train", 60),
     return path
 
 
+def as_flags(settings: dict[str, object]) -> list[str]:
+    """Settings as words of a command line."""
+    return [str(word) for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
 def arguments(source: str | Path, out: Path, *more: object) -> list[str]:
     """The command line of a small run on this data; `more` are flags that follow SMALL's, and so take their place."""
-    flags = [str(word) for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", value)]
-    return ["pretrain", "--data", str(source), "--out", str(out), *flags, *map(str, more)]
+    return ["pretrain", "--data", str(source), "--out", str(out), *as_flags(SMALL), *map(str, more)]
 
 
 def checkpoint_of(run: Path) -> dict:
