@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -48,10 +47,10 @@ def check(settings: Any) -> None:
             raise UserError(f"{name} {str(value)[:80]}: must be of type {kind.__name__}")
         elif kind in (int, float):
             bounds = {word: bound for word, bound in field.metadata["bounds"].items() if bound is not None}
-            finite = kind is int or abs(value) < math.inf
+            finite = kind is int or abs(value) <= sys.float_info.max  # a file may hold integers beyond it
             if not finite or not all(WITHIN[word](value, bound) for word, bound in bounds.items()):
-                wanted = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
-                raise UserError(f"{name} {str(value)[:80]}: must be {wanted or 'a finite number'}")
+                wanted = ([] if finite else ["finite"]) + [f"{word} {bound}" for word, bound in bounds.items()]
+                raise UserError(f"{name} {str(value)[:80]}: must be {' and '.join(wanted)}")
 
 
 class Parser(argparse.ArgumentParser):

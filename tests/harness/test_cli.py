@@ -1,0 +1,238 @@
+"""The command line: flags of a dataclass, checks of their values, and one line for what the user can mend."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+import torch
+from helpers import SCRIPT, arguments, refused
+
+import mlo_mae
+from harness import UserError, cli, printable
+from harness.cli import flag
+
+
+@dataclass(frozen=True)
+class Settings:
+    kind: Literal["plain", "fancy"] = flag("plain", "what kind")
+    name: str = flag("", "of the thing")
+    count: int = flag(3, "how many", least=1, most=10)
+    share: float = flag(0.5, "of them", above=0, below=1)
+    free: float = flag(0.0, "without bounds")
+    dry_run: bool = flag(False, "write nothing")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"count": 1}, {"count": 10}, {"share": 1e-300}, {"share": 0.999}, {"free": -1e300}, {"free": 7}, {"dry_run": True}],
+    ids=str,
+)
+def test_values_within_their_bounds_pass(changes):
+    cli.check(Settings(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes, line",
+    [
+        ({"kind": "odd"}, "--kind 'odd': choose from plain, fancy"),
+        ({"kind": 3}, "--kind 3: choose from plain, fancy"),
+        ({"kind": None}, "--kind None: choose from plain, fancy"),
+        ({"kind": []}, "--kind []: choose from plain, fancy"),
+        ({"name": 3}, "--name 3: must be of type str"),
+        ({"count": 0}, "--count 0: must be at least 1 and at most 10"),
+        ({"count": 11}, "--count 11: must be at least 1 and at most 10"),
+        ({"count": 3.0}, "--count 3.0: must be of type int"),
+        ({"count": True}, "--count True: must be of type int"),
+        ({"count": "3"}, "--count 3: must be of type int"),
+        ({"count": None}, "--count None: must be of type int"),
+        ({"count": 10**4000}, "--count 1" + 79 * "0" + ": must be at least 1 and at most 10"),
+        ({"share": 0}, "--share 0: must be above 0 and below 1"),
+        ({"share": 1.0}, "--share 1.0: must be above 0 and below 1"),
+        ({"share": math.nan}, "--share nan: must be finite and above 0 and below 1"),
+        ({"share": False}, "--share False: must be of type float"),
+        ({"free": math.nan}, "--free nan: must be finite"),
+        ({"free": -math.inf}, "--free -inf: must be finite"),
+        ({"free": 10**400}, "--free 1" + 79 * "0" + ": must be finite"),
+        ({"dry_run": 1}, "--dry-run 1: must be of type bool"),
+        ({"dry_run": "x" * 1000}, "--dry-run " + 80 * "x" + ": must be of type bool"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_value_out_of_its_bounds_names_its_flag(changes, line):
+    with pytest.raises(UserError) as caught:
+        cli.check(Settings(**changes))
+    assert str(caught.value) == line
+
+
+def test_flags_are_those_of_the_fields():
+    parser = cli.Parser(prog="program")
+    cli.add_flags(parser, dataclasses.fields(Settings))
+    assert vars(parser.parse_args([])) == {}  # what the user leaves out stays out
+    argv = "--kind fancy --name x --count 4 --share 0.25 --dry-run".split()
+    found = vars(parser.parse_args(argv))
+    assert found == {"kind": "fancy", "name": "x", "count": 4, "share": 0.25, "dry_run": True}
+    assert vars(parser.parse_args(["--no-dry-run"])) == {"dry_run": False}
+    text = parser.format_help()
+    for field in dataclasses.fields(Settings):
+        assert f"--{field.name.replace('_', '-')}" in text and f"{field.metadata['help']} (default {field.default})" in text
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--count", "many"], ["--count", "many"]),
+        (["--kind", "odd"], ["--kind", "odd", "plain", "fancy"]),
+        (["--length", "3"], ["--length"]),
+        (["extra"], ["extra"]),
+        (["--count"], ["--count", "expected one argument"]),
+    ],
+    ids=str,
+)
+def test_a_flag_that_is_wrong_points_to_the_help(argv, words):
+    parser = cli.Parser(prog="program")
+    cli.add_flags(parser, dataclasses.fields(Settings))
+    with pytest.raises(UserError) as caught:
+        parser.parse_args(argv)
+    assert all(word in str(caught.value) for word in [*words, "see program --help"]), caught.value
+
+
+def failing(error):
+    def work():
+        raise error
+
+    return work
+
+
+def test_what_work_returns_is_one_line_of_json(capsys):
+    assert cli.reported("program", lambda: {"verb": "try", "loss": 0.5}) == 0
+    assert json.loads(capsys.readouterr().out) == {"verb": "try", "loss": 0.5}
+    assert cli.reported("program", lambda: None) == 0 and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("--count 0: must be at least 1"), "program: --count 0: must be at least 1"),
+        (UserError("two\nlines\x1b[2J"), "program: two?lines?[2J"),
+        (torch.OutOfMemoryError("2 GiB of 1 GiB.\nmore"), "program: out of memory: 2 GiB of 1 GiB. Lower --batch-size"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), "program: No such file or directory: a/b"),
+        (PermissionError(13, "Permission denied", "a\nb"), "program: Permission denied: a?b"),
+        (OSError("socket is closed"), "program: socket is closed"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, line):
+    assert cli.reported("program", failing(error)) == 2
+    printed = capsys.readouterr()
+    assert printed.err == line + "\n" and printed.out == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(130)], ids=repr)
+def test_a_bug_is_not_hidden(error):
+    with pytest.raises(type(error)):
+        cli.reported("program", failing(error))
+
+
+def test_what_is_printed_cannot_steer_a_terminal():
+    assert printable("a\x1b]0;b\x07\u202ec\n") == "a?]0;b??c?" and len(printable("x" * 10**6)) == 600
+    assert str(UserError("a\r\x9bb" + "x" * 1000)).startswith("a??bx") and len(str(UserError("x" * 1000))) == 600
+
+
+def test_the_device_is_cuda_else_mps_else_cpu(monkeypatch):
+    for cuda, mps, chosen in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
+        assert cli.choose_device("auto").type == chosen
+    with pytest.raises(UserError, match="this machine has: cpu"):
+        cli.choose_device("mps")
+
+
+def test_several_processes_have_a_gpu_each_or_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert cli.choose_device("cuda:1").index == 1
+    monkeypatch.setattr(cli, "world", lambda: 2)
+    assert cli.choose_device("cuda").type == "cuda" and cli.choose_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="--device cuda:1 does not go with several processes; choose cpu or cuda"):
+        cli.choose_device("cuda:1")
+
+
+# --------------------------------------------------------------------------------------- the program's own flags
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--patch-size", "5"], ["16 pixels", "patches of 5"]),
+        (["--width", "18", "--heads", "4"], ["--width 18", "4 heads"]),
+        (["--width", "6", "--heads", "2"], ["--width 6", "multiple of 4"]),
+        (["--decoder-width", "12", "--decoder-heads", "5"], ["--decoder-width 12", "5 heads"]),
+        (["--mask-ratio", "1.5"], ["--mask-ratio 1.5: must be above 0 and below 1"]),
+        (["--mask-ratio", "0.999"], ["--mask-ratio 0.999", "16 patches"]),
+        (["--batch-size", "0"], ["--batch-size 0: must be at least 1"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--lr", "nan"], ["--lr nan: must be finite and at least 0"]),
+        (["--masking", "semantic?"], ["--masking", "learned", "random"]),
+        (["--preset", "cifar1000"], ["--preset", "cifar100"]),
+        (["--learning-rate", "1"], ["--learning-rate"]),
+        (["--device", "abacus"], ["abacus", "cpu"]),
+        (["--redraw-dropout"], ["--redraw-dropout"]),
+        (["--hypergradient", "finite-difference"], ["--hypergradient", "exact", "unrolled", "first-order"]),
+        (["--masking-network", "shared", "--mask-noise", "0"], ["--masking-network shared", "--mask-noise above 0"]),
+        (["--mask-start", "1"], ["--mask-start 1.0: must be at least 0 and below 1"]),
+        (["--mask-noise", "-1"], ["--mask-noise -1.0: must be at least 0"]),
+        (["--hypergradient", "unrolled", "--accumulate", "2"], ["--hypergradient unrolled", "--accumulate 1"]),
+        (["--checkpoint-activations", "--unroll", "full"], ["--checkpoint-activations", "--unroll last"]),
+        (["--checkpoint-activations", "--hypergradient", "unrolled"], ["--checkpoint-activations", "exact"]),
+        (["--accumulate", "3"], ["--batch-size 16", "multiple of 3"]),
+        (["--data", "no/such.npz"], ["no/such.npz"]),
+        (["--images", "100000"], ["100000"]),
+    ],
+    ids=" ".join,
+)
+def test_bad_flags_end_in_one_line(sides, tmp_path, capsys, flags, words):
+    refused(arguments(sides, tmp_path / "bad", *flags), capsys, *words)
+    assert not (tmp_path / "bad").exists()  # so the mended command finds nothing in its way
+
+
+def test_every_field_has_a_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit) as stop:
+        mlo_mae.main(["pretrain", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for field in dataclasses.fields(mlo_mae.Config):
+        assert cli.flag_name(field.name) in text and field.metadata["help"] in text, field.name
+
+
+def test_a_command_is_found_by_its_name(capsys, monkeypatch):
+    monkeypatch.setattr(cli.command("probe"), "main", lambda argv: print(argv) or 7)
+    assert mlo_mae.main(["probe", "RUN", "--recipe", "mae"]) == 7
+    assert capsys.readouterr().out == "['RUN', '--recipe', 'mae']\n"
+    assert {"probe", "show"} <= set(cli.commands()) and not any(name.startswith("_") for name in cli.commands())
+    refused(["prbe"], capsys, "prbe is no command", "pretrain", "probe", "show")
+    refused(["../probe"], capsys, "is no command")
+    refused(["__init__"], capsys, "is no command")
+
+
+def test_several_processes_are_for_pretraining(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused(["probe", "RUN"], capsys, "probe runs as one process; start it without torchrun")
+
+
+@pytest.mark.slow
+def test_the_script_ends_with_its_status_and_one_line(tmp_path):
+    def script(*argv):
+        return subprocess.run([sys.executable, SCRIPT, *argv], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+
+    ended = script("--lr", "-1")
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "mlo_mae: --lr -1.0: must be at least 0\n"
+    ended = script("--help")
+    assert ended.returncode == 0 and "--mask-noise" in ended.stdout and "probe" in ended.stdout
+    assert not list(tmp_path.iterdir())
