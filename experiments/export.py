@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import mlo_mae
+from experiments import finetune
 from harness import UserError, cli
 from harness.checkpoints import fitting, read_saved, whole_number
 from harness.files import write_whole
@@ -23,7 +24,6 @@ from harness.vectors import flatten
 from harness.weights import is_decoder, write_safetensors
 from mlo_mae import Config, Decoder, Encoder
 
-FINE_TUNING = "mlo-mae fine-tuning 1"  # format of a fine-tuning's checkpoint (finetune.py)
 EXPORTS = {"timm": "encoder-timm.safetensors", "mae": "autoencoder-mae.pth"}  # kinds, and their files in a run's folder
 TIMM = {(768, 12, 12): "vit_base_patch16_224", (1024, 24, 16): "vit_large_patch16_224"}  # width, depth, heads; patch 16 at 224
 SIZES = "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads"
@@ -74,9 +74,9 @@ def read_trained(run: Path) -> Trained:
     """What the checkpoint of a run or of a fine-tuning holds. Raises UserError where it is absent, damaged or has no
     finished epoch yet."""
     path = run / "checkpoint.pt"
-    content = read_saved(path, mlo_mae.FORMAT, FINE_TUNING)
+    content = read_saved(path, mlo_mae.FORMAT, finetune.FORMAT)
     with fitting(path):
-        tuned = content["format"] == FINE_TUNING
+        tuned = content["format"] == finetune.FORMAT
         found = content["best"] if tuned else content
         unfinished = tuned and "model" not in found
     if unfinished:

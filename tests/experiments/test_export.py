@@ -9,7 +9,8 @@ import torch
 from helpers import checkpoint_of, copied, public_shapes, refused, timm, weights
 
 import mlo_mae
-from experiments.export import FINE_TUNING, Trained, read_trained, timm_call
+from experiments import finetune
+from experiments.export import Trained, read_trained, timm_call
 from harness import UserError
 from harness.weights import read_weights
 from mlo_mae import Config, main
@@ -35,7 +36,11 @@ def fine_tuning(run, out, pooling):
     model = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
     kept = {name: content[name] for name in ("config", "data")}
     out.mkdir()
-    content = {"format": FINE_TUNING, "recipe": {"pooling": pooling}, "best": {"val_top1": 0.5, "epoch": 1, "model": model}}
+    content = {
+        "format": finetune.FORMAT,
+        "recipe": {"pooling": pooling},
+        "best": {"val_top1": 0.5, "epoch": 1, "model": model},
+    }
     torch.save(kept | content, out / "checkpoint.pt")
     return out
 
@@ -192,4 +197,4 @@ def test_what_is_no_run_is_named(tmp_path, capsys):
     refused(["export", tmp_path], capsys, "--to")
     refused(["export", tmp_path, "--to", "keras"], capsys, "--to", "keras", "timm")
     torch.save({"model": {}}, tmp_path / "checkpoint.pt")
-    refused(["export", tmp_path, "--to", "timm"], capsys, "checkpoint.pt", mlo_mae.FORMAT, FINE_TUNING)
+    refused(["export", tmp_path, "--to", "timm"], capsys, "checkpoint.pt", mlo_mae.FORMAT, finetune.FORMAT)
