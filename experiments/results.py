@@ -1,9 +1,9 @@
 """Does learning the masks help? A grid of methods x seeds on one data set, as a table, a figure and one line of JSON.
 
-    python mlo_mae.py results                              # shapes: a quarter of an hour on 2 CPU cores
+    python mlo_mae.py results                                  # shapes: a quarter of an hour on 2 CPU cores
     python mlo_mae.py results --data cifar100 --data-dir DIR   # a small ViT on 5,000 images
-    python mlo_mae.py results --dense                      # shapes: segmentation and detection, encoders of equal steps
-    python mlo_mae.py results --table                      # from what is finished, without running anything
+    python mlo_mae.py results --dense                          # shapes: segmentation and detection, encoders of equal steps
+    python mlo_mae.py results --table                          # from what is finished, without running anything
 
 Two rules, since a mask update costs more than a step of MAE. *Equal steps*: every method makes the same level-1 steps.
 *Equal time*: every method gets the seconds that MLO-MAE took in this grid, at the same seed, and makes more steps in them.
@@ -55,7 +55,7 @@ MEASURES = {"probe": "linear probe %", "finetune": "fine-tuned %"}  # of a cell
 
 
 class Dense(NamedTuple):
-    """A dense task of transfer.py, which is a rule of the grid too."""
+    """A dense task of transfer.py, whose name is a rule of the grid too."""
 
     measure: str  # in its result.json
     heading: str
@@ -131,13 +131,16 @@ def pretrain(cfg: Config, folder: Path) -> dict:
     return mlo_mae.reported_run(cfg, folder, resume=True, prepare=baselines.prepare)
 
 
-def run_dense(cfg: Config, recipe: transfer.Recipe, method: str, task: str, seed: int, out: Path, threads: int) -> None:
+def run_dense(cfg: Config, recipe: transfer.DenseRecipe, method: str, name: str, seed: int, out: Path, threads: int) -> None:
     """Train a dense task on the encoder of a finished cell, or on fresh weights."""
     torch.set_num_threads(threads)
-    folder, (wanted, labels) = folder_of(out, method, "steps", seed), transfer.TASKS[task]
-    own = {name: getattr(cfg, name) for name in transfer.SETTING_NAMES} if recipe.from_scratch else {}
-    start = transfer.starting_point(labels, None if recipe.from_scratch else folder, recipe, own)
-    finetune.finetune(*start, recipe, folder / task, resume=True, task=wanted)
+    folder, task = folder_of(out, method, "steps", seed), transfer.TASKS[name]
+    if recipe.from_scratch:
+        own = {setting: getattr(cfg, setting) for setting in transfer.SETTINGS}
+        start = transfer.encoder_and_dense_data(task, None, recipe, own)
+    else:
+        start = transfer.encoder_and_dense_data(task, folder, recipe, {})
+    finetune.finetune(*start, recipe, folder / name, resume=True, task=task)
 
 
 def pretraining_seconds(folder: Path, cfg: Config) -> float:
@@ -181,7 +184,7 @@ def grid(
                     (cfg, recipe), work = settings(name, method, seed, out, data_dir), run_cell
                     if rule in DENSE:
                         scratch, work = METHODS[method] is None, run_dense
-                        recipe = transfer.Recipe(seed=seed, from_scratch=scratch, **DENSE[rule].recipe)
+                        recipe = transfer.DenseRecipe(seed=seed, from_scratch=scratch, **DENSE[rule].recipe)
                     running[pool.submit(work, cfg, recipe, *cell, out, threads)] = cell
                     todo.remove(cell)
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
