@@ -219,6 +219,7 @@ def clusters(batch, seed):
     return tokens, colours[regions], regions
 
 
+@pytest.mark.slow
 def test_parts_are_the_clusters_of_a_toy_set(monkeypatch):
     """Three regions: by chance a third of the patches agree, and one part for all agrees with half of them."""
     monkeypatch.setattr(baselines, "LEARNING_RATE", 3e-3)  # fewer steps
@@ -342,6 +343,7 @@ class KnownParts:
         return torch.nn.functional.one_hot(self.ids, 3).float().mT
 
 
+@pytest.mark.slow
 def test_level_1_masks_move_with_the_run(folder, monkeypatch):
     seen = []
     real = baselines.semantic_scores
