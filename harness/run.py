@@ -229,7 +229,7 @@ def read_settings(path: Path, kind: type) -> dict:
         settings = json.loads(path.read_text())
         names = {field.name for field in dataclasses.fields(kind)}
         if not isinstance(settings, dict) or set(settings) != names:
-            differ = names ^ set(settings) if isinstance(settings, dict) else "all of them"
+            differ = names ^ set(settings) if isinstance(settings, dict) else {"all of them"}
             raise UserError(f"settings that differ: {', '.join(sorted(map(str, differ)))[:200]}")
         check(kind(**settings))
         return settings

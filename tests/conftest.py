@@ -1,11 +1,12 @@
 """Make the project's modules importable however pytest is started, and runs repeatable: one thread, here and in
 subprocesses (tiny tensors gain nothing from more)."""
 
+import contextlib
 import faulthandler
 import functools
+import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,9 +20,11 @@ import torch  # after the number of threads is set
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when they are first imported
 
-from helpers import SCRIPT, arguments, write_sides
+from helpers import arguments, write_sides
 
 import data
+import mlo_mae
+from harness import cli
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +57,19 @@ def sides(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole_run(sides, tmp_path_factory):
-    """A finished run, as a user starts it: its folder, what it printed last, and its stderr."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    argv = [sys.executable, SCRIPT, *arguments(sides, out, "--epochs", 20)]
-    finished = subprocess.run(argv, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return out, json.loads(finished.stdout.splitlines()[-1]), finished.stderr
+    """A finished run: its folder, what it printed last, and its stderr."""
+    folder, stdout, stderr = tmp_path_factory.mktemp("runs") / "whole", io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        status = mlo_mae.main(arguments(sides, folder, "--epochs", 20))
+    assert status == 0, stderr.getvalue()
+    return folder, json.loads(stdout.getvalue().splitlines()[-1]), stderr.getvalue()
+
+
+@pytest.fixture
+def bare_runs(monkeypatch):
+    """Runs in this process end without probe and pictures, which take longer than a small run does."""
+    for name in ("probe", "show"):
+        monkeypatch.setattr(cli.command(name), "after_training", lambda *arguments: None)
 
 
 @pytest.fixture

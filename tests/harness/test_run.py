@@ -1,0 +1,491 @@
+"""Whole runs as a user meets them: what they leave, interrupted and resumed ones, and bad input.
+
+MLO_MAE_KILLS sets how many runs are killed and resumed."""
+
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import DAMAGED, SCRIPT, Explosive, arguments, checkpoint_of, copied, refused, same, weights
+
+import mlo_mae
+from experiments import open_run
+from harness import UserError
+from harness.files import read_rows
+from harness.run import Run, read_masks, read_metrics, read_settings, refuse_taken, stop_signals
+from harness.vectors import unflatten
+from mlo_mae import Config, build, main
+
+pytestmark = pytest.mark.usefixtures("bare_runs")
+
+# -------------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_its_files_and_ends_with_json(whole_run):
+    out, summary, stderr = whole_run
+    pictures = {"masks.png", "curves.png", "masks-over-training.png"}
+    files = {"config.json", "metrics.jsonl", "masks.jsonl", "checkpoint.pt", "probe.json", "lock"}
+    assert {path.name for path in out.iterdir()} == files | pictures
+    for name in pictures:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(2, 31, 2))  # ceil(20 epochs * 48 images / (16 * 2))
+    losses = {"level1_loss", "level2_loss", "level3_loss", "reconstruction_error", "hypergradient_norm"}
+    for name in losses | {"p_mean", "p_std", "p_entropy", "mask_overlap", "images_per_second"}:
+        assert all(math.isfinite(row[name]) for row in rows), name
+    assert all(0 <= row["mask_churn"] <= 1 for row in rows[1:])
+    assert all(0 < row["waiting_share"] < 1 for row in rows)
+    assert rows[-1]["reconstruction_error"] < rows[0]["reconstruction_error"]
+    assert summary["verb"] == "pretrain" and summary["probe"] == json.loads((out / "probe.json").read_text())
+    assert summary["updates"] == 30 and summary.items() >= rows[-1].items()
+    assert "L1=" in stderr and "L2=" in stderr and "L3=" in stderr and "img/s=" in stderr
+    assert json.loads((out / "config.json").read_text())["epochs"] == 20
+
+
+def test_masks_are_recorded_over_training(whole_run):
+    out = whole_run[0]
+    rows = [json.loads(line) for line in (out / "masks.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == list(range(3, 31, 3)) and rows[-1]["epoch"] == 20  # ten times
+    net, state, splits = open_run(out, "cpu")
+    images = next(iter(splits.val.ordered(len(splits.val)))).images[:8]
+    p = mlo_mae.masking_probability(net, state.psi.params, images, state.theta.params[: net.encoder_size])
+    assert p.shape == torch.tensor(rows[-1]["p"]).shape and torch.allclose(p, torch.tensor(rows[-1]["p"]), atol=6e-4)
+    assert not torch.allclose(torch.tensor(rows[0]["p"]), torch.tensor(rows[-1]["p"]), atol=1e-2)
+    values, epochs = read_masks(out / "masks.jsonl", (8, 16))
+    assert np.array_equal(values[-1], rows[-1]["p"]) and epochs == [row["epoch"] for row in rows]
+
+
+@pytest.mark.slow
+def test_same_seed_same_weights_other_seed_others(whole_run, sides, tmp_path):
+    assert main(arguments(sides, tmp_path / "same", "--epochs", 20)) == 0
+    assert same(weights(whole_run[0]), weights(tmp_path / "same"))
+    assert main(arguments(sides, tmp_path / "other", "--epochs", 20, "--seed", 1)) == 0
+    assert not same(weights(whole_run[0]), weights(tmp_path / "other"))
+
+
+def test_every_form_of_the_hypergradient_runs_and_agrees(sides, tmp_path):
+    forms = {name: ["--hypergradient", name] for name in mlo_mae.HYPERGRADIENTS}
+    forms |= {"full": ["--unroll", "full", "--head-steps", 2], "embeddings": ["--masking-input", "embeddings"]}
+    for name, flags in forms.items():
+        assert main(arguments(sides, tmp_path / name, "--epochs", 1, "--log-every", 1, *flags)) == 0
+    last = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in forms}
+    assert last["unrolled"]["level3_loss"] == pytest.approx(last["exact"]["level3_loss"], rel=1e-4)
+    assert last["unrolled"]["hypergradient_norm"] == pytest.approx(last["exact"]["hypergradient_norm"], rel=0.02)
+
+
+def test_random_masking_is_plain_mae(sides, tmp_path):
+    assert main(arguments(sides, tmp_path / "mae", "--epochs", 2, "--masking", "random", "--log-every", 1)) == 0
+    rows = read_metrics(tmp_path / "mae" / "metrics.jsonl")
+    assert all(row["level1_loss"] == row["reconstruction_error"] and "level3_loss" not in row for row in rows)
+    content = checkpoint_of(tmp_path / "mae")
+    assert content["moments"]["masking"]["t"] == 0 and content["moments"]["model"]["t"] == 6
+
+
+def stopped(sides, out, monkeypatch, lines, *more):
+    """A run that a signal stops after this many lines of metrics; returns its checkpoint."""
+    real, calls = mlo_mae.mask_statistics, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == lines:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(mlo_mae, "mask_statistics", interrupted)
+        main(arguments(sides, out, *more))
+    assert stop.value.code == 130
+    return checkpoint_of(out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", [("shared", "1"), ("mlp", "0")])
+def test_masks_are_random_before_their_start_and_resuming_knows(sides, tmp_path, monkeypatch, network):
+    """30 updates, T from the 15th on; stopped before and after, a resumed run ends with the same weights."""
+    flags = ["--epochs", 20, "--mask-start", 0.5, "--masking-network", network[0], "--mask-noise", network[1]]
+    assert main(arguments(sides, tmp_path / "whole", *flags)) == 0
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    for row in rows:
+        learned = row["iteration"] >= 16
+        assert ("level2_loss" in row, "level3_loss" in row, "hypergradient_norm" in row) == (learned,) * 3
+        assert (row["p_mean"] == 1) == (not learned)
+        assert learned or row["level1_loss"] == row["reconstruction_error"]
+    assert checkpoint_of(tmp_path / "whole")["moments"]["masking"]["t"] == 15
+
+    early, late = (stopped(sides, tmp_path / name, monkeypatch, lines, *flags) for name, lines in (("early", 5), ("late", 10)))
+    assert 10 <= early["iteration"] < 15 < late["iteration"] < 30
+    net, (_, phi, psi) = build(Config(**early["config"]), 16, 3, 2)
+    for part, module, start in (("head", net.head, phi), ("masking", net.masking, psi)):
+        assert same(early[part], unflatten(module, start)) and early["moments"][part]["t"] == 0
+        assert not same(late[part], unflatten(module, start)) and late["moments"][part]["t"] == late["iteration"] - 15
+    for name in ("early", "late"):
+        assert main(["pretrain", "--out", str(tmp_path / name), "--resume"]) == 0
+        assert same(weights(tmp_path / name), weights(tmp_path / "whole"))
+
+
+# ------------------------------------------------------------------------------------------ interrupt and resume
+
+
+def wait_for_line(out, process, lines=2):
+    """Until the run has written some metrics, so that a signal finds it at work."""
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", [*range(int(os.environ.get("MLO_MAE_KILLS", 2))), None])
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_interrupted_and_resumed_runs_end_with_the_same_weights(whole_run, sides, tmp_path, attempt):
+    """Killed at a random moment that follows from `attempt`; interrupted where that is None."""
+    chance, number = random.Random(attempt or 0), signal.SIGINT if attempt is None else signal.SIGKILL
+    argv = arguments(sides, tmp_path / "cut", "--epochs", 20, "--checkpoint-minutes", 0)
+    process = subprocess.Popen([sys.executable, SCRIPT, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_line(tmp_path / "cut", process, chance.randint(1, 13))
+    time.sleep(chance.uniform(0, 0.1))
+    process.send_signal(number)
+    _, stderr = process.communicate()
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "continue with --resume" in stderr
+    assert not (tmp_path / "cut" / "probe.json").exists()
+    assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert same(weights(whole_run[0]), weights(tmp_path / "cut"))
+    rows = read_metrics(tmp_path / "cut" / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == list(range(2, 31, 2))
+
+
+@pytest.mark.parametrize("lines", [7, pytest.param(1, marks=pytest.mark.slow), pytest.param(14, marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(whole_run, sides, tmp_path, monkeypatch, lines):
+    """The signal comes after the iteration has decided that no checkpoint is due: the stop is saved all the same."""
+    content = stopped(sides, tmp_path / "cut", monkeypatch, lines, "--epochs", 20, "--checkpoint-minutes", 60)
+    assert 2 * lines <= content["iteration"] <= 2 * lines + 1
+    assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    ours, theirs = checkpoint_of(tmp_path / "cut"), checkpoint_of(whole_run[0])
+    assert same(weights(tmp_path / "cut"), weights(whole_run[0]))
+    for part, moments in theirs["moments"].items():
+        found = ours["moments"][part]
+        assert torch.equal(found["m"], moments["m"]) and torch.equal(found["v"], moments["v"]) and found["t"] == moments["t"]
+    cut, whole = (read_rows(run / "masks.jsonl") for run in (tmp_path / "cut", whole_run[0]))
+    assert cut == whole
+    cut, whole = (read_metrics(run / "metrics.jsonl") for run in (tmp_path / "cut", whole_run[0]))
+    assert [row["iteration"] for row in cut] == [row["iteration"] for row in whole]
+    for row, expected in zip(cut, whole):  # a line holds means since the one before it, or since the run was resumed
+        if not content["iteration"] < row["iteration"] <= content["iteration"] + 2:
+            assert [row[f"level{n}_loss"] for n in (1, 2, 3)] == [expected[f"level{n}_loss"] for n in (1, 2, 3)]
+
+
+def test_a_stop_is_saved_whenever_it_comes(sides, tmp_path, monkeypatch):
+    """Here the signal comes after the iteration has decided that no checkpoint is due."""
+    assert stopped(sides, tmp_path / "cut", monkeypatch, 1, "--epochs", 20)["iteration"] >= 2
+
+
+@pytest.mark.slow
+def test_resume_before_the_first_checkpoint_starts_the_run(whole_run, sides, tmp_path):
+    assert main(arguments(sides, tmp_path / "new", "--epochs", 20, "--resume")) == 0
+    assert same(weights(whole_run[0]), weights(tmp_path / "new"))
+
+
+def test_a_finished_run_is_resumed_without_another_step(whole_run, tmp_path):
+    run = copied(whole_run[0], tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert main(["pretrain", "--out", str(run), "--resume"]) == 0
+    after = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert after == before
+
+
+@pytest.mark.slow
+def test_what_the_machine_decides_may_change_when_a_run_is_resumed(whole_run, sides, tmp_path, monkeypatch):
+    stopped(sides, tmp_path / "cut", monkeypatch, 5, "--epochs", 20)
+    flags = ["--checkpoint-minutes", "1", "--data-dir", "elsewhere", "--accumulate", "2", "--workers", "0"]
+    assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume", *flags]) == 0
+    ours, theirs = weights(tmp_path / "cut"), weights(whole_run[0])
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)  # parts sum in another order
+    config = json.loads((tmp_path / "cut" / "config.json").read_text())
+    assert (config["checkpoint_minutes"], config["data_dir"], config["accumulate"]) == (1, "elsewhere", 2)
+
+
+# ------------------------------------------------------------------------------------------------- a run's parts
+
+
+def settings(**changes):
+    return {"config": {"width": 16, "device": "cpu"} | changes, "data": {"size": 3}}
+
+
+def run_in(out, resume=False, minutes=0.0, **changes):
+    return Run(out, settings(**changes), resume, "a format", {"device"}, minutes)
+
+
+def checkpoint_in(out, **changes):
+    out.mkdir()
+    torch.save({"format": "a format"} | settings() | changes, out / "checkpoint.pt")
+
+
+def test_looking_at_a_folder_writes_nothing(tmp_path):
+    run = run_in(tmp_path / "run")
+    assert run.checkpoint is None and not (tmp_path / "run").exists()
+    run.beside["more"] = lambda file: file.write(b"beside")
+    with run.at_work(3, 0, "label"):
+        files = {path.name for path in (tmp_path / "run").iterdir()}
+        assert files == {"config.json", "more", "lock"} and (tmp_path / "run" / "more").read_bytes() == b"beside"
+    with pytest.raises(UserError, match="exists already; continue it with --resume, or choose another --out"):
+        run_in(tmp_path / "run")
+    assert run_in(tmp_path / "run", resume=True).checkpoint is None  # it was stopped before its first
+
+
+@pytest.mark.parametrize(
+    "config, data, words",
+    [
+        ({"width": 32}, {"size": 3}, "--width 32, not 16; resume it with its own flags or choose another --out"),
+        ({"width": 16}, {"size": 4}, "started with data whose size is 4, not 3"),
+        ({"height": 16}, {"size": 3}, "another version or another command"),
+        ({}, {"size": 3}, "another version or another command"),
+        (None, {"size": 3}, "another version or another command"),
+        ({"width": 16}, None, "another version or another command"),
+        ({"width": 16, "device": "cuda"}, {"size": 3}, None),
+    ],
+    ids=str,
+)
+def test_a_run_of_other_settings_is_not_resumed(tmp_path, config, data, words):
+    config = config if not config else {"device": "cpu"} | config
+    checkpoint_in(tmp_path / "run", config=config, data=data)
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    if words is None:
+        assert run_in(tmp_path / "run", resume=True).checkpoint["config"] == config
+    else:
+        with pytest.raises(UserError) as caught:
+            run_in(tmp_path / "run", resume=True)
+        assert str(tmp_path / "run") in str(caught.value) and words in str(caught.value)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {"checkpoint.pt": before}
+
+
+def test_files_beside_stay_when_a_run_is_resumed(tmp_path):
+    checkpoint_in(tmp_path / "run")
+    (tmp_path / "run" / "more").write_bytes(b"as it was learned")
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps({"iteration": n}) + "\n" for n in (2, 4, 6)))
+    run = run_in(tmp_path / "run", resume=True, device="cuda")
+    run.beside["more"] = b"learned again"
+    with run.at_work(9, 4, "label"):
+        assert (tmp_path / "run" / "more").read_bytes() == b"as it was learned"
+        assert json.loads((tmp_path / "run" / "config.json").read_text())["device"] == "cuda"
+        assert [row["iteration"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [2, 4]
+
+
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
+    run = run_in(tmp_path / "run")
+    with run.at_work(3, 0, "label"):
+        run.save({"model": {"weight": torch.ones(2)}})
+        before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+        with pytest.raises(UserError, match="a weight is not finite; .*checkpoint.pt is left as it was: lower the learning"):
+            run.save({"moments": {"model": {"m": torch.tensor([0, math.nan])}}})
+        assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+        run.save({"model": {"weight": torch.zeros(2)}})
+        assert (tmp_path / "run" / "checkpoint.previous.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("total", [1, 3, 10, 30, 1234])
+def test_a_run_has_ten_tenths_and_the_last_ends_it(tmp_path, total):
+    run = run_in(tmp_path / "run")
+    with run.at_work(total, 0, "label"):
+        tenths = [iteration for iteration in range(1, total + 1) if run.is_tenth(iteration)]
+    assert len(tenths) == min(total, 10) and tenths[-1] == total
+
+
+def test_a_second_signal_interrupts():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with stop_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGTERM]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_loop_that_was_stopped_at_its_end_is_done(tmp_path, capsys):
+    run = run_in(tmp_path / "run")
+    with run.at_work(3, 0, "label"):
+        run.stop = signal.SIGTERM
+    run.leave_if_stopped(3, "update")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run.leave_if_stopped(2, "update")
+    assert stop.value.code == 143
+    assert capsys.readouterr().err == "stopped at update 2 of 3; continue with --resume\n"
+
+
+def test_time_spent_on_waiting_for_data_is_counted(tmp_path):
+    def slow():
+        for number in itertools.count():
+            time.sleep(0.02)
+            yield number
+
+    run = run_in(tmp_path / "run")
+    stream = run.timed(slow())
+    assert [next(stream) for _ in range(3)] == [0, 1, 2] and 0.06 <= run.waited < 1
+
+
+# --------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "masks.jsonl"])
+@pytest.mark.parametrize("content", [b"{nonsense}\n", b"[1]\n"])
+def test_damaged_text_files_are_refused(whole_run, tmp_path, capsys, name, content):
+    run = copied(whole_run[0], tmp_path / "run")
+    (run / name).write_bytes(content)
+    refused(["pretrain", "--resume", "--out", run], capsys, name)
+    assert (run / name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b'{"epoch": 1, "loss": "low"}\n', b'{"epoch": 1, "loss": NaN}\n', b'{"loss": 1}\n', b'{"epoch": 1e400}\n'],
+    ids=str,
+)
+def test_metrics_that_are_none_are_refused(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match="metrics.jsonl is absent, empty or damaged"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"epoch": 1},
+        {"p": [[0] * 4] * 2},
+        {"epoch": 1, "p": [[0] * 4]},
+        {"epoch": 1, "p": "high"},
+        {"epoch": [], "p": [[0] * 4] * 2},
+    ],
+    ids=str,
+)
+def test_masks_that_are_none_are_refused(tmp_path, row):
+    good = {"epoch": 1, "p": [[0.5] * 4] * 2}
+    path = tmp_path / "masks.jsonl"
+    path.write_text(json.dumps(good) + "\n")
+    assert read_masks(path, (2, 4))[0].tolist() == [good["p"]]
+    path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="masks.jsonl is damaged"):
+        read_masks(path, (2, 4))
+    path.write_text((json.dumps(good) + "\n") * 11)
+    with pytest.raises(UserError, match="masks.jsonl is damaged"):
+        read_masks(path, (2, 4))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda s: s | {"more": 1}, "settings that differ: more"),
+        (lambda s: {k: v for k, v in s.items() if k != "width"}, "settings that differ: width"),
+        (lambda s: s | {"width": "64"}, "--width 64: must be of type int"),
+        (lambda s: [s], "settings that differ: all of them"),
+        (lambda s: 3, "settings that differ: all of them"),
+    ],
+)
+def test_settings_that_are_not_a_runs_are_refused(whole_run, tmp_path, change, words):
+    settings = json.loads((whole_run[0] / "config.json").read_text())
+    assert read_settings(whole_run[0] / "config.json", Config) == settings
+    (tmp_path / "config.json").write_text(json.dumps(change(settings)))
+    with pytest.raises(UserError) as caught:
+        read_settings(tmp_path / "config.json", Config)
+    assert "config.json is damaged or of another version" in str(caught.value) and words in str(caught.value)
+
+
+def test_a_run_is_never_overwritten(whole_run, sides, capsys):
+    out = whole_run[0]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    refused(arguments(sides, out), capsys, out, "--resume", "--out")
+    refused(arguments(sides, out, "--epochs", 21, "--resume"), capsys, "--epochs 20", "21")
+    assert before == {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_a_folder_is_free_where_it_is_absent_or_empty(tmp_path):
+    refuse_taken(tmp_path / "nothing")
+    refuse_taken(tmp_path)
+    (tmp_path / "file").write_text("")
+    for taken in (tmp_path, tmp_path / "file"):
+        with pytest.raises(UserError, match="exists already"):
+            refuse_taken(taken)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_checkpoints_are_refused(whole_run, tmp_path, capsys, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "metrics.jsonl", "checkpoint.pt"):
+        (tmp_path / "run" / name).write_bytes((whole_run[0] / name).read_bytes())
+    path = tmp_path / "run" / "checkpoint.pt"
+    path.write_bytes(DAMAGED[kind](path.read_bytes()))
+    before = path.read_bytes()
+    for argv in (["probe", "run"], ["show", "run"], ["pretrain", "--out", "run", "--resume"]):
+        refused(argv, capsys, "checkpoint.pt")
+    assert path.read_bytes() == before and not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("content", [{"model": {}}, [1, 2], Explosive()], ids=["dict", "list", "malicious"])
+def test_foreign_checkpoints_are_refused(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run" / "checkpoint.pt")
+    refused(["probe", "run"], capsys, "checkpoint.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_checkpoints_of_the_version_before_are_refused(whole_run, tmp_path, capsys):
+    run = copied(whole_run[0], tmp_path / "run")
+    torch.save(checkpoint_of(run) | {"format": "mlo-mae checkpoint 1"}, run / "checkpoint.pt")
+    for argv in (["probe", run], ["pretrain", "--out", run, "--resume"]):
+        refused(argv, capsys, "checkpoint.pt is no file of the kind 'mlo-mae checkpoint 2'")
+
+
+def test_a_checkpoint_of_other_sizes_is_refused(whole_run, tmp_path, capsys):
+    content = torch.load(whole_run[0] / "checkpoint.pt", weights_only=True)
+    content["model"]["cls_token"] = torch.zeros(1, 1, 24)
+    (tmp_path / "run").mkdir()
+    torch.save(content, tmp_path / "run" / "checkpoint.pt")
+    refused(["probe", tmp_path / "run"], capsys, "cls_token", "(1, 1, 24)", "(1, 1, 16)")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [(["--lr", 1e30], ["level1_loss is nan", "mask update 1 ("]), (["--head-lr", 1e38], ["level3_loss is nan", "--head-lr"])],
+    ids=["lr", "head-lr"],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(sides, tmp_path, capsys, flags, words):
+    refused(arguments(sides, tmp_path / "nan", "--epochs", 20, "--checkpoint-minutes", 0, *flags), capsys, *words)
+    assert not (tmp_path / "nan" / "checkpoint.pt").exists()
+
+
+def test_a_loss_that_turns_bad_late_leaves_the_last_good_checkpoint(sides, tmp_path, capsys, monkeypatch):
+    real, out = mlo_mae.outer_iteration, tmp_path / "late"
+
+    def failing(net, state, *rest):
+        state, losses = real(net, state, *rest)
+        return state, losses | ({"level2_loss": torch.tensor(math.inf)} if state.iteration == 5 else {})
+
+    monkeypatch.setattr(mlo_mae, "outer_iteration", failing)
+    line = refused(arguments(sides, out, "--epochs", 20, "--checkpoint-minutes", 0), capsys, "level2_loss is inf")
+    assert "mask update 5 (level-1 step 10)" in line and str(out / "checkpoint.pt") in line
+    assert checkpoint_of(out)["iteration"] == 4
+
+
+def test_an_unwritable_folder_is_named(sides, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    refused(arguments(sides, tmp_path / "file" / "run"), capsys, tmp_path / "file")
+
+
+def test_npz_with_pickled_objects_executes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("bad.npz", train_images=np.array([Explosive()], dtype=object), train_labels=np.zeros(1))
+    refused(arguments("bad.npz", tmp_path / "bad"), capsys, "bad.npz")
+    assert not (tmp_path / "exploded").exists()
