@@ -1,4 +1,4 @@
-"""Dense tasks: segmentation, detection and its measure, and both from the command line."""
+"""transfer.py: segmentation, detection and its measure, and both from the command line."""
 
 import json
 import math
@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import TINY, as_flags, copied, write_coco, write_masked
 from PIL import Image
 
 import data
-import finetune
 import mlo_mae
-import transfer
+from experiments import finetune, transfer
+from experiments.transfer import DenseRecipe
+from harness.checkpoints import read_saved
 from harness.dense import IGNORED, Boxed, Masked, load_dense, tightest_boxes
-from helpers import write_coco, write_masked
-from test_finetune import TINY
-from transfer import Recipe
+from harness.vectors import unflatten
 
-SMALL = dict(TINY, batch_size=16, labelled_batch_size=8, epochs=1, images=200, device="cpu", checkpoint_minutes=0)
+SIZES = ("patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads", "masking_width")
 FEW = ["--batch-size", "40", "--epochs", "2", "--device", "cpu", "--checkpoint-minutes", "0"]
 pytestmark = pytest.mark.usefixtures("drawn_once")
 
@@ -30,20 +30,21 @@ pytestmark = pytest.mark.usefixtures("drawn_once")
 def run(drawn_once, tmp_path_factory):
     """A run on a few shapes."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    flags = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-    assert mlo_mae.main(["pretrain", "--data", "shapes", "--out", str(out), *flags]) == 0
+    settings = {name: getattr(TINY, name) for name in SIZES} | {"batch_size": 16, "labelled_batch_size": 8, "epochs": 1}
+    settings |= {"images": 200, "device": "cpu", "checkpoint_minutes": 0}
+    assert mlo_mae.main(["pretrain", "--data", "shapes", "--out", str(out), *as_flags(settings)]) == 0
     return out
 
 
 def command(*words):
-    return mlo_mae.reported("transfer", lambda: transfer.run_command(**transfer.parse([str(word) for word in words])))
+    return mlo_mae.main(["transfer", *map(str, words)])
 
 
 def refused(capsys, words, *expected):
-    """The command ends with status 2 and one line that holds these words."""
+    """The command ends with status 2 and one line that holds these words, after what was said of the weights."""
     capsys.readouterr()
     assert command(*words) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "transfer: " in line]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "mlo_mae: " in line]
     assert len(lines) == 1 and all(str(word) in lines[0] for word in expected), lines
 
 
@@ -87,10 +88,9 @@ def test_pixels_without_a_class_do_not_teach():
 
 def model_of(task, frozen=False, image_size=32):
     splits = load_dense("shapes", {"segment": "masks", "detect": "boxes"}[task], limit=40, image_size=image_size)
-    cfg = mlo_mae.Config(**TINY)
-    net, (theta, _, _) = mlo_mae.build(cfg, image_size, 3, 8)
-    recipe = Recipe(frozen=frozen)
-    return finetune.start(net, theta, splits, recipe, transfer.TASKS[task][0].model), net, theta, splits, recipe
+    net, (theta, _, _) = mlo_mae.build(TINY, image_size, 3, 8)
+    recipe = DenseRecipe(frozen=frozen)
+    return finetune.start(net, theta, splits, recipe, transfer.TASKS[task].model), net, theta, splits, recipe
 
 
 def patched(monkeypatch, width, grid):
@@ -98,7 +98,11 @@ def patched(monkeypatch, width, grid):
     rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     tokens = torch.zeros(1, 1 + grid * grid, width)
     tokens[0, 1:, 0], tokens[0, 1:, 1] = rows.flatten(), columns.flatten()
-    monkeypatch.setattr(mlo_mae.Encoder, "forward", lambda self, images, keep=None, scales=None: tokens.expand(len(images), -1, -1))
+
+    def forward(self, images, keep=None, scales=None):
+        return tokens.expand(len(images), -1, -1)
+
+    monkeypatch.setattr(mlo_mae.Encoder, "forward", forward)
 
 
 def test_logits_lie_where_their_patches_are(monkeypatch):
@@ -127,7 +131,9 @@ def test_boxes_lie_where_their_patches_are(monkeypatch):
         logits, boxes = model(torch.zeros(2, 3, 32, 32))
         assert torch.allclose(logits.sigmoid(), torch.tensor(0.01))
         corners = torch.cartesian_prod(torch.arange(grid), torch.arange(grid)).flip(1) * p  # x, y in raster order
-        torch.testing.assert_close(boxes[1], torch.cat([corners, corners + p], 1).float())  # at first, a patch's box is its own
+        torch.testing.assert_close(
+            boxes[1], torch.cat([corners, corners + p], 1).float()
+        )  # at first, a patch's box is its own
         model.head.bias[-4:] = torch.tensor([0.5, -1, math.log(2), math.log(3)])
         found = model(torch.zeros(1, 3, 32, 32))[1][0]
     moved = torch.tensor([p * (0.5 + 0.5 - 1), p * (0.5 - 1 - 1.5), p * (0.5 + 0.5 + 1), p * (0.5 - 1 + 1.5)])
@@ -210,8 +216,10 @@ def test_worse_boxes_of_the_same_class_are_suppressed():
 def test_average_precision_by_hand():
     """Class 0: of two true boxes one is found, by the second-best of three boxes, with an overlap of 0.75. Class 1: found."""
     truth = [torch.tensor([[0, 0, 4, 4, 0], [10, 10, 14, 14, 0]]).float(), torch.tensor([[0, 0, 8, 8, 1]]).float()]
-    found = [torch.tensor([[20, 20, 24, 24, 0.9, 0], [0, 0, 4, 3, 0.8, 0], [0, 0, 4, 4, 0.7, 0]]).float(),
-             torch.tensor([[0, 0, 8, 8, 0.6, 1], [0, 0, 8, 8, 0.5, 2]]).float()]  # fmt: skip
+    found = [
+        torch.tensor([[20, 20, 24, 24, 0.9, 0], [0, 0, 4, 3, 0.8, 0], [0, 0, 4, 4, 0.7, 0]]).float(),
+        torch.tensor([[0, 0, 8, 8, 0.6, 1], [0, 0, 8, 8, 0.5, 2]]).float(),
+    ]
     loose, strict = 0.5 * 51 / 101, 1 / 3 * 51 / 101  # up to 0.75 the second box is right, above it the third
     result = transfer.average_precision(found, truth)
     assert result["ap50"] == pytest.approx((loose + 1) / 2)
@@ -246,14 +254,22 @@ def test_average_precision_is_cocos():
     def rows(images, scored):
         for image, boxes in enumerate(images):
             for left, top, right, bottom, *rest in boxes.tolist():
-                box = {"image_id": image + 1, "bbox": [left, top, right - left, bottom - top], "category_id": int(rest[-1]),
-                       "area": (right - left) * (bottom - top), "iscrowd": 0}  # fmt: skip
+                box = {
+                    "image_id": image + 1,
+                    "bbox": [left, top, right - left, bottom - top],
+                    "category_id": int(rest[-1]),
+                    "area": (right - left) * (bottom - top),
+                    "iscrowd": 0,
+                }
                 yield box | ({"score": rest[0]} if scored else {})
 
     judge = coco.COCO()
     annotations = [row | {"id": number} for number, row in enumerate(rows(truth, False), 1)]
-    judge.dataset = {"images": [{"id": i + 1} for i in range(len(truth))], "annotations": annotations,
-                     "categories": [{"id": i} for i in range(3)]}  # fmt: skip
+    judge.dataset = {
+        "images": [{"id": i + 1} for i in range(len(truth))],
+        "annotations": annotations,
+        "categories": [{"id": i} for i in range(3)],
+    }
     judge.createIndex()
     evaluation = cocoeval.COCOeval(judge, judge.loadRes(list(rows(found, True))), "bbox")
     evaluation.evaluate()
@@ -288,8 +304,8 @@ def test_frozen_encoders_stay_as_they_are():
     assert {id(p) for group in groups for p in group["params"]} == set(map(id, model.head.parameters()))
     finals = []
     task = transfer.SEGMENT._replace(evaluate=lambda model, split: finals.append(model.state_dict()) or {"miou": 0.5})
-    finetune.finetune(net, theta, splits, Recipe(frozen=True, epochs=2, warmup_epochs=0.5, batch_size=8), task=task)
-    for name, tensor in mlo_mae.unflatten(net.encoder, theta[: net.encoder_size]).items():
+    finetune.finetune(net, theta, splits, DenseRecipe(frozen=True, epochs=2, warmup_epochs=0.5, batch_size=8), task=task)
+    for name, tensor in unflatten(net.encoder, theta[: net.encoder_size]).items():
         assert torch.equal(finals[-1][name], tensor), name
     assert not torch.equal(finals[-1]["head.weight"], model.head.weight)
 
@@ -306,13 +322,16 @@ def test_it_learns(task, measure):
         distance = np.hypot(*distance) if label == 0 else distance.max(0)
         objects |= (distance < 9) & (labels == label)[:, None, None]
     images = (255 * objects[:, None] * np.array([[1, 0, 0], [0, 0, 1]])[labels][:, :, None, None]).astype(np.uint8)
-    kind, wanted = (Masked, objects * (1 + labels[:, None, None])) if task == "segment" else (Boxed, tightest_boxes(objects, labels))
+    if task == "segment":
+        kind, wanted = Masked, objects * (1 + labels[:, None, None])
+    else:
+        kind, wanted = Boxed, tightest_boxes(objects, labels)
     parts = (kind(images[part], wanted[part], (0.2,) * 3, (0.3,) * 3) for part in np.split(np.arange(count), (80, 100)))
-    names = ["none"] * (task == "segment") + ["disc", "square"]
+    names = ["none", "disc", "square"] if task == "segment" else ["disc", "square"]
     splits = data.Splits(*parts, names, 3, 32, (0.2,) * 3, (0.3,) * 3)
-    net, (theta, _, _) = mlo_mae.build(mlo_mae.Config(**TINY), 32, 3, 2)
-    recipe = Recipe(from_scratch=True, epochs=25, batch_size=8, lr=5e-3, layer_decay=1.0)
-    result = finetune.finetune(net, theta, splits, recipe, task=transfer.TASKS[task][0])
+    net, (theta, _, _) = mlo_mae.build(TINY, 32, 3, 2)
+    recipe = DenseRecipe(from_scratch=True, epochs=25, batch_size=8, lr=5e-3, layer_decay=1.0)
+    result = finetune.finetune(net, theta, splits, recipe, task=transfer.TASKS[task])
     assert result[f"test_{measure}"] > 0.5 and result["recipe"] == task
 
 
@@ -328,7 +347,8 @@ def test_files_of_a_task(done, run):
     result = json.loads((out / "result.json").read_text())
     measures = {"segment": {"test_miou", "test_pixels", "val_miou"}, "detect": {"test_ap", "test_ap50", "val_ap"}}[task]
     assert measures | {"epoch", "seconds", "train_labels"} <= result.keys() and result["train_labels"] == 160
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "predictions.png", "lock"}
+    saved = {"checkpoint.pt", "checkpoint.previous.pt", "predictions.png"}
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "result.json", "lock"} | saved
     with Image.open(out / "predictions.png") as picture:
         assert np.asarray(picture.convert("RGB")).std() > 20
 
@@ -341,40 +361,61 @@ def test_interrupted_and_resumed_ends_the_same(done, run, tmp_path, monkeypatch)
         steps.append(1)
         if len(steps) == 6:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real[0].loss(*arguments)
+        return real.loss(*arguments)
 
-    monkeypatch.setitem(transfer.TASKS, task, (real[0]._replace(loss=loss), real[1]))
+    monkeypatch.setitem(transfer.TASKS, task, real._replace(loss=loss))
     words = [task, run, *FEW, "--out", cut]
     with pytest.raises(SystemExit) as stopped:
         command(*words)
     assert stopped.value.code == 143 and not (cut / "result.json").exists()
     assert command(*words, "--resume") == 0
-    ends = [mlo_mae.read_saved(folder / "checkpoint.pt", real[0].format)["best"] for folder in (out, cut)]
+    ends = [read_saved(folder / "checkpoint.pt", real.format)["best"] for folder in (out, cut)]
     assert all(torch.equal(tensor, ends[1]["model"][name]) for name, tensor in ends[0]["model"].items())
     assert len(steps) == 2 * (160 // 40)
 
 
 def test_other_data_than_the_runs(run, tmp_path, capsys):
     """Larger images, other classes; positions are interpolated."""
-    root = write_masked(tmp_path / "data")
-    assert command("segment", run, "--data", root, "--image-size", "40", "--epochs", "2", "--batch-size", "2",
-                   "--device", "cpu", "--out", tmp_path / "a") == 0  # fmt: skip
+    root, few = write_masked(tmp_path / "data"), ["--epochs", "2", "--batch-size", "2", "--device", "cpu"]
+    assert command("segment", run, "--data", root, "--image-size", "40", *few, "--out", tmp_path / "a") == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out.splitlines()[-1])["verb"] == "segment" and "interpolated" in printed.err
-    assert command("detect", "--from-scratch", "--data", write_coco(tmp_path / "boxes"), "--image-size", "32", "--patch-size", "8",
-                   "--epochs", "2", "--batch-size", "2", "--device", "cpu", "--out", tmp_path / "b") == 0  # fmt: skip
+    root, sizes = write_coco(tmp_path / "boxes"), ["--image-size", "32", "--patch-size", "8"]
+    assert command("detect", "--from-scratch", "--data", root, *sizes, *few, "--out", tmp_path / "b") == 0
+
+
+def test_a_baselines_run_has_more_settings(run, done, tmp_path):
+    """Its encoder is transferred as any other, to the same end."""
+    task, out = done
+    other = copied(run, tmp_path / "other")
+    content = torch.load(other / "checkpoint.pt", weights_only=True)
+    torch.save(content | {"config": content["config"] | {"uniformity": 0.01}}, other / "checkpoint.pt")
+    assert command(task, other, *FEW, "--out", tmp_path / "out") == 0
+    results = [json.loads((folder / "result.json").read_text()) | {"seconds": 0} for folder in (out, tmp_path / "out")]
+    assert results[0] == results[1]
+
+
+def test_where_a_task_writes(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--images", "60", "--device", "cpu"]
+    for words, expected in (
+        (["segment", run, "--frozen", "--seed", "3"], run / "segment-frozen-3"),
+        (["segment", "--from-scratch", "--width", "16", "--depth", "1"], "runs/shapes-scratch-segment-0"),
+    ):
+        assert command(*words, *short) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["run"] == str(expected)
 
 
 def test_bad_input_ends_in_one_line(run, done, tmp_path, capsys):
     task, out = done
     refused(capsys, [task, run, "--out", out], out, "--resume")
-    refused(capsys, [task, run, "--out", out, "--resume", "--seed", "7"], "another recipe: its epochs is 2, not 10")
+    refused(capsys, [task, run, "--out", out, "--resume", "--seed", "7"], "started with --epochs 2, not 10")
     refused(capsys, [{"segment": "detect", "detect": "segment"}[task], run, "--out", out, "--resume"], "kind")
     refused(capsys, [task], "--from-scratch")
     refused(capsys, [task, run, "--from-scratch"], "--from-scratch")
     refused(capsys, [task, "--from-scratch", "--frozen"], "--frozen")
     refused(capsys, [task, tmp_path / "no"], "does not exist")
-    refused(capsys, [task, tmp_path], "config.json does not exist")
+    refused(capsys, [task, tmp_path], "checkpoint.pt does not exist", "give a folder that has it")
     refused(capsys, [task, run, "--width", "32"], "--width", "own affair")
     refused(capsys, [task, run, "--data", "cifar100"], "cifar100: neither shapes nor a folder")
     refused(capsys, [task, "--from-scratch", "--preset", "cifar100"], "cifar100 has no", "--data")
@@ -386,7 +427,11 @@ def test_bad_input_ends_in_one_line(run, done, tmp_path, capsys):
 def test_a_damaged_folder_of_a_run_ends_in_one_line(run, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    (copy / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:2000])
-    refused(capsys, ["segment", copy], "checkpoint.pt")
     (copy / "config.json").write_text("{}")
     refused(capsys, ["segment", copy], "config.json")
+    (copy / "config.json").write_bytes((run / "config.json").read_bytes())
+    content = torch.load(copy / "checkpoint.pt", weights_only=True)
+    torch.save(content | {"config": {}}, copy / "checkpoint.pt")
+    refused(capsys, ["segment", copy], "checkpoint.pt is damaged or of another version")
+    (copy / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:2000])
+    refused(capsys, ["segment", copy], "checkpoint.pt")
