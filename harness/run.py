@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from harness import UserError
-from harness.checkpoints import newest
+from harness.checkpoints import fitting, newest
 from harness.cli import add_flags, check, flag_name
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
@@ -72,13 +72,14 @@ class Run:
             raise UserError(
                 f"{self.out} was written by another version or another command; resume it with that, or start again"
             )
-        for name, value in values.items():
-            if name not in machine and found[name] != value:
-                shown = flag_name(name) if part != "data" else f"data whose {name} is"
-                raise UserError(
-                    f"{self.out} was started with {shown} {found[name]}, not {value}; "
-                    "resume it with its own flags or choose another --out"
-                )
+        with fitting(self.out / "checkpoint.pt"):  # where values stand, a file can hold tensors, whose comparison fails
+            differ = [name for name, value in values.items() if name not in machine and found[name] != value]
+        for name in differ:
+            shown = flag_name(name) if part != "data" else f"data whose {name} is"
+            raise UserError(
+                f"{self.out} was started with {shown} {found[name]}, not {values[name]}; "
+                "resume it with its own flags or choose another --out"
+            )
 
     @contextlib.contextmanager
     def at_work(self, total: int, done: int, label: str, unit: str = "update") -> Iterator["Run"]:

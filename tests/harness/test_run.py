@@ -251,6 +251,8 @@ def test_looking_at_a_folder_writes_nothing(tmp_path):
         ({}, {"size": 3}, "another version or another command"),
         (None, {"size": 3}, "another version or another command"),
         ({"width": 16}, None, "another version or another command"),
+        ({"width": torch.ones(3)}, {"size": 3}, "checkpoint.pt is damaged or of another version (RuntimeError"),
+        ({"width": 16}, {"size": [torch.ones(3)]}, "started with data whose size is [tensor"),
         ({"width": 16, "device": "cuda"}, {"size": 3}, None),
     ],
     ids=str,
