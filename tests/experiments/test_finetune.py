@@ -605,9 +605,9 @@ FORGED = {  # a change, and words of what is said
     "a group less": (lambda content: content["optimizer"]["param_groups"].pop(), "is damaged"),
     "no moments": (lambda content: content["optimizer"]["state"].clear(), "is damaged"),
     "no first moment": (lambda content: content["optimizer"]["state"][0].pop("exp_avg"), "is damaged"),
-    "moments of another shape": (setter("optimizer", "state", 0, "exp_avg", torch.zeros(7)), "is damaged"),
-    "both": (
-        setter("optimizer", "state", 0, {n: torch.zeros(7) for n in ("exp_avg", "exp_avg_sq", "step")}),
+    "a first moment of another shape": (setter("optimizer", "state", 0, "exp_avg", torch.zeros(7)), "is damaged"),
+    "both of another shape": (
+        setter("optimizer", "state", 0, {"exp_avg": torch.zeros(7), "exp_avg_sq": torch.zeros(7), "step": torch.ones(())}),
         "moments are not",
     ),
     "moments that are not finite": (

@@ -51,8 +51,10 @@ def test_what_is_no_metrics_is_refused(tmp_path, rows):
 def test_a_grid_has_a_row_for_each_title(tmp_path, figures):
     random = np.random.default_rng(0)
     colour, maps = random.random((3, 8, 8, 3)), random.random((3, 4, 4))
-    grid(tmp_path / "grid.png", [("image", colour, {}), ("p", torch.tensor(maps).flatten(1), PROBABILITY)])
+    rows, given = [("image", colour, {}), ("p", torch.tensor(maps).flatten(1), PROBABILITY)], []
+    grid(tmp_path / "grid.png", rows, given.append)
     axes = np.array(figures[0].axes).reshape(2, 3)
+    assert len(given) == 1 and np.array_equal(given[0], axes)  # what may be drawn on the images
     assert [line[0].get_ylabel() for line in axes] == ["image", "p"]
     for line, images in zip(axes, (colour, maps)):
         for axis, image in zip(line, images):
