@@ -84,10 +84,10 @@ def whole_number(value: object) -> int:
 def packed(levels: dict[str, Level], modules: dict[str, list[nn.Module]]) -> dict:
     """{part: {parameter name: tensor}} of the levels, and their "moments", as checkpoints hold them."""
     moments = {part: {"m": m.cpu(), "v": v.cpu(), "t": t} for part, (_, m, v, t) in levels.items()}
-    weights = {part: named(modules[part], level[0]) for part, level in levels.items()}
-    return {part: {name: tensor.cpu().clone() for name, tensor in named.items()} for part, named in weights.items()} | {
-        "moments": moments
-    }
+    content = {}
+    for part, (params, *_) in levels.items():
+        content[part] = {name: tensor.cpu().clone() for name, tensor in named(modules[part], params).items()}
+    return content | {"moments": moments}
 
 
 def unpacked(content: dict, modules: dict[str, list[nn.Module]], device: torch.device) -> list[Level]:
