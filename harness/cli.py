@@ -128,11 +128,11 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
         return command(name).main(argv)
 
     def work():
+        join()  # first, so that what several processes have to say is said once
         if name in commands():
             raise UserError(f"{name} runs as one process; start it without torchrun")
         if name != "pretrain":
             raise UserError(f"{name} is no command; choose from pretrain, {', '.join(commands())}")
-        join()
         return pretrain(argv)
 
     return reported("mlo_mae", work)

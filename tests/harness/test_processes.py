@@ -1,0 +1,289 @@
+"""Several processes against one: the same masks, gradients, weights and files.
+
+Two processes are started once; they run `everything` below, which leaves its results in files. MLO_MAE_KILLS sets how
+many runs lose a process."""
+
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is a script as well
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from helpers import arguments, relative_error, same, some_iterations, weights, write_sides
+
+import mlo_mae
+from harness import UserError, cli, processes, run
+from harness.processes import leave
+from harness.run import read_metrics
+
+CASES = {
+    "learned": {},
+    "random": {"masking": "random"},
+    "head norm over the batch, parts, embeddings": {
+        **{"head_norm": "batch", "head_steps": 2, "accumulate": 3, "masking_input": "embeddings"},
+    },
+    "all steps, parts": {"unroll": "full", "accumulate": 2},
+    "shared T, drawn masks": {"masking_network": "shared", "mask_noise": 1.0},
+}
+FLAGS = ["--epochs", 10, "--checkpoint-minutes", 0, "--mask-start", 0.2]  # 15 updates, T from the 3rd on
+
+# -------------------------------------------------------------------------------------- what each process runs
+
+
+def numbers():
+    dtypes = torch.float32, torch.float64
+    return {(name, dtype): some_iterations(dtype, **case) for name, case in CASES.items() for dtype in dtypes}
+
+
+def next_port():
+    """The processes meet at another port each time, so that none meets the ruins of the time before."""
+    if "PORTS" in os.environ:
+        os.environ["MASTER_PORT"], _, os.environ["PORTS"] = os.environ["PORTS"].partition(",")
+
+
+def command(*argv):
+    """Exit status, stdout and stderr of the program run in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    next_port()
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            status = mlo_mae.main([str(argument) for argument in argv])
+    except SystemExit as exit:
+        status = exit.code
+    end_together()
+    return status, out.getvalue(), err.getvalue()
+
+
+def end_together():
+    """Process 0, where the processes meet (torchrun has a place of its own for that), is the last to leave."""
+    if os.environ.get("RANK") == "1":
+        leave()
+        Path(f"left-{os.environ['MASTER_PORT']}").touch()
+    elif "RANK" in os.environ:
+        deadline = time.monotonic() + 60
+        while not Path(f"left-{os.environ['MASTER_PORT']}").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    leave()
+
+
+def stop_in_the_middle(number):
+    """SIGTERM to process 1 alone, after the processes have agreed that no checkpoint is due at iteration 4."""
+    real = run.agree
+    agreed = []
+
+    def interrupted(*flags):
+        found = real(*flags)
+        agreed.append(1)
+        if len(agreed) == 4 and number == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return found
+
+    run.agree = interrupted
+    yield
+    run.agree = real
+
+
+def everything(folder):
+    """What each of the two processes runs."""
+    npz, number = folder / "sides.npz", int(os.environ["RANK"])
+    cli.command("show").after_training = lambda *arguments: None  # slow, and no matter of several processes
+    next_port()
+    processes.join()
+    torch.save(numbers(), folder / f"numbers-{number}.pt")
+    end_together()
+    outcomes = {"whole": command(*arguments(npz, folder / "whole", *FLAGS))}
+    outcomes["indivisible"] = command(*arguments(npz, folder / "odd", *FLAGS, "--batch-size", 15))
+    outcomes["form"] = command("pretrain", "--hypergradient", "unrolled", "--out", folder / "form")
+    outcomes["flag"] = command("pretrain", "--widht", 3)
+    outcomes["probe"] = command("probe", folder / "whole")
+    stopping = stop_in_the_middle(number)
+    next(stopping)
+    outcomes["stopped"] = command(*arguments(npz, folder / "cut", *FLAGS, "--checkpoint-minutes", 60))
+    next(stopping, None)
+    outcomes["resumed"] = command("pretrain", "--out", folder / "cut", "--resume")
+    mine = npz if number == 0 else folder / "absent.npz"
+    outcomes["one fails"] = command(*arguments(mine, folder / "fails", *FLAGS))
+    (folder / f"runs-{number}.json").write_text(json.dumps(outcomes))
+
+
+def killed(argv):
+    """The program, of which the process number DYING_RANK dies in its first life at update DYING_AT."""
+    real, dying_rank, dying_at = mlo_mae.outer_iteration, os.environ["DYING_RANK"], int(os.environ["DYING_AT"])
+
+    def dying(net, state, *rest):
+        if state.iteration == dying_at and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == (dying_rank, "0"):
+            Path(os.environ["DYING_MARK"]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(net, state, *rest)
+
+    mlo_mae.outer_iteration = dying
+    cli.command("show").after_training = lambda *arguments: None
+    processes.end(mlo_mae.main(argv))
+
+
+if __name__ == "__main__":
+    killed(sys.argv[2:]) if sys.argv[1] == "killed" else everything(Path(sys.argv[1]))
+
+
+# --------------------------------------------------------------------------------------------------- two processes
+
+
+def free_ports(count):
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [str(probe.getsockname()[1]) for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    write_sides(folder / "sides.npz")
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PORTS": ",".join(free_ports(10))}
+    started = []
+    try:
+        for number in ("0", "1"):
+            env = common | {"RANK": number, "LOCAL_RANK": number}
+            started.append(
+                subprocess.Popen([sys.executable, __file__, folder], env=env, stderr=subprocess.PIPE, text=True, cwd=folder)
+            )
+        for process in started:
+            errors = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, errors
+    finally:
+        for process in started:
+            process.kill()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    """{name: the two processes' (status, stdout, stderr)}"""
+    both = [json.loads((folder / f"runs-{number}.json").read_text()) for number in range(2)]
+    return {name: [each[name] for each in both] for name in both[0]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_compute_what_one_computes(folder, case, dtype):
+    judge = some_iterations(dtype, **CASES[case])
+    first, second = (torch.load(folder / f"numbers-{number}.pt")[case, dtype] for number in range(2))
+    assert (case == "random") != bool(judge["T's gradient"].norm() > 1e-9)  # a zero would agree with anything
+    bound = 1e-12 if dtype == torch.float64 else 1e-6
+    for name in judge:
+        assert torch.equal(first[name], second[name]), name  # the processes do not drift apart
+        # In float32 one process alone is off by more than that in T's gradient; two must not be off by more.
+        exact = some_iterations(torch.float64, **CASES[case])[name]
+        rounding = relative_error(judge[name], exact) if dtype == torch.float32 else 0
+        assert relative_error(first[name], judge[name]) < max(bound, 2 * rounding), name
+
+
+@pytest.mark.slow
+def test_a_whole_run_on_two_processes(folder, outcomes, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.command("show"), "after_training", lambda *arguments: None)
+    (status, out, err), (other_status, other_out, other_err) = outcomes["whole"]
+    assert status == other_status == 0 and other_out == "" and "update" not in other_err
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["processes"] == 2 and "img/s" in err
+    alone, _, _ = command(*arguments(folder / "sides.npz", tmp_path / "alone", *FLAGS))
+    assert alone == 0
+    rows, expected = (read_metrics(run / "metrics.jsonl") for run in (folder / "whole", tmp_path / "alone"))
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys() | {"exchange_share"} and 0 < row["exchange_share"] < 1
+        for name in other.keys() & {"level1_loss", "reconstruction_error", "level2_loss", "level3_loss"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-4)
+    files, expected = ({path.name for path in run.iterdir()} for run in (folder / "whole", tmp_path / "alone"))
+    assert files == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("indivisible", "multiple of 2 (processes"),
+        ("form", "one process"),
+        ("flag", "--widht"),
+        ("probe", "without torchrun"),
+        ("one fails", "absent.npz"),
+    ],
+)
+def test_an_error_of_several_processes_is_one_line(outcomes, name, words):
+    (first, _, first_err), (second, _, second_err) = outcomes[name]
+    assert first == second == 2
+    lines = [line for line in (first_err + second_err).splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("mlo_mae: ") and words in lines[0], lines
+
+
+@pytest.mark.slow
+def test_a_stop_that_reaches_one_process_stops_both(folder, outcomes):
+    (first, _, first_err), (second, _, second_err) = outcomes["stopped"]
+    assert first == second == 143 and "stopped at update 5 of 15" in first_err and "stopped" not in second_err
+    assert [outcome[0] for outcome in outcomes["resumed"]] == [0, 0]
+    assert same(weights(folder / "cut"), weights(folder / "whole"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(int(os.environ.get("MLO_MAE_KILLS", 1))))
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_killed_process_is_started_again_and_the_weights_are_the_same(folder, tmp_path, attempt):
+    """Process 1 at update 5, and others at random."""
+    chance = random.Random(attempt)
+    place = {"DYING_RANK": "1", "DYING_AT": "5"}
+    if attempt:
+        place = {"DYING_RANK": str(chance.randrange(2)), "DYING_AT": str(chance.randrange(15))}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1"]
+    torchrun += ["--monitor-interval=0.1", "--master-addr=127.0.0.1", f"--master-port={free_ports(1)[0]}"]
+    argv = [*torchrun, __file__, "killed", *arguments(folder / "sides.npz", tmp_path / "run", "--resume", *FLAGS)]
+    env = os.environ | place | {"DYING_MARK": str(tmp_path / "killed")}
+    finished = subprocess.run(argv, capture_output=True, text=True, timeout=300, env=env)
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "killed").exists()
+    assert "Signal 9" in finished.stderr or "exitcode: -9" in finished.stderr
+    assert same(weights(tmp_path / "run"), weights(folder / "whole"))
+
+
+# ---------------------------------------------------------------------------------------------------- one process
+
+
+def test_one_process_says_nothing_and_has_everything(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    processes.join()
+    assert (processes.world(), processes.rank(), processes.share(7)) == (1, 0, slice(0, 7))
+    tensor, tree = torch.ones(3), (3, (torch.ones(2), 4))
+    assert processes.summed(tensor) is tensor and processes.average(tensor) is tensor and processes.gather(tensor) is tensor
+    assert processes.agree(3, 0) == [3, 0] and processes.first_before_others(lambda: 5) == 5 and processes.first_to_fail()
+    same_tree = processes.as_first(tree)
+    assert same_tree[0] == 3 and same_tree[1][0] is tree[1][0] and same_tree[1][1] == 4
+    assert processes.exchange_seconds() == 0 == processes.exchange_seconds()
+
+
+@pytest.mark.parametrize("world, count", [(1, 5), (2, 8), (3, 8), (4, 12)])
+def test_shares_cover_a_batch(monkeypatch, world, count):
+    monkeypatch.setattr(processes, "world", lambda: world)
+    taken = []
+    for rank in range(world):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        taken += range(count)[processes.share(count)]
+    assert taken == list(range(count))
+
+
+def test_an_exchange_that_fails_is_one_line():
+    with pytest.raises(UserError, match=r"the exchange with another process failed \(peer is gone\); continue with --resume"):
+        with processes.exchange():
+            raise RuntimeError("peer is gone\nand more")
