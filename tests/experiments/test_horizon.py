@@ -50,6 +50,9 @@ def test_ways_part_only_by_their_weights(training):
     (alike, made), (again, _), (objects, others) = (horizon.go_on(training, way, 3) for way in ways)
     assert torch.equal(alike.params, again.params) and not torch.equal(alike.params, objects.params)
     assert all(torch.equal(a.images, b.images) and torch.equal(a.mask, b.mask) for a, b in zip(made, others))
+    stream = training.splits.train.stream(TINY.batch_size, TINY.seed)
+    whole = [next(stream).images for _ in range(9)]  # the way goes on where the six steps before it ended
+    assert all(torch.equal(step.images, images) for step, images in zip(made, whole[6:]))
     assert len(made) == 3 and made[0].rates.lr == pytest.approx(TINY.lr * schedule(6, 40, TINY.warmup * 40))
 
 
