@@ -310,6 +310,7 @@ def test_frozen_encoders_stay_as_they_are():
     assert not torch.equal(finals[-1]["head.weight"], model.head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task, measure", [("segment", "miou"), ("detect", "ap50")])
 def test_it_learns(task, measure):
     """Large plain discs and squares on black, which a few steps tell apart."""
