@@ -204,7 +204,7 @@ def t_quantile(freedom: int, share: float = 0.975) -> float:
 
 
 def spread(values: Iterable[float]) -> str:
-    """ "mean ± standard deviation" of shares, in per cent."""
+    """Mean ± standard deviation of shares, in per cent; of one value, that value."""
     values = 100 * np.array(values)
     return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
 
