@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from . import attention, backend, gather_patches, patch_loss, scatter_tokens, select_patches
+
 # Bytes of shared memory a program; of sm_80, those of sm_86, sm_89 and sm_120, which are programmed alike and have less.
 TARGETS = {"cuda:80": 101_376, "cuda:90": 232_448, "cuda:100": 232_448, "hip:gfx942": 65_536}
 
@@ -34,7 +36,6 @@ class Absent:
 
 def model_calls():
     """Run the five operations and their derivatives at the models' shapes, on tensors without storage."""
-    from . import attention, gather_patches, patch_loss, scatter_tokens, select_patches
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
@@ -87,8 +88,6 @@ def compile_all(targets=TARGETS, calls=model_calls):
     """One row (a dict) for each target, kernel and configuration in use; raises where a kernel does not compile."""
     import triton
     from triton.backends.compiler import GPUTarget
-
-    from . import backend
 
     rows, run = {}, triton.JITFunction.run
 

@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as fwAD
 
 import kernels
 from kernels.attention import attention_reference
+from kernels.cross_compile import TARGETS
 from kernels.loss import patch_loss_reference
 from kernels.patches import gather_patches_reference
 from kernels.tokens import scatter_tokens_reference, select_patches_reference
@@ -660,8 +661,6 @@ except RuntimeError as error:
 
 @needs_triton
 def test_every_kernel_compiles_for_every_target_within_its_shared_memory_and_registers():
-    from kernels.cross_compile import TARGETS
-
     halves = [[f"cuda:{arch}" for arch in (80, 90)], ["cuda:100", "hip:gfx942"]]  # two processes: CI has two cores
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(lambda targets: python(["-m", "kernels.cross_compile", "--json", "--targets", *targets]), halves))
