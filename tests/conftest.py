@@ -15,6 +15,14 @@ import torch  # after the number of threads is set
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when they are first imported
 
+try:
+    import triton.language
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    INTERPRETER = triton.language, InterpreterBuilder, TensorHandle
+except Exception:  # absent, or at odds with the numpy beside it, which shows in many ways; on a GPU nothing here needs it
+    INTERPRETER = None
+
 
 @pytest.fixture(autouse=True)
 def same_draws():
@@ -25,11 +33,9 @@ def same_draws():
 @pytest.fixture
 def bfloat16_as_on_a_chip(monkeypatch):
     """Triton's interpreter keeps bfloat16 as bits in integers, multiplies those, and cuts float32 off where chips round."""
-    try:
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-    except ImportError:
+    if INTERPRETER is None:
         return
+    tl, InterpreterBuilder, TensorHandle = INTERPRETER
 
     def wide(x):
         if x.dtype.scalar != tl.bfloat16:
@@ -51,11 +57,9 @@ def bfloat16_as_on_a_chip(monkeypatch):
 def dots_in_one_order(monkeypatch):
     """Chips add the products of a dot in the order of the inner dimension; numpy's order depends on shapes and strides, so
     that a score may differ in its last bits between forward and backward."""
-    try:
-        import triton.language as tl
-        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-    except ImportError:
+    if INTERPRETER is None:
         return
+    tl, InterpreterBuilder, TensorHandle = INTERPRETER
 
     def dot(self, a, b, total, *_):
         total = total.data.copy()
