@@ -5,7 +5,8 @@
     python bench.py step             # one outer iteration, its parts, and its floor
     python bench.py tiles            # attention in the tiles in use against the neighbouring ones (GPU)
 
-Each prints the machine, a table, and one last line of compact JSON; --save writes the table under benchmarks/.
+Each prints the machine, a table row by row, and one last line of compact JSON; --save writes what is printed under
+benchmarks/, as it comes, so that a run that is cut short leaves what it had.
 Times are medians (with quartiles) of interleaved runs after a warm-up. A number that was not measured is not printed.
 Exit status: 0; 1 where a result is further from the truth than it may be; 2 for what the user can mend.
 """
@@ -128,12 +129,33 @@ def machine(device):
     }  # fmt: skip
 
 
-def table(rows):
+def table(rows, widths=None):
     """Rows of text, the first one the titles, as markdown that is aligned for reading as it is."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = widths or [max(map(len, column)) for column in zip(*rows)]
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (rows[0], rule, *rows[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+class Page:
+    """What a verb says: on the screen at once, and in a file (or None), whole after every line."""
+
+    def __init__(self, path, lines):
+        self.path, self.lines = path, lines
+
+    def say(self, *lines):
+        print("\n".join(lines), flush=True)
+        self.lines += lines
+        if self.path:
+            mlo_mae.write_whole(self.path, "\n".join([*self.lines, ""]).encode())
+
+    def start(self, titles, least):
+        """Begin a table whose rows come one by one, by `row`; its columns are as wide as the titles, and at least `least`."""
+        self.widths = [max(len(title), width) for title, width in zip(titles, least)]
+        self.say("", *table([titles], self.widths).splitlines())
+
+    def row(self, cells):
+        self.say(table([cells], self.widths).splitlines()[0])
 
 
 def shown_cost(row):
@@ -307,9 +329,9 @@ def relative_error(found, judge):
     return float((found.double() - judge).norm() / judge.norm())
 
 
-def run_hypergradient(options, device):
+def run_hypergradient(options, device, page):
     """Every form at every size: error in both dtypes against autograd in float64, and cost in float32."""
-    rows, text = [], []
+    rows = []
     for size in options.sizes or ["tiny", "small", "medium"] + ["vit-b/2"] * (device.type == "cuda"):
         pixels, settings = SIZES[size]
         emulated = device.type == "cpu" and size != "tiny" and not options.sizes  # bfloat16 on a CPU: minutes, unless asked for
@@ -330,10 +352,9 @@ def run_hypergradient(options, device):
             exact = all(row[f"error_{dtype}"] <= row[f"allowed_{dtype}"] for dtype in LIMIT)
             row["verdict"] = "exact" if exact else "approximate" if row["cosine"] >= NOISE else "noise"
             found.append(row | costs[name])
-        part = ["", f"{size}: width {cfg.width}, depth {cfg.depth}, {net.patches} patches, batches of {cfg.batch_size} "
-                f"and twice {cfg.labelled_batch_size}", "", *hypergradient_text(found)]  # fmt: skip
-        print("\n".join(part), flush=True)
-        rows, text = rows + found, text + part
+        page.say("", f"{size}: width {cfg.width}, depth {cfg.depth}, {net.patches} patches, batches of {cfg.batch_size} "
+                 f"and twice {cfg.labelled_batch_size}", "", *hypergradient_text(found))  # fmt: skip
+        rows += found
     note = ("Error: |h - judge| / |judge|; the judge is autograd through the same steps in float64 (two steps: through both). "
             f"Exact: within {LIMIT['float64']:.0e} of it in float64, and within {LIMIT['float32']:.0e} in float32. Noise: "
             f"cosine below {NOISE}. Cosine, ms (median [quartiles] of {options.repeats}), MiB (the most held at once) and GFLOP "
@@ -343,17 +364,16 @@ def run_hypergradient(options, device):
         note += (f" Betty {betty.__version__} runs our networks, batches, masks and AdamW steps, with dropout held. Its "
                  "own are dU/dg = -1, differences around the parameters after the steps, and a pass of level 1 for each of "
                  "two paths. Its MiB include a copy of the parameters, which it overwrites.")  # fmt: skip
-    print("\n" + note)
-    text += ["", note]
+    page.say("", note)
     wrong = [f"{row['method']} at {row['size']} in {dtype}: relative error {row['error_' + dtype]:.1e}, "
              f"allowed {row['allowed_' + dtype]:.0e}"
              for row in rows if row["method"] in ("exact", "exact-2")
              for dtype in LIMIT if not row["error_" + dtype] <= row["allowed_" + dtype]]  # fmt: skip
-    grown, picture = [], options.plot or (options.save and saved_path("hypergradient", device, "png"))
+    grown, picture = [], options.plot or (options.save and saved_path(options, device, "png"))
     if picture:
         grown = growth(device, options.repeats)
         draw(rows, grown, picture)
-    return {"rows": rows, "growth": grown}, text, wrong
+    return {"rows": rows, "growth": grown}, wrong
 
 
 def hypergradient_text(rows):
@@ -370,7 +390,7 @@ def hypergradient_text(rows):
     ratios = ["{:.2f}x the time, {:.2f}x the memory and {:.2f}x the operations of {}".format(
         *(ours[name] / rival[name] for name in ("seconds", "peak_bytes", "flops")), METHODS[rival["method"]].label)
         for rival in rivals]  # fmt: skip
-    return [table(lines), "", f"exact takes {'; '.join(ratios)}."]
+    return [*table(lines).splitlines(), "", f"exact takes {'; '.join(ratios)}."]
 
 
 FORMS = {"exact": "#1a7f4b", "unrolled": "#4062bb", "finite-difference": "#d9822b"}  # and their colours
@@ -432,6 +452,9 @@ SDPA = {"SDPA math": "MATH", "SDPA efficient": "EFFICIENT_ATTENTION", "SDPA flas
         "SDPA cuDNN": "CUDNN_ATTENTION"}  # fmt: skip
 GEOMETRY = {"cifar": (32, 2), "imagenet": (224, 16)}  # image and patch size in pixels: ViT-B/2, ViT-B/16
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+COMPILED = {"attention", "patch_loss"}  # what torch.compile may fuse better than eager; the others gather or sort
 
 
 class Case(NamedTuple):
@@ -583,7 +606,7 @@ def in_a_row(make, inputs, count, device):
 
 def repeats_of(call, device):
     """So many calls in a row, about 10 ms of them, that the clock does not matter."""
-    return max(1, min(200, int(1e-2 / min(seconds(call, device) for _ in range(3)))))
+    return max(1, min(100, int(1e-2 / min(seconds(call, device) for _ in range(3)))))
 
 
 def input_sets(case, direction, count, device):
@@ -601,7 +624,8 @@ def largest_error(result, judge):
 
 def compare(case, direction, compiles, repeats, device):
     """([one row an implementation, ours first and a plain copy of as many bytes last], what is wrong with ours or None)."""
-    candidates = {"ours": case.ours, "eager": case.eager} | ({"compile": case.eager} if compiles else {})
+    candidates = {"ours": case.ours, "eager": case.eager}
+    candidates |= {"compile": case.eager} if compiles and case.kernel in COMPILED else {}
     if case.kernel == "attention":
         candidates |= {name: pinned(SDPA[name]) for name in (["SDPA math"] if direction == "jvp" else SDPA)}
     inputs = drawn(case, direction)
@@ -612,8 +636,7 @@ def compare(case, direction, compiles, repeats, device):
             make = maker(direction, function, compiled if name == "compile" else eager, case.variables)
             call = make(*inputs)
             errors[name] = largest_error(call(), judge)
-            count = repeats_of(call, device)
-            in_a_row(make, [inputs], 1, device)
+            count = repeats_of(in_a_row(make, [inputs], 1, device), device)
         except Exception:
             if name in ("ours", "eager"):
                 raise
@@ -634,40 +657,60 @@ def compare(case, direction, compiles, repeats, device):
     return rows, f"relative error {errors['ours']:.1e}, more than twice eager's {errors['eager']:.1e}"
 
 
-def run_kernels(options, device):
+def shown_times(rows):
+    """{implementation: milliseconds, and half the distance between the quartiles}; those that were not timed are left out."""
+    return {
+        row["implementation"]: f"{1e3 * row['seconds']:.3g} ±{(row['seconds_q3'] - row['seconds_q1']) / row['seconds']:.1%}"
+        for row in rows
+        if math.isfinite(row["seconds"])
+    }
+
+
+def run_kernels(options, device, page):
     """Every kernel, shape, dtype and direction; wrong where ours errs more than twice as much as eager PyTorch."""
     gpu = device.type == "cuda"
     batch = options.batch_size or (128 if gpu else 4)
     rivals = ["eager", "compile", *SDPA]
     rows, wrong = [], []
-    lines = [["kernel", "shape", "dtype", "direction", "ours, ms", *rivals, "speedup", "rate", "copy, ms", "of ceiling"]]
+    titles = ["kernel", "shape", "dtype", "direction", "ours, ms", *rivals, "speedup", "rate", "copy, ms", "of ceiling"]
+    page.start(titles, [14, 39, 5, 9, *[12] * (1 + len(rivals)), 7, 15, 12, 10])
     torch.manual_seed(0)
     for dtype in options.dtypes:
         most = product_rate(device, DTYPES[dtype])
         for case in (case for name in options.shapes for case in cases(name, batch, DTYPES[dtype], device)):
             for direction, (moved, made) in case.work.items():
-                found, error = compare(case, direction, options.compile, options.repeats, device)
+                what = {"kernel": case.kernel, "shape": case.shape, "dtype": dtype, "direction": direction}
+                try:
+                    found, error = compare(case, direction, options.compile, options.repeats, device)
+                except Exception as failure:  # one comparison that cannot be made does not end the others
+                    wrong.append(f"{' '.join(what.values())}: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}")
+                    continue
                 ours, times = found[0], {row["implementation"]: row["seconds"] for row in found}
                 best = min(times[name] for name in times if name not in ("ours", "copy") and math.isfinite(times[name]))
                 floor, work, unit = max((times["copy"], moved, "GB/s"), (made / most, made, "GFLOP/s"))
-                ours |= {"rate": work / ours["seconds"], "share_of_ceiling": floor / ours["seconds"],
-                         "speedup": math.nan if error else best / ours["seconds"]}  # fmt: skip
-                what = {"kernel": case.kernel, "shape": case.shape, "dtype": dtype, "direction": direction}
+                ours |= {
+                    "rate": work / ours["seconds"],
+                    "share_of_ceiling": floor / ours["seconds"],
+                    "speedup": math.nan if error else best / ours["seconds"],
+                }
                 rows += [what | row for row in found]
                 wrong += [f"{' '.join(what.values())}: {error}"] if error else []
-                shown = [f"{1e3 * t:.3g}" if math.isfinite(t) else "-"
-                         for t in (times.get(name, math.nan) for name in ("ours", *rivals, "copy"))]  # fmt: skip
-                lines.append([*what.values(), *shown[:-1], "WRONG" if error else f"{ours['speedup']:.2f}",
-                              f"{ours['rate'] / 1e9:.3g} {unit}", shown[-1],
-                              f"{100 * ours['share_of_ceiling']:.0f}%"])  # fmt: skip
-    note = ("ms: medians of calls in a row, on new inputs each time. Speedup: over the best rival. Rate and ceiling: of the bytes that must "
-            "move, beside a plain copy that moves as many, or of the operations that must be made, beside a large matrix product's, "
-            "whichever takes longer. -: refused, out of memory, or not run.")  # fmt: skip
+                shown = shown_times(found)
+                page.row([
+                    *what.values(), *(shown.get(name, "-") for name in ("ours", *rivals)),
+                    "WRONG" if error else f"{ours['speedup']:.2f}", f"{ours['rate'] / 1e9:.3g} {unit}", shown["copy"],
+                    f"{100 * ours['share_of_ceiling']:.0f}%",
+                ])  # fmt: skip
+    note = (
+        f"ms: medians of {options.repeats} runs of calls in a row, on new inputs each time, ± half the distance between the "
+        "quartiles. Speedup: over the best rival. Rate and ceiling: of the bytes that must move, beside a plain copy that moves "
+        "as many, or of the operations that must be made, beside a large matrix product's, whichever takes longer. -: refused, "
+        f"out of memory, or not run; torch.compile runs where it might fuse better, {' and '.join(sorted(COMPILED))}."
+    )
     note += (" The device's time, without Python's: calls in a row are a CUDA graph, on inputs that no cache holds." if gpu else
              f" No GPU here: ours IS the reference path, at batch {batch}.")  # fmt: skip
-    text = ["", table(lines), "", note]
-    print("\n".join(text))
-    return {"rows": rows}, text, wrong
+    page.say("", note)
+    return {"rows": rows}, wrong
 
 
 # ---------------------------------------------------------------------------------------------------------- tiles
@@ -742,12 +785,14 @@ def race_tiles(case, direction, repeats, device):
     return [{"tiles": str(tiles), **quartiles([t / count for t in times[tiles]])} for tiles in fitting]
 
 
-def run_tiles(options, device):
+def run_tiles(options, device, page):
     """Attention at every shape, dtype and direction, in the tiles in use and in the neighbouring ones."""
     if device.type not in kernels.backend.DEVICES:
         raise mlo_mae.RunError("tiles are of Triton's kernels, which need a GPU here; run it where there is one")
     rows, wrong = [], []
-    lines = [["shape", "dtype", "direction", "in use", "ms", "fastest neighbour", "ms", "in use takes"]]
+    page.start(
+        ["shape", "dtype", "direction", "in use", "ms", "fastest neighbour", "ms", "in use takes"], [39, 5, 9, 26, 6, 26, 6, 12]
+    )
     torch.manual_seed(0)
     for dtype in options.dtypes:
         for case in (case for name in options.shapes for case in cases(name, options.batch_size, DTYPES[dtype], device)):
@@ -761,12 +806,10 @@ def run_tiles(options, device):
                     continue
                 rows += [what | row for row in found]
                 ours, best = found[0], min(found[1:], key=lambda row: row["seconds"], default=found[0])
-                lines.append([*what.values(), ours["tiles"], f"{1e3 * ours['seconds']:.3g}", best["tiles"],
-                              f"{1e3 * best['seconds']:.3g}", f"{ours['seconds'] / best['seconds']:.2f}x"])  # fmt: skip
-    text = ["", table(lines), "",
-            "ms: medians of calls in a row. Queries a program x keys a step; neighbours have half or twice as many of one."]  # fmt: skip
-    print("\n".join(text))
-    return {"rows": rows}, text, wrong
+                page.row([*what.values(), ours["tiles"], f"{1e3 * ours['seconds']:.3g}", best["tiles"],
+                          f"{1e3 * best['seconds']:.3g}", f"{ours['seconds'] / best['seconds']:.2f}x"])  # fmt: skip
+    page.say("", "ms: medians of calls in a row. Queries a program x keys a step; neighbours have half or twice as many of one.")
+    return {"rows": rows}, wrong
 
 
 # ----------------------------------------------------------------------------------------------------------- step
@@ -841,13 +884,13 @@ def input_rate(split, cfg, device):
     return count * cfg.batch_size / seconds(read, device)
 
 
-def run_step(options, device):
+def run_step(options, device, page):
     """One outer iteration and its parts, the floor of a mask update, and the projection of the preset's whole run."""
     with tempfile.TemporaryDirectory() as folder:
-        return measure_step(options, device, folder)
+        return measure_step(options, device, page, folder)
 
 
-def measure_step(options, device, folder):
+def measure_step(options, device, page, folder):
     """`run_step`, with a folder for the images of presets that decode files."""
     cfg = Config(**{"preset": options.preset} | mlo_mae.PRESETS[options.preset] | {"precision": options.precision})
     batch = options.batch_size or cfg.batch_size
@@ -900,9 +943,9 @@ def measure_step(options, device, folder):
         work, peak = (f"{row['flops'] / 1e9:.3g}", f"{100 * row['share_of_peak']:.0f}%") if row["flops"] else "--"
         shares = [f"{100 * row[f'share_of_{name}']:.0f}%" if row["times"] else "-" for name in ("time", "flops")]
         lines.append([row["part"], str(row["times"] or "-"), *shown_cost(row), work, peak, *shares])
-    text = [
+    page.say(
         "", f"{cfg.preset}: width {cfg.width}, depth {cfg.depth}, {net.patches} patches, batches of {batch} and twice "
-        f"{labelled}, {cfg.level1_steps} level-1 steps a mask update, {cfg.precision}", "", table(lines), "",
+        f"{labelled}, {cfg.level1_steps} level-1 steps a mask update, {cfg.precision}", "", *table(lines).splitlines(), "",
         f"A mask update takes {time_ratio:.2f}x the time of a plain MAE step and {operation_ratio:.2f}x its "
         f"operations: {summary['overhead']:.2f}x the floor. {summary['images_per_second']:.0f} images a second.",
         f"{updates} mask updates, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
@@ -912,28 +955,31 @@ def measure_step(options, device, folder):
         f"{summary['input_images_per_second']:.0f} images a second; levels 1 to 3 take {summary['needed_images_per_second']:.0f}.",
         f"Peak: a large matrix product's {ceiling / 1e9:.3g} GFLOP/s. Parts are timed apart."
         + ("" if triton else " No Triton on this device: kernels are off."),
-    ]  # fmt: skip
-    print("\n".join(text))
+    )  # fmt: skip
     if options.profile:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=activities) as record:
             whole()
         record.export_chrome_trace(str(options.profile))
-    return {"rows": list(rows.values()), "summary": summary}, text, []
+    return {"rows": list(rows.values()), "summary": summary}, []
 
 
 # --------------------------------------------------------------------------------------------------- command line
 
+LIMITS = ("sizes", "preset", "precision", "shapes", "dtypes", "batch_size")  # flags that say what is measured
 VERBS = {"hypergradient": run_hypergradient, "kernels": run_kernels, "step": run_step, "tiles": run_tiles}
 
 
-def saved_path(verb, device, suffix):
-    """benchmarks/<verb>-<machine>.<suffix>, beside this file."""
-    facts = machine(device)
+def saved_path(options, device, suffix):
+    """benchmarks/<verb>-<what it was limited to>-<machine>.<suffix>, beside this file: two runs that measure different things
+    write different files."""
+    facts, whole = machine(device), parse([options.verb])
+    limits = [value for name in LIMITS if (value := getattr(options, name, None)) != getattr(whole, name, None)]
+    parts = [options.verb, *(text for value in limits for text in (value if isinstance(value, list) else [str(value)]))]
     name = re.sub(r"[^a-z0-9]+", "-", (facts["gpu"] or f"{facts['cpu']} {facts['threads']} threads").lower()).strip("-")
     folder = Path(__file__).resolve().parent / "benchmarks"
     folder.mkdir(exist_ok=True)
-    return folder / f"{verb}-{name}.{suffix}"
+    return folder / f"{'-'.join(parts).replace('/', '')}-{name}.{suffix}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -951,7 +997,7 @@ def parse(argv):
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     common.add_argument("--repeats", type=positive, default=5, help="timed runs of each call (default 5)")
-    common.add_argument("--save", action="store_true", help="write the table to benchmarks/<verb>-<machine>.md")
+    common.add_argument("--save", action="store_true", help="write the table to benchmarks/, row by row")
     parser = Parser(prog="bench.py", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=" | ".join(VERBS))
     forms = verbs.add_parser("hypergradient", parents=[common], help="the forms of the hypergradient against autograd")
@@ -986,16 +1032,14 @@ def main(argv=None):
         device = torch.device("cpu") if device.type == "mps" else device  # no float64 there
         facts = machine(device)
         heading = " | ".join(f"{name} {value}" for name, value in facts.items() if value)
-        print(heading)
+        print(heading, flush=True)
         for path in (vars(options).get("plot"), vars(options).get("profile")):
             if path:
                 path.touch()  # rather fail now than after the measurements
-        report, text, wrong = VERBS[options.verb](options, device)
+        page = Page(saved_path(options, device, "md") if options.save else None, [f"`python bench.py {shlex.join(argv)}`", "", heading])
+        report, wrong = VERBS[options.verb](options, device, page)
         for line in wrong:
-            print(f"WRONG: {line}")
-        if options.save:
-            page = [f"`python bench.py {shlex.join(argv)}`", "", heading, *text, ""]
-            mlo_mae.write_whole(saved_path(options.verb, device, "md"), "\n".join(page).encode())
+            page.say("", f"WRONG: {line}")
         report = tree_map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, report)  # JSON has no NaN
         failures.extend(wrong)
         return {"verb": options.verb, "machine": facts} | report

@@ -26,7 +26,7 @@ def attention_reference(qkv):
 @jit
 def load_rows(p_head, start, N, stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr):
     """Rows start.. of one head, [ROWS, COLS]; zeros beyond D, and beyond N unless all rows are WITHIN it."""
-    o_n, o_d = tl.arange(0, ROWS), tl.arange(0, COLS)
+    o_n, o_d = tl.arange(0, ROWS), tl.arange(0, COLS)  # [ROWS], [COLS]
     p_head += tl.full([], start, tl.int64) * stride  # the tile itself is small: 32-bit offsets spare registers
     p_rows = p_head + o_n[:, None] * stride + o_d[None, :]
     if not WITHIN:
@@ -40,7 +40,7 @@ def load_rows(p_head, start, N, stride, D: tl.constexpr, ROWS: tl.constexpr, COL
 
 @jit
 def store_rows(p_head, start, b_x, N, stride, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr):
-    o_n, o_d = tl.arange(0, ROWS), tl.arange(0, COLS)
+    o_n, o_d = tl.arange(0, ROWS), tl.arange(0, COLS)  # [ROWS], [COLS]
     p_head += tl.full([], start, tl.int64) * stride  # the tile itself is small: 32-bit offsets spare registers
     p_rows = p_head + o_n[:, None] * stride + o_d[None, :]
     if not WITHIN:
@@ -57,144 +57,166 @@ def dot(b_a, b_b):
     return tl.dot(b_a, b_b, input_precision="ieee")
 
 
-# -- forward ----------------------------------------------------------------------------------------------------------
+# -- forward, and with a tangent --------------------------------------------------------------------------------------
 
 
 @jit
-def attend(b_q, b_k, b_v, m_k, scale, b_max, b_sum, b_out, FIRST: tl.constexpr):
-    """The online softmax of some queries meets a tile of keys and values: running maximum, sum of weights, output.
+def load_both(
+    p_x,
+    p_tx,
+    start,
+    N,
+    stride,
+    TANGENT: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WITHIN: tl.constexpr,
+):
+    """`load_rows` of queries, keys or values, and of their tangents where there are any."""
+    b_x = load_rows(p_x, start, N, stride, D, ROWS, COLS, WITHIN)
+    if TANGENT:
+        b_tx = load_rows(p_tx, start, N, stride, D, ROWS, COLS, WITHIN)
+    else:
+        b_tx = b_x  # not read
+    return b_x, b_tx
+
+
+@jit
+def attend(
+    b_q,
+    b_tq,
+    b_k,
+    b_tk,
+    b_v,
+    b_tv,
+    m_k,
+    scale,
+    slope,
+    running,
+    FIRST: tl.constexpr,
+    TANGENT: tl.constexpr,
+):
+    """The online softmax of some queries meets a tile of keys and values. Running: maximum, sum of weights, (mean,) output.
+
+    With a TANGENT also ts, the tangents of the scores: their running mean, weighted by p, and the output's tangent, the sum
+    of p ((ts - mean) v + tv). The mean is taken off before rounding: off the final sums, large tangents would cancel.
 
     The FIRST tile sets the running values, and may hold rows that are no keys: m_k says which are."""
-    b_s = dot(b_q, tl.trans(b_k))  # [queries, keys]
+    # [queries, keys]: b_s, b_ts, b_p, b_tp
+    b_s = dot(b_q, tl.trans(b_k))
+    if TANGENT:
+        b_ts = (dot(b_tq, tl.trans(b_k)) + dot(b_q, tl.trans(b_tk))) * slope  # zero where there is no key
+    # [queries]: b_max, b_new, b_sum, b_shrink, b_mean, b_step; [queries, COLS]: b_out, b_tout
     if FIRST:
+        b_mean, b_tout = 0.0, 0.0  # not read without a TANGENT
         b_s = tl.where(m_k[None, :], b_s, float("-inf"))
         b_new = tl.max(b_s, axis=1) * scale
         b_p = tl.exp2(b_s * scale - b_new[:, None])
         b_sum = tl.sum(b_p, axis=1)
         b_out = dot(b_p.to(b_v.dtype), b_v)
+        if TANGENT:
+            b_mean = tl.sum(b_p * b_ts, axis=1) / b_sum
+            b_tp = b_p * (b_ts - b_mean[:, None])
+            b_tout = dot(b_tp.to(b_v.dtype), b_v)
     else:
+        b_max, b_sum, b_mean, b_out, b_tout = running
         b_new = tl.maximum(b_max, tl.max(b_s, axis=1) * scale)
         b_p, b_shrink = tl.exp2(b_s * scale - b_new[:, None]), tl.exp2(b_max - b_new)
         b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
+        if TANGENT:
+            b_ts -= b_mean[:, None]
+            b_step = tl.sum(b_p * b_ts, axis=1) / b_sum
+            b_mean += b_step
+            b_tp = b_p * (b_ts - b_step[:, None])
+            b_tout = (b_tout - b_step[:, None] * b_out) * b_shrink[:, None] + dot(b_tp.to(b_v.dtype), b_v)
         b_out = b_out * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v)
-    return b_new, b_sum, b_out
-
-
-@jit
-def forward_rows(
-    p_q, p_out, p_lse, start, N, H, scale, ROWS: tl.constexpr, WITHIN: tl.constexpr,
-    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    p_k, p_v, stride, last = p_q + H * D, p_q + 2 * H * D, 3 * H * D, (N - 1) // KEYS * KEYS
-    b_q = load_rows(p_q, start, N, stride, D, ROWS, COLS, WITHIN)
-    b_k_last = load_rows(p_k, last, N, stride, D, LAST, COLS, False)
-    b_v_last = load_rows(p_v, last, N, stride, D, LAST, COLS, False)
-    m_k = last + tl.arange(0, LAST) < N
-    b_max, b_sum, b_out = attend(b_q, b_k_last, b_v_last, m_k, scale, None, None, None, True)
-    if not WHOLE:
-        for j in range(0, last, KEYS):
-            b_k = load_rows(p_k, j, N, stride, D, KEYS, COLS, True)
-            b_v = load_rows(p_v, j, N, stride, D, KEYS, COLS, True)
-            b_max, b_sum, b_out = attend(b_q, b_k, b_v, None, scale, b_max, b_sum, b_out, False)
-    store_rows(p_out, start, b_out * (1 / b_sum)[:, None], N, H * D, D, ROWS, COLS, WITHIN)
-    o_n = start + tl.arange(0, ROWS)
-    tl.store(p_lse + o_n, b_max + tl.log2(b_sum), mask=o_n < N)
-
-
-@jit
-def attention_forward_kernel(
-    p_qkv, p_out, p_lse, N, H, scale, parts, ROWS: tl.constexpr, REST: tl.constexpr,
-    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS  # row: an image's head
-    i_b, i_h = i_row // H, i_row % H
-    p_qkv, p_out, p_lse = p_qkv + (i_b * N * 3 * H + i_h) * D, p_out + (i_b * N * H + i_h) * D, p_lse + i_row * N
-    if not REST:
-        forward_rows(p_qkv, p_out, p_lse, start, N, H, scale, ROWS, False, WHOLE, KEYS, LAST, D, COLS)
-    elif start + ROWS <= N:
-        forward_rows(p_qkv, p_out, p_lse, start, N, H, scale, ROWS, True, WHOLE, KEYS, LAST, D, COLS)
-    else:
-        forward_rows(p_qkv, p_out, p_lse, start, N, H, scale, REST, False, WHOLE, KEYS, LAST, D, COLS)
-
-
-# -- output and tangent -----------------------------------------------------------------------------------------------
-
-
-@jit
-def attend_with_tangent(
-    b_q, b_tq, b_k, b_tk, b_v, b_tv, m_k, scale, slope, b_max, b_sum, b_mean, b_out, b_tout, FIRST: tl.constexpr
-):
-    """`attend`, and ts, the tangents of the scores: their running mean, weighted by p, and the output's tangent, the
-    sum of p ((ts - mean) v + tv). The mean is taken off before rounding: off the final sums, large tangents would cancel."""
-    b_s = dot(b_q, tl.trans(b_k))  # [queries, keys]
-    b_ts = (dot(b_tq, tl.trans(b_k)) + dot(b_q, tl.trans(b_tk))) * slope  # zero where there is no key
-    if FIRST:
-        b_s = tl.where(m_k[None, :], b_s, float("-inf"))
-        b_new = tl.max(b_s, axis=1) * scale
-        b_p = tl.exp2(b_s * scale - b_new[:, None])
-        b_sum = tl.sum(b_p, axis=1)
-        b_mean = tl.sum(b_p * b_ts, axis=1) / b_sum
-        b_tp = b_p * (b_ts - b_mean[:, None])
-        b_out, b_tout = dot(b_p.to(b_v.dtype), b_v), dot(b_tp.to(b_v.dtype), b_v)
-    else:
-        b_new = tl.maximum(b_max, tl.max(b_s, axis=1) * scale)
-        b_p, b_shrink = tl.exp2(b_s * scale - b_new[:, None]), tl.exp2(b_max - b_new)
-        b_sum = b_sum * b_shrink + tl.sum(b_p, axis=1)
-        b_ts -= b_mean[:, None]
-        b_step = tl.sum(b_p * b_ts, axis=1) / b_sum
-        b_mean += b_step
-        b_tp = b_p * (b_ts - b_step[:, None])
-        b_tout = (b_tout - b_step[:, None] * b_out) * b_shrink[:, None] + dot(b_tp.to(b_v.dtype), b_v)
-        b_out = b_out * b_shrink[:, None] + dot(b_p.to(b_v.dtype), b_v)
-    b_tout += dot(b_p.to(b_v.dtype), b_tv)
+    if TANGENT:
+        b_tout += dot(b_p.to(b_v.dtype), b_tv)
     return b_new, b_sum, b_mean, b_out, b_tout
 
 
 @jit
-def jvp_rows(
-    p_q, p_tq, p_out, p_tout, start, N, H, scale, slope, ROWS: tl.constexpr, WITHIN: tl.constexpr,
-    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    p_k, p_tk, p_v, p_tv = p_q + H * D, p_tq + H * D, p_q + 2 * H * D, p_tq + 2 * H * D
-    stride, last = 3 * H * D, (N - 1) // KEYS * KEYS
-    b_q = load_rows(p_q, start, N, stride, D, ROWS, COLS, WITHIN)
-    b_tq = load_rows(p_tq, start, N, stride, D, ROWS, COLS, WITHIN)
-    b_k_last = load_rows(p_k, last, N, stride, D, LAST, COLS, False)
-    b_tk_last = load_rows(p_tk, last, N, stride, D, LAST, COLS, False)
-    b_v_last = load_rows(p_v, last, N, stride, D, LAST, COLS, False)
-    b_tv_last = load_rows(p_tv, last, N, stride, D, LAST, COLS, False)
+def attention_rows(
+    tensors,
+    start,
+    numbers,
+    TANGENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    WITHIN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    KEYS: tl.constexpr,
+    LAST: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Queries start.. past all keys."""
+    p_q, p_tq, p_out, p_tout, p_lse = tensors
+    N, H, scale, slope = numbers
+    p_k, p_v, stride, last = p_q + H * D, p_q + 2 * H * D, 3 * H * D, (N - 1) // KEYS * KEYS
+    if TANGENT:
+        p_tk, p_tv = p_tq + H * D, p_tq + 2 * H * D
+    else:
+        p_tk, p_tv = None, None
+    # [ROWS, COLS]
+    b_q, b_tq = load_both(p_q, p_tq, start, N, stride, TANGENT, D, ROWS, COLS, WITHIN)
+    # [LAST, COLS], and which of these rows are keys
+    b_k_last, b_tk_last = load_both(p_k, p_tk, last, N, stride, TANGENT, D, LAST, COLS, False)
+    b_v_last, b_tv_last = load_both(p_v, p_tv, last, N, stride, TANGENT, D, LAST, COLS, False)
     m_k = last + tl.arange(0, LAST) < N
-    b_max, b_sum, b_mean, b_out, b_tout = attend_with_tangent(
-        b_q, b_tq, b_k_last, b_tk_last, b_v_last, b_tv_last, m_k, scale, slope, None, None, None, None, None, True
-    )
+    running = attend(b_q, b_tq, b_k_last, b_tk_last, b_v_last, b_tv_last, m_k, scale, slope, None, True, TANGENT)
     if not WHOLE:
         for j in range(0, last, KEYS):
-            b_k = load_rows(p_k, j, N, stride, D, KEYS, COLS, True)
-            b_tk = load_rows(p_tk, j, N, stride, D, KEYS, COLS, True)
-            b_v = load_rows(p_v, j, N, stride, D, KEYS, COLS, True)
-            b_tv = load_rows(p_tv, j, N, stride, D, KEYS, COLS, True)
-            b_max, b_sum, b_mean, b_out, b_tout = attend_with_tangent(
-                b_q, b_tq, b_k, b_tk, b_v, b_tv, None, scale, slope, b_max, b_sum, b_mean, b_out, b_tout, False
-            )
-    store_rows(p_out, start, b_out * (1 / b_sum)[:, None], N, H * D, D, ROWS, COLS, WITHIN)
-    store_rows(p_tout, start, b_tout * (1 / b_sum)[:, None], N, H * D, D, ROWS, COLS, WITHIN)
+            # [KEYS, COLS]
+            b_k, b_tk = load_both(p_k, p_tk, j, N, stride, TANGENT, D, KEYS, COLS, True)
+            b_v, b_tv = load_both(p_v, p_tv, j, N, stride, TANGENT, D, KEYS, COLS, True)
+            running = attend(b_q, b_tq, b_k, b_tk, b_v, b_tv, None, scale, slope, running, False, TANGENT)
+    b_max, b_sum, _, b_out, b_tout = running
+    b_share = tl.div_rn(1.0, b_sum)[:, None]
+    store_rows(p_out, start, b_out * b_share, N, H * D, D, ROWS, COLS, WITHIN)
+    if TANGENT:
+        store_rows(p_tout, start, b_tout * b_share, N, H * D, D, ROWS, COLS, WITHIN)
+    else:
+        o_n = start + tl.arange(0, ROWS)
+        tl.store(p_lse + o_n, b_max + tl.log2(b_sum), mask=o_n < N)
 
 
 @jit
-def attention_jvp_kernel(
-    p_qkv, p_tangent, p_out, p_tout, N, H, scale, slope, parts, ROWS: tl.constexpr, REST: tl.constexpr,
-    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS
+def attention_kernel(
+    p_qkv,
+    p_tangent,
+    p_out,
+    p_tout,
+    p_lse,
+    N,
+    H,
+    scale,
+    slope,
+    parts,
+    TANGENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    REST: tl.constexpr,
+    WHOLE: tl.constexpr,
+    KEYS: tl.constexpr,
+    LAST: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Output and log-sum-exps; with a TANGENT, output and its tangent."""
+    i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS  # row: an image's head
     i_b, i_h = i_row // H, i_row % H
-    p_qkv, p_tangent = p_qkv + (i_b * N * 3 * H + i_h) * D, p_tangent + (i_b * N * 3 * H + i_h) * D
-    p_out, p_tout = p_out + (i_b * N * H + i_h) * D, p_tout + (i_b * N * H + i_h) * D
-    if not REST:
-        jvp_rows(p_qkv, p_tangent, p_out, p_tout, start, N, H, scale, slope, ROWS, False, WHOLE, KEYS, LAST, D, COLS)
-    elif start + ROWS <= N:
-        jvp_rows(p_qkv, p_tangent, p_out, p_tout, start, N, H, scale, slope, ROWS, True, WHOLE, KEYS, LAST, D, COLS)
+    p_qkv, p_out = p_qkv + (i_b * N * 3 * H + i_h) * D, p_out + (i_b * N * H + i_h) * D
+    if TANGENT:
+        p_tangent, p_tout = p_tangent + (i_b * N * 3 * H + i_h) * D, p_tout + (i_b * N * H + i_h) * D
     else:
-        jvp_rows(p_qkv, p_tangent, p_out, p_tout, start, N, H, scale, slope, REST, False, WHOLE, KEYS, LAST, D, COLS)
+        p_lse += i_row * N
+    tensors, numbers = (p_qkv, p_tangent, p_out, p_tout, p_lse), (N, H, scale, slope)
+    if not REST:
+        attention_rows(tensors, start, numbers, TANGENT, ROWS, False, WHOLE, KEYS, LAST, D, COLS)
+    elif start + ROWS <= N:
+        attention_rows(tensors, start, numbers, TANGENT, ROWS, True, WHOLE, KEYS, LAST, D, COLS)
+    else:
+        attention_rows(tensors, start, numbers, TANGENT, REST, False, WHOLE, KEYS, LAST, D, COLS)
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
@@ -202,10 +224,21 @@ def attention_jvp_kernel(
 
 @jit
 def load_queries(
-    p_q, p_out, p_grad, p_lse, start, N, H,
-    D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WITHIN: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    p_q,
+    p_out,
+    p_grad,
+    p_lse,
+    start,
+    N,
+    H,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WITHIN: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """Queries start.., cotangents of their outputs, log-sum-exps, and (not for a WHOLE row) delta = <cotangent, output>."""
+    # [ROWS, COLS]: b_q, b_do, b_o; [ROWS]: b_lse, b_delta
     b_q = load_rows(p_q, start, N, 3 * H * D, D, ROWS, COLS, WITHIN)
     b_do = load_rows(p_grad, start, N, H * D, D, ROWS, COLS, WITHIN)
     o_n = start + tl.arange(0, ROWS)
@@ -222,12 +255,13 @@ def load_queries(
 def weigh(queries, b_k, b_v, m_k, scale, MASKED: tl.constexpr, WHOLE: tl.constexpr):
     """The weights of keys for queries, [queries, keys], and the cotangents of their scores."""
     b_q, b_do, b_lse, b_delta = queries
+    # [queries, keys]
     b_p = tl.exp2(dot(b_q, tl.trans(b_k)) * scale - b_lse[:, None])
     b_dp = dot(b_do, tl.trans(b_v))
     if MASKED:
         b_p = tl.where(m_k[None, :], b_p, 0.0)
     if WHOLE:  # all keys are here: no rounding of b_lse need stay, and no output be read
-        b_p *= (1 / tl.sum(b_p, axis=1))[:, None]
+        b_p *= tl.div_rn(1.0, tl.sum(b_p, axis=1))[:, None]
         b_delta = tl.sum(b_p * b_dp, axis=1)
     b_ds = b_p * (b_dp - b_delta[:, None])
     return b_p.to(b_q.dtype), b_ds.to(b_q.dtype)
@@ -235,24 +269,43 @@ def weigh(queries, b_k, b_v, m_k, scale, MASKED: tl.constexpr, WHOLE: tl.constex
 
 @jit
 def meet_keys(
-    p_qkv, p_grad_qkv, j, queries, token, b_dq, b_dq_token, N, H, scale, slope, KEYS: tl.constexpr, MASKED: tl.constexpr,
-    TOKEN: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    p_qkv,
+    p_grad_qkv,
+    j,
+    queries,
+    token,
+    b_dq,
+    b_dq_token,
+    N,
+    H,
+    scale,
+    slope,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    TOKEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """All queries of a row meet keys j..: add to the queries' gradients, write the keys' and values'."""
+    # [KEYS, COLS], and which of these rows are keys
     b_k = load_rows(p_qkv + H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
     b_v = load_rows(p_qkv + 2 * H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
     m_k = j + tl.arange(0, KEYS) < N
+    # [ROWS, KEYS]
     b_p, b_ds = weigh(queries, b_k, b_v, m_k, scale, MASKED, WHOLE)
-    b_dq += dot(b_ds, b_k)
-    b_dk = dot(tl.trans(queries[0]), b_ds)  # [COLS, KEYS]: TALL_TILES chips want 64 rows, and KEYS may be 32
+    b_dq += dot(b_ds, b_k)  # [ROWS, COLS]
+    # [COLS, KEYS]: TALL_TILES chips want 64 rows, and KEYS may be 32
+    b_dk = dot(tl.trans(queries[0]), b_ds)
     b_dv = dot(tl.trans(queries[1]), b_p)
     if TOKEN:
-        b_q, b_do, lse, delta = token
-        b_p = tl.exp2(tl.sum(b_k * b_q[None, :], axis=1) * scale - lse)  # [KEYS]
+        b_q, b_do, lse, delta = token  # [COLS], [COLS], and two numbers
+        # [KEYS]: b_p, b_ds
+        b_p = tl.exp2(tl.sum(b_k * b_q[None, :], axis=1) * scale - lse)
         if MASKED:
             b_p = tl.where(m_k, b_p, 0.0)
         b_ds = b_p * (tl.sum(b_v * b_do[None, :], axis=1) - delta)
-        b_dq_token += b_ds[:, None] * b_k
+        b_dq_token += b_ds[:, None] * b_k  # [KEYS, COLS], summed at the end
         b_dk += b_q[:, None] * b_ds[None, :]
         b_dv += b_do[:, None] * b_p[None, :]
     store_rows(p_grad_qkv + H * D, j, tl.trans(b_dk) * slope, N, 3 * H * D, D, KEYS, COLS, not MASKED)
@@ -262,9 +315,23 @@ def meet_keys(
 
 @jit
 def attention_backward_kernel(
-    p_qkv, p_out, p_grad, p_lse, p_grad_qkv, N, H, scale, slope, ROWS: tl.constexpr, TOKEN: tl.constexpr,
-    WHOLE: tl.constexpr, KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    p_qkv,
+    p_out,
+    p_grad,
+    p_lse,
+    p_grad_qkv,
+    N,
+    H,
+    scale,
+    slope,
+    ROWS: tl.constexpr,
+    TOKEN: tl.constexpr,
+    WHOLE: tl.constexpr,
+    KEYS: tl.constexpr,
+    LAST: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """One program a row: it holds all queries, but for a TOKEN beyond ROWS, and meets the keys tile by tile."""
     N = ROWS + 1 if TOKEN else N  # the same, but known to the compiler
     i_row = tl.program_id(0).to(tl.int64)
@@ -274,6 +341,7 @@ def attention_backward_kernel(
     stride, last, o_d = 3 * H * D, (N - 1) // KEYS * KEYS, tl.arange(0, COLS)
     queries = load_queries(p_qkv, p_out, p_grad, p_lse, 0, N, H, D, ROWS, COLS, TOKEN, WHOLE)
     b_dq = tl.zeros([ROWS, COLS], tl.float32)
+    # of the token: [COLS]
     token, b_dq_token, b_dq_token_last = None, 0.0, 0.0
     if TOKEN:
         b_q = tl.load(p_qkv + ROWS * stride + o_d, mask=o_d < D, other=0).to(tl.float32)
@@ -300,21 +368,38 @@ def gradient_of_queries(
     p_qkv, j, queries, b_dq, N, H, scale, KEYS: tl.constexpr, MASKED: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr
 ):
     """Add to the gradients of queries what keys j.. bring."""
+    # [KEYS, COLS]
     b_k = load_rows(p_qkv + H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
     b_v = load_rows(p_qkv + 2 * H * D, j, N, 3 * H * D, D, KEYS, COLS, not MASKED)
+    # [ROWS, KEYS]
     _, b_ds = weigh(queries, b_k, b_v, j + tl.arange(0, KEYS) < N, scale, MASKED, False)
     return b_dq + dot(b_ds, b_k)
 
 
 @jit
 def gradient_of_keys(
-    p_qkv, p_out, p_grad, p_lse, j, b_k, b_v, b_dk, b_dv, N, H, scale,
-    ROWS: tl.constexpr, WITHIN: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    p_qkv,
+    p_out,
+    p_grad,
+    p_lse,
+    j,
+    b_k,
+    b_v,
+    b_dk,
+    b_dv,
+    N,
+    H,
+    scale,
+    ROWS: tl.constexpr,
+    WITHIN: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Add to the gradients of keys and values what queries j.. bring: nothing beyond N, where q = do = 0.
 
-    `weigh` the other way round, [keys, queries], so that no product needs the transpose of what was just computed."""
+    `weigh` the other way round, so that no product needs the transpose of what was just computed."""
     b_q, b_do, b_lse, b_delta = load_queries(p_qkv, p_out, p_grad, p_lse, j, N, H, D, ROWS, COLS, WITHIN, False)
+    # [keys, queries]
     b_p = tl.exp2(dot(b_k, tl.trans(b_q)) * scale - b_lse[None, :])
     b_ds = b_p * (dot(b_v, tl.trans(b_do)) - b_delta[None, :])
     return b_dk + dot(b_ds.to(b_q.dtype), b_q), b_dv + dot(b_p.to(b_q.dtype), b_do)
@@ -322,11 +407,26 @@ def gradient_of_keys(
 
 @jit
 def backward_rows(
-    p_qkv, p_out, p_grad, p_lse, p_grad_qkv, start, N, H, scale, slope, ROWS: tl.constexpr, WITHIN: tl.constexpr,
-    KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    p_qkv,
+    p_out,
+    p_grad,
+    p_lse,
+    p_grad_qkv,
+    start,
+    N,
+    H,
+    scale,
+    slope,
+    ROWS: tl.constexpr,
+    WITHIN: tl.constexpr,
+    KEYS: tl.constexpr,
+    LAST: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+):
     stride, last = 3 * H * D, (N - 1) // KEYS * KEYS
     queries = load_queries(p_qkv, p_out, p_grad, p_lse, start, N, H, D, ROWS, COLS, WITHIN, False)
+    # [ROWS, COLS], of queries and then of the keys in their places
     b_dq = tl.zeros([ROWS, COLS], tl.float32)
     b_dq = gradient_of_queries(p_qkv, last, queries, b_dq, N, H, scale, LAST, True, D, COLS)
     for j in range(0, last, KEYS):
@@ -336,22 +436,32 @@ def backward_rows(
     b_v = load_rows(p_qkv + 2 * H * D, start, N, stride, D, ROWS, COLS, WITHIN)
     b_dk = tl.zeros([ROWS, COLS], tl.float32)
     b_dv = tl.zeros([ROWS, COLS], tl.float32)
-    b_dk, b_dv = gradient_of_keys(
-        p_qkv, p_out, p_grad, p_lse, last, b_k, b_v, b_dk, b_dv, N, H, scale, LAST, False, D, COLS
-    )
+    b_dk, b_dv = gradient_of_keys(p_qkv, p_out, p_grad, p_lse, last, b_k, b_v, b_dk, b_dv, N, H, scale, LAST, False, D, COLS)
     for j in range(0, last, KEYS):
-        b_dk, b_dv = gradient_of_keys(
-            p_qkv, p_out, p_grad, p_lse, j, b_k, b_v, b_dk, b_dv, N, H, scale, KEYS, True, D, COLS
-        )
+        b_dk, b_dv = gradient_of_keys(p_qkv, p_out, p_grad, p_lse, j, b_k, b_v, b_dk, b_dv, N, H, scale, KEYS, True, D, COLS)
     store_rows(p_grad_qkv + H * D, start, b_dk * slope, N, stride, D, ROWS, COLS, WITHIN)
     store_rows(p_grad_qkv + 2 * H * D, start, b_dv, N, stride, D, ROWS, COLS, WITHIN)
 
 
 @jit
 def attention_backward_parts_kernel(
-    p_qkv, p_out, p_grad, p_lse, p_grad_qkv, N, H, scale, slope, parts, ROWS: tl.constexpr, REST: tl.constexpr,
-    KEYS: tl.constexpr, LAST: tl.constexpr, D: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    p_qkv,
+    p_out,
+    p_grad,
+    p_lse,
+    p_grad_qkv,
+    N,
+    H,
+    scale,
+    slope,
+    parts,
+    ROWS: tl.constexpr,
+    REST: tl.constexpr,
+    KEYS: tl.constexpr,
+    LAST: tl.constexpr,
+    D: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Several programs a row: each takes some queries past all keys, and the keys in their places past all queries. So no
     two programs write one place, and no sum is left to atomics, whose order varies; two of the five products are made twice."""
     i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS
@@ -402,7 +512,14 @@ def _keys(qkv, KEYS, warps):
     """The part of a configuration that all kernels share."""
     N, D = qkv.shape[1], qkv.shape[4]
     LAST = max(16, triton.next_power_of_2((N - 1) % KEYS + 1))
-    return {"KEYS": KEYS, "LAST": LAST, "D": D, "COLS": max(16, triton.next_power_of_2(D)), "num_warps": warps, "num_stages": 2}
+    return {
+        "KEYS": KEYS,
+        "LAST": LAST,
+        "D": D,
+        "COLS": max(16, triton.next_power_of_2(D)),
+        "num_warps": warps,
+        "num_stages": 2,
+    }
 
 
 def _parts(qkv, kind):
@@ -423,10 +540,10 @@ def forward_triton(qkv):
     qkv, (parts, config) = qkv.contiguous(), _parts(qkv, "forward")
     out = torch.empty(B, N, H * D, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(B, H, N, device=qkv.device, dtype=torch.float32)
+    tensors = qkv, None, out, None, lse
     launch(
-        attention_forward_kernel, B * H * parts, qkv, out, lse, *_scalars(qkv)[:3], parts,
-        WHOLE=N <= config["KEYS"], **config,
-    )  # fmt: skip
+        attention_kernel, B * H * parts, *tensors, *_scalars(qkv), parts, TANGENT=False, WHOLE=N <= config["KEYS"], **config
+    )
     return out, lse
 
 
@@ -434,10 +551,8 @@ def jvp_triton(qkv, tangent):
     B, N, _, H, D = qkv.shape
     qkv, (parts, config) = qkv.contiguous(), _parts(qkv, "jvp")
     out, out_tangent = (torch.empty(B, N, H * D, device=qkv.device, dtype=qkv.dtype) for _ in range(2))
-    launch(
-        attention_jvp_kernel, B * H * parts, qkv, tangent.contiguous(), out, out_tangent, *_scalars(qkv), parts,
-        WHOLE=N <= config["KEYS"], **config,
-    )  # fmt: skip
+    tensors = qkv, tangent.contiguous(), out, out_tangent, None
+    launch(attention_kernel, B * H * parts, *tensors, *_scalars(qkv), parts, TANGENT=True, WHOLE=N <= config["KEYS"], **config)
     return out, out_tangent
 
 
@@ -449,9 +564,14 @@ def backward_triton(out, lse, qkv, grad):
     if tiles:
         ROWS, KEYS, warps = tiles
         launch(
-            attention_backward_kernel, B * H, *arguments,
-            ROWS=ROWS, TOKEN=N > ROWS, WHOLE=N <= KEYS, **_keys(qkv, KEYS, warps),
-        )  # fmt: skip
+            attention_backward_kernel,
+            B * H,
+            *arguments,
+            ROWS=ROWS,
+            TOKEN=N > ROWS,
+            WHOLE=N <= KEYS,
+            **_keys(qkv, KEYS, warps),
+        )
     else:
         parts, config = _parts(qkv, "backward")
         launch(attention_backward_parts_kernel, B * H * parts, *arguments, parts, **config)

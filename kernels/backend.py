@@ -91,7 +91,7 @@ def runs_triton(operation, *tensors, limit=None):
 
 @functools.cache
 def architecture(device):
-    """"cuda:90" for a Hopper GPU, say, and "hip" for AMD's. A CPU, where Triton's interpreter runs, counts as Hopper."""
+    """ "cuda:90" for a Hopper GPU, say, and "hip" for AMD's. A CPU, where Triton's interpreter runs, counts as Hopper."""
     if device.type != "cuda":
         return "cuda:90"
     return "hip" if torch.version.hip else "cuda:{}{}".format(*torch.cuda.get_device_capability(device))

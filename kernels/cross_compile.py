@@ -97,10 +97,16 @@ def compile_all(targets=TARGETS, calls=model_calls):
             registers, spills = resources(compiled, target)
             shown = {k: v for k, v in configuration.items() if k != "LOG2_E"}
             dtypes = [str(x.dtype).removeprefix("torch.") for x in arguments if torch.is_tensor(x)]
-            rows[compiled.hash] = dict(
-                target=target, kernel=kernel.__name__, dtypes=dtypes, configuration=shown, registers=registers,
-                spills=spills, shared=compiled.metadata.shared, warps=compiled.metadata.num_warps,
-            )  # fmt: skip
+            rows[compiled.hash] = {
+                "target": target,
+                "kernel": kernel.__name__,
+                "dtypes": dtypes,
+                "configuration": shown,
+                "registers": registers,
+                "spills": spills,
+                "shared": compiled.metadata.shared,
+                "warps": compiled.metadata.num_warps,
+            }
 
     attention, patch = sys.modules["kernels.attention"], unittest.mock.patch.object
     with patch(triton.JITFunction, "run", record), patch(backend, "DEVICES", {"meta"}), backend.use("triton"):

@@ -25,9 +25,21 @@ def patch_loss_reference(pred, images, mask):
 
 @jit
 def patch_error(
-    p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w,
-    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    p_pred,
+    p_images,
+    p_mask,
+    L,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     """The difference prediction - target of this program's patches, [ROWS, VALUES], read where hidden and else zero.
 
     Also returns the offsets of these values in pred and of these patches in mask, which values were read, which patches
@@ -35,42 +47,78 @@ def patch_error(
     """
     blocks = tl.cdiv(L, ROWS)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
+    # [ROWS], [VALUES]
     o_l, o_padded = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS), tl.arange(0, VALUES)
     o_v, m_v = patch_values(o_padded, C, P, CHANNELS)
     o_patch = i_b * L + o_l
+    # [ROWS], [ROWS, VALUES]
     m_hidden = tl.load(p_mask + o_patch, mask=o_l < L, other=0) != 0
     m = m_hidden[:, None] & m_v[None, :]
     o_image = image_offsets(o_l, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)
+    # [ROWS, VALUES]: b_x, b_pred; [ROWS]: b_mean, b_var
     b_x = load_pixels(p_images + i_b * stride_b + o_image, m)
-    b_x = tl.where(m, b_x - (tl.sum(b_x, axis=1) / (P * P * C))[:, None], 0.0)
-    b_var = tl.sum(b_x * b_x, axis=1) / (P * P * C - 1)
+    b_mean = tl.div_rn(tl.sum(b_x, axis=1), 1.0 * P * P * C)
+    b_x = tl.where(m, b_x - b_mean[:, None], 0.0)
+    b_var = tl.div_rn(tl.sum(b_x * b_x, axis=1), 1.0 * P * P * C - 1)
     o_pred = o_patch[:, None] * (P * P * C) + o_v[None, :]
     b_pred = tl.load(p_pred + o_pred, mask=m, other=0).to(tl.float32)
-    return b_pred - b_x / tl.sqrt(b_var + 1e-6)[:, None], o_pred, o_patch, m, o_l < L, m_v
+    return b_pred - tl.div_rn(b_x, tl.sqrt_rn(b_var + 1e-6)[:, None]), o_pred, o_patch, m, o_l < L, m_v
 
 
 @jit
 def patch_loss_kernel(
-    p_pred, p_tangent, p_images, p_mask, p_loss, p_loss_tangent, L, columns, stride_b, stride_c, stride_h, stride_w,
-    TANGENT: tl.constexpr, C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    p_pred,
+    p_tangent,
+    p_images,
+    p_mask,
+    p_loss,
+    p_loss_tangent,
+    L,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    TANGENT: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     b_error, o_pred, o_patch, m, m_l, _ = patch_error(
         p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, CHANNELS, ROWS, VALUES
     )
-    tl.store(p_loss + o_patch, tl.sum(b_error * b_error, axis=1) / (P * P * C), mask=m_l)
+    tl.store(p_loss + o_patch, tl.div_rn(tl.sum(b_error * b_error, axis=1), 1.0 * P * P * C), mask=m_l)
     if TANGENT:
+        # [ROWS, VALUES]
         b_tangent = tl.load(p_tangent + o_pred, mask=m, other=0).to(tl.float32)
         tl.store(p_loss_tangent + o_patch, tl.sum(b_error * b_tangent, axis=1) * (2 / (P * P * C)), mask=m_l)
 
 
 @jit
 def patch_loss_backward_kernel(
-    p_grad, p_pred, p_images, p_mask, p_grad_pred, L, columns, stride_b, stride_c, stride_h, stride_w,
-    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    p_grad,
+    p_pred,
+    p_images,
+    p_mask,
+    p_grad_pred,
+    L,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     b_error, o_pred, o_patch, m_hidden, m_l, m_v = patch_error(
         p_pred, p_images, p_mask, L, columns, stride_b, stride_c, stride_h, stride_w, C, P, CHANNELS, ROWS, VALUES
     )
+    # [ROWS]
     b_grad = tl.load(p_grad + o_patch, mask=m_l, other=0).to(tl.float32) * (2 / (P * P * C))
     m = m_l[:, None] & m_v[None, :]  # visible patches too: their gradient is an exact zero
     tl.store(p_grad_pred + o_pred, tl.where(m_hidden, b_error * b_grad[:, None], 0.0), mask=m)
@@ -80,9 +128,18 @@ def _launch(kernel, tensors, images, mask, outputs, pred_shape, **flags):
     (B, L, values), (_, C, _, W) = pred_shape, images.shape
     config = patch_tiles(L, _side(values, C), C, LONGEST_PATCH)  # whole patches: their statistics stay on chip
     launch(
-        kernel, B * triton.cdiv(L, config["ROWS"]), *tensors, images, mask.contiguous(), *outputs, L, W // config["P"],
-        *images.stride(), **config, **flags,
-    )  # fmt: skip
+        kernel,
+        B * triton.cdiv(L, config["ROWS"]),
+        *tensors,
+        images,
+        mask.contiguous(),
+        *outputs,
+        L,
+        W // config["P"],
+        *images.stride(),
+        **config,
+        **flags,
+    )
 
 
 def loss_triton(images, mask, pred):

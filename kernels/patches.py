@@ -46,9 +46,22 @@ def load_pixels(pointers, mask):
 
 @jit
 def gather_patches_kernel(
-    p_images, p_keep, p_out, K, columns, stride_b, stride_c, stride_h, stride_w, ALL: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-):  # fmt: skip
+    p_images,
+    p_keep,
+    p_out,
+    K,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    ALL: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
     blocks = tl.cdiv(K, ROWS) * tl.cdiv(P * P * CHANNELS, VALUES)
     i_b, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     o_k = i_block % tl.cdiv(K, ROWS) * ROWS + tl.arange(0, ROWS)
@@ -59,38 +72,58 @@ def gather_patches_kernel(
         o_patch = o_k
     else:
         o_patch = tl.load(p_keep + i_b * K + o_k, mask=o_k < K, other=0).to(tl.int32)
-    o_image = image_offsets(o_patch, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)  # [ROWS, VALUES]
+    # [ROWS, VALUES]
+    o_image = image_offsets(o_patch, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)
     b_x = load_pixels(p_images + i_b * stride_b + o_image, m)
     tl.store(p_out + i_b * K * (P * P * C) + o_k[:, None] * (P * P * C) + o_v[None, :], b_x, mask=m)
 
 
 @jit
 def spread_patches_kernel(
-    p_patches, p_keep, p_images, K, L, columns, stride_b, stride_c, stride_h, stride_w, ALL: tl.constexpr,
-    C: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    p_patches,
+    p_keep,
+    p_images,
+    K,
+    L,
+    columns,
+    stride_b,
+    stride_c,
+    stride_h,
+    stride_w,
+    ALL: tl.constexpr,
+    C: tl.constexpr,
+    P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VALUES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     blocks = tl.cdiv(L, ROWS) * tl.cdiv(P * P * CHANNELS, VALUES)
     i_b, i_block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
     o_l = i_block % tl.cdiv(L, ROWS) * ROWS + tl.arange(0, ROWS)
     o_padded = i_block // tl.cdiv(L, ROWS) * VALUES + tl.arange(0, VALUES)
     o_v, m_v = patch_values(o_padded, C, P, CHANNELS)
     m = (o_l < L)[:, None] & m_v[None, :]
+    # [ROWS, VALUES]: b_x
     p_row = p_patches + i_b * K * (P * P * C) + o_v[None, :]
     if ALL:
         b_x = tl.load(p_row + o_l[:, None] * (P * P * C), mask=m, other=0).to(tl.float32)
     else:
         b_x = tl.zeros([ROWS, VALUES], tl.float32)
+        # [ROWS]: b_k, b_next
         b_k, some = tl.full([ROWS], -1, tl.int32), 1
         while some > 0:  # as often as the most repeated patch: each collects its copies in order, so atomics are not needed
             b_next = tl.full([ROWS], K, tl.int32)  # the copy after b_k
             for j in range(0, K, BLOCK):
                 o_k = j + tl.arange(0, BLOCK)
+                # [BLOCK]; [ROWS, BLOCK]
                 b_id = tl.load(p_keep + i_b * K + o_k, mask=o_k < K, other=-1).to(tl.int32)
                 m_copy = (b_id[None, :] == o_l[:, None]) & (o_k[None, :] > b_k[:, None])
                 b_next = tl.minimum(b_next, tl.min(tl.where(m_copy, o_k[None, :], K), axis=1))
             b_x += tl.load(p_row + b_next[:, None] * (P * P * C), mask=m & (b_next < K)[:, None], other=0).to(tl.float32)
             b_k, some = b_next, tl.max((b_next < K).to(tl.int32), axis=0)
-    o_image = image_offsets(o_l, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)  # [ROWS, VALUES]
+    # [ROWS, VALUES]
+    o_image = image_offsets(o_l, o_padded, columns, stride_c, stride_h, stride_w, P, CHANNELS)
     tl.store(p_images + i_b * stride_b + o_image, b_x, mask=m)
 
 
@@ -112,9 +145,17 @@ def gather_triton(images, keep, patch):
     dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
     out, config = torch.empty(B, K, patch * patch * C, device=images.device, dtype=dtype), patch_tiles(K, patch, C)
     launch(
-        gather_patches_kernel, _programs(B, K, patch, config), images, None if keep is None else keep.contiguous(), out,
-        K, W // patch, *images.stride(), ALL=keep is None, **config,
-    )  # fmt: skip
+        gather_patches_kernel,
+        _programs(B, K, patch, config),
+        images,
+        None if keep is None else keep.contiguous(),
+        out,
+        K,
+        W // patch,
+        *images.stride(),
+        ALL=keep is None,
+        **config,
+    )
     return out
 
 
@@ -123,10 +164,19 @@ def spread_triton(patches, keep, patch, shape):
     L, K = (H // patch) * (W // patch), patches.shape[1]
     images, config = torch.empty(shape, device=patches.device, dtype=patches.dtype), patch_tiles(L, patch, C)
     launch(
-        spread_patches_kernel, _programs(B, L, patch, config),
-        patches.contiguous(), None if keep is None else keep.contiguous(), images, K, L, W // patch, *images.stride(),
-        ALL=keep is None, BLOCK=min(triton.next_power_of_2(max(K, 1)), 2048 // config["ROWS"]), **config,
-    )  # fmt: skip
+        spread_patches_kernel,
+        _programs(B, L, patch, config),
+        patches.contiguous(),
+        None if keep is None else keep.contiguous(),
+        images,
+        K,
+        L,
+        W // patch,
+        *images.stride(),
+        ALL=keep is None,
+        BLOCK=min(triton.next_power_of_2(max(K, 1)), 2048 // config["ROWS"]),
+        **config,
+    )
     return images
 
 

@@ -28,11 +28,14 @@ def select_patches_kernel(
     i_b, o_l = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     m_l = o_l < L
     p_row = p_prob + i_b * stride_b
-    b_mine = tl.load(p_row + o_l * stride_l, mask=m_l, other=0).to(tl.float32)[:, None]  # [ROWS, 1]
+    # [ROWS, 1]
+    b_mine = tl.load(p_row + o_l * stride_l, mask=m_l, other=0).to(tl.float32)[:, None]
+    # [ROWS]
     b_rank = tl.zeros([ROWS], tl.int32)
     for j in range(0, L, COLS):
         o_j = j + tl.arange(0, COLS)
-        b_other = tl.load(p_row + o_j * stride_l, mask=o_j < L, other=0).to(tl.float32)[None, :]  # [1, COLS]
+        # [1, COLS], and then [ROWS, COLS]
+        b_other = tl.load(p_row + o_j * stride_l, mask=o_j < L, other=0).to(tl.float32)[None, :]
         m_nan, m_other_nan = b_mine != b_mine, b_other != b_other  # NaN ranks last, so ranks stay a permutation
         m_tie = (b_other == b_mine) | (m_nan & m_other_nan)
         m_before = (b_other < b_mine) | (m_nan & (m_other_nan == 0)) | (m_tie & (o_j[None, :] < o_l[:, None]))
@@ -43,9 +46,7 @@ def select_patches_kernel(
 
 
 @jit
-def scatter_tokens_kernel(
-    p_tokens, p_mask_token, p_pos, p_restore, p_out, K, L, D, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def scatter_tokens_kernel(p_tokens, p_mask_token, p_pos, p_restore, p_out, K, L, D, ROWS: tl.constexpr, COLS: tl.constexpr):
     blocks = tl.cdiv(1 + L, ROWS)
     i_d, i_block = tl.program_id(0) % tl.cdiv(D, COLS), tl.program_id(0) // tl.cdiv(D, COLS)
     i_b = (i_block // blocks).to(tl.int64)
@@ -55,6 +56,7 @@ def scatter_tokens_kernel(
     m_visible = o_rank < K
     o_out, m = o_n[:, None] * D + o_d[None, :], m_n[:, None] & m_d[None, :]
     o_token = (1 + o_rank)[:, None] * D + o_d[None, :]
+    # [ROWS, COLS]: b_token, b_pos, b_out; [COLS]: b_mask
     b_token = tl.load(p_tokens + i_b * (1 + K) * D + o_token, mask=m & m_visible[:, None], other=0).to(tl.float32)
     b_mask = tl.load(p_mask_token + o_d, mask=m_d, other=0).to(tl.float32)
     b_pos = tl.load(p_pos + o_out, mask=m, other=0).to(tl.float32)
@@ -69,6 +71,7 @@ def collect_tokens_kernel(
     i_d, i_n = tl.program_id(0) % tl.cdiv(D, COLS), tl.program_id(0) // tl.cdiv(D, COLS)
     o_d = i_d * COLS + tl.arange(0, COLS)
     m_d = o_d < D
+    # [COLS]
     b_pos, b_mask = tl.zeros([COLS], tl.float32), tl.zeros([COLS], tl.float32)
     for i in range(0, B, ROWS):  # one position, all images: its sums over the batch need no atomics
         o_b = i + tl.arange(0, ROWS).to(tl.int64)
@@ -76,6 +79,7 @@ def collect_tokens_kernel(
         m = m_b[:, None] & m_d[None, :]
         o_rank = tl.load(p_restore + o_b * L + i_n - 1, mask=m_b & (i_n > 0), other=-1)
         m_visible = (o_rank < K)[:, None]
+        # [ROWS, COLS]
         b_grad = tl.load(p_grad + (o_b * (1 + L) + i_n)[:, None] * D + o_d[None, :], mask=m, other=0)
         o_token = (o_b * (1 + K) + 1 + o_rank)[:, None] * D + o_d[None, :]
         tl.store(p_tokens + o_token, b_grad, mask=m & m_visible)
@@ -93,9 +97,18 @@ def select_triton(prob, keep):
     mask = torch.empty(B, L, device=prob.device, dtype=prob.dtype)
     ROWS = COLS = 64  # 4096 comparisons at a time, 32 a thread of 4 warps
     launch(
-        select_patches_kernel, B * triton.cdiv(L, ROWS), prob, kept, restore, mask, L, keep, *prob.stride(),
-        ROWS=ROWS, COLS=COLS,
-    )  # fmt: skip
+        select_patches_kernel,
+        B * triton.cdiv(L, ROWS),
+        prob,
+        kept,
+        restore,
+        mask,
+        L,
+        keep,
+        *prob.stride(),
+        ROWS=ROWS,
+        COLS=COLS,
+    )
     return kept, restore, mask
 
 
@@ -105,9 +118,16 @@ def scatter_triton(tokens, mask_token, pos, restore):
     out = torch.empty(B, 1 + L, D, device=tokens.device, dtype=dtype)
     ROWS, COLS = tile(1 + L, D, 256)
     launch(
-        scatter_tokens_kernel, B * triton.cdiv(1 + L, ROWS) * triton.cdiv(D, COLS),
-        *[t.contiguous() for t in (tokens, mask_token, pos, restore)], out, visible - 1, L, D, ROWS=ROWS, COLS=COLS,
-    )  # fmt: skip
+        scatter_tokens_kernel,
+        B * triton.cdiv(1 + L, ROWS) * triton.cdiv(D, COLS),
+        *[t.contiguous() for t in (tokens, mask_token, pos, restore)],
+        out,
+        visible - 1,
+        L,
+        D,
+        ROWS=ROWS,
+        COLS=COLS,
+    )
     return out
 
 
@@ -118,10 +138,20 @@ def collect_triton(grad, restore, visible, dtypes):
     pos = torch.empty(1, N, D, device=grad.device, dtype=dtypes[2])
     ROWS, COLS = tile(B, D, 128)
     launch(
-        collect_tokens_kernel, N * triton.cdiv(D, COLS),
-        grad.contiguous(), restore.contiguous(), tokens, mask_tokens, pos, B, visible - 1, N - 1, D,
-        ROWS=ROWS, COLS=COLS,
-    )  # fmt: skip
+        collect_tokens_kernel,
+        N * triton.cdiv(D, COLS),
+        grad.contiguous(),
+        restore.contiguous(),
+        tokens,
+        mask_tokens,
+        pos,
+        B,
+        visible - 1,
+        N - 1,
+        D,
+        ROWS=ROWS,
+        COLS=COLS,
+    )
     return tokens, mask_tokens.sum(0).view(1, 1, D).to(dtypes[1]), pos
 
 
@@ -223,9 +253,12 @@ def scatter_tokens(tokens, mask_token, pos, restore):
     """
     B, L, D = len(tokens), restore.shape[-1], tokens.shape[-1]
     if (
-        tokens.ndim != 3 or not 1 <= tokens.shape[1] <= 1 + L or restore.shape != (B, L)
-        or mask_token.shape != (1, 1, D) or pos.shape != (1, 1 + L, D)
-    ):  # fmt: skip
+        tokens.ndim != 3
+        or not 1 <= tokens.shape[1] <= 1 + L
+        or restore.shape != (B, L)
+        or mask_token.shape != (1, 1, D)
+        or pos.shape != (1, 1 + L, D)
+    ):
         shapes = ", ".join(str(tuple(t.shape)) for t in (tokens, mask_token, pos, restore))
         raise ValueError(f"scatter_tokens: want [B, 1+K, D], [1, 1, D], [1, 1+L, D], [B, L] with K <= L, got {shapes}")
     if runs_triton("scatter_tokens", tokens, mask_token, pos, restore):

@@ -133,6 +133,27 @@ def test_kernels(capsys):
     assert cudnn and all(row["seconds"] is None for row in cudnn)  # it refuses a CPU
 
 
+def test_a_comparison_that_fails_leaves_the_others_which_are_saved_as_they_come(capsys, monkeypatch, tmp_path):
+    saved, compare = [], bench.compare
+
+    def failing(case, direction, *rest):
+        saved.append([page.read_text() for page in (tmp_path / "benchmarks").glob("*.md")])
+        if case.kernel == "scatter_tokens":
+            raise RuntimeError("no room\nat all")
+        return compare(case, direction, *rest)
+
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr(bench, "compare", failing)
+    status, report, out = run(
+        capsys, "kernels", "--shapes", "cifar", "--batch-size", "2", "--dtypes", "fp32", "--no-compile", "--save"
+    )
+    assert status == 1 and out.count("WRONG: scatter_tokens") == 3 and "RuntimeError: no room\n" in out
+    assert {row["kernel"] for row in report["rows"]} == {"gather_patches", "select_patches", "patch_loss", "attention"}
+    assert "| gather_patches |" in saved[1][0] and "| patch_loss" in saved[-1][0]
+    (page,) = (tmp_path / "benchmarks").glob("*.md")
+    assert page.name.startswith("kernels-cifar-fp32-2-") and page.read_text() in f"`{page.read_text().split('`')[1]}`\n\n{out}"
+
+
 def test_every_repeat_of_a_kernel_has_new_inputs():
     seen = []
 
