@@ -461,7 +461,7 @@ def directional_errors_and_hessian(net: Networks, step: Step, prob: Tensor, dire
         for *batch, some in zip(*(tensor.chunk(net.cfg.accumulate) for tensor in pieces)):
             part = Step(step.theta, step.gradient, step.rates, *batch)
 
-            def loss(params, part=part, some=some):
+            def loss(params):
                 errors = patch_errors(whole, params[:split], params[split:], part)
                 return level1_loss(some, part.mask, errors) / net.cfg.accumulate, errors
 
