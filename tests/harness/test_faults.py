@@ -164,7 +164,7 @@ def test_data_that_vanishes_ends_in_one_line_and_the_run_resumes(folder, tmp_pat
 
 @POSIX
 def test_a_decoding_process_that_dies_ends_in_one_line_and_the_run_resumes(folder, tmp_path, capsys, monkeypatch):
-    flags = arguments(folder, tmp_path / "run", "--epochs", 3, "--checkpoint-minutes", 0)
+    flags = arguments(folder, tmp_path / "run", "--epochs", 12, "--checkpoint-minutes", 0)
     real = mlo_mae.outer_iteration
 
     def killing(net, state, *rest):
