@@ -127,6 +127,7 @@ PATCHES = [  # B, C, grid height, grid width, patch, K (None = all)
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, C, h, w, patch, K", PATCHES)
+@pytest.mark.slow
 def test_gather_patches(B, C, h, w, patch, K, dtype):
     keep = None if K is None else permutations(B, h * w)[:, :K]  # a slice: not contiguous
     images = normal(B, C, h * patch, w * patch, dtype=dtype)
@@ -204,6 +205,7 @@ TOKENS = [  # B, L, K, D
 @needs_triton
 @pytest.mark.parametrize("dtypes", [(d, d, d) for d in DTYPES] + [(HALVES[-1], torch.float32, torch.float32)])
 @pytest.mark.parametrize("B, L, K, D", TOKENS)
+@pytest.mark.slow
 def test_scatter_tokens(B, L, K, D, dtypes):
     restore = permutations(B, L)
     shapes = (B, 1 + K, D), (1, 1, D), (1, 1 + L, D)
@@ -232,6 +234,7 @@ LOSSES = [  # B, C, grid height, grid width, patch, share hidden
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, C, h, w, patch, share", LOSSES)
+@pytest.mark.slow
 def test_patch_loss(B, C, h, w, patch, share, dtype):
     L, values = h * w, patch * patch * C
     images = normal(B, C, h * patch, w * patch) * 0.3 + 0.5
@@ -266,6 +269,7 @@ ATTENTION = [  # B, N, H, d: every length and head dim, whole rows and several t
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B, N, H, d", ATTENTION)
+@pytest.mark.slow
 def test_attention(B, N, H, d, dtype):
     check(kernels.attention, attention_reference, [normal(B, N, 3, H, d, dtype=dtype)])
 
@@ -280,6 +284,7 @@ def test_attention_where_tiles_end(N):
 @needs_triton
 @pytest.mark.parametrize("chip", ["cuda:80", "cuda:100", "hip"])
 @pytest.mark.parametrize("N, d", [(50, 64), (65, 64), (197, 32), (257, 64)])
+@pytest.mark.slow
 def test_attention_in_the_tiles_of_other_chips(N, d, chip, monkeypatch):
     monkeypatch.setattr(sys.modules["kernels.attention"], "architecture", lambda device: chip)
     check(kernels.attention, attention_reference, [normal(1, N, 3, 1, d, dtype=torch.float16)])
@@ -294,6 +299,7 @@ def test_chips_are_told_apart(capability, hip, name, monkeypatch):
 
 @needs_triton
 @pytest.mark.parametrize("N, dtype", [(17, HALVES[0]), (50, HALVES[0]), (65, HALVES[0]), (257, HALVES[0]), (65, torch.float32)])
+@pytest.mark.slow
 def test_attention_reads_and_writes_its_own_row_alone(N, dtype):
     """Rows beyond N are the next image's: here NaN, which no mask forgets."""
     qkv, tangent, grad = (normal(1, N, *shape, dtype=dtype) for shape in ((3, 1, 16), (3, 1, 16), (16,)))
@@ -308,11 +314,13 @@ def test_attention_reads_and_writes_its_own_row_alone(N, dtype):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_attention_of_the_longest_row():
     check(kernels.attention, attention_reference, [normal(1, 1025, 3, 1, 16, dtype=torch.bfloat16)])
 
 
 @needs_triton
+@pytest.mark.slow
 def test_attention_survives_large_scores(dots_in_one_order):
     """A weight errs by the rounding of its score, which is large here, so errors scatter: the median of five draws counts."""
     ratios = {}
@@ -341,6 +349,7 @@ def test_attention_where_every_score_is_far_below_zero(N, d):
 @needs_triton
 @pytest.mark.parametrize("dtype, share", [(torch.bfloat16, 0.7), (torch.float32, 1.2)])
 @pytest.mark.parametrize("N", [50, 65, 257])
+@pytest.mark.slow
 def test_attention_errs_less_than_pytorch(N, dtype, share):
     """The norms of errors, which scatter less than maxima."""
     qkv, tangent, grad = (normal(1, N, *shape, seed=i, dtype=dtype) for i, shape in enumerate([(3, 1, 64), (3, 1, 64), (64,)]))
@@ -375,6 +384,7 @@ def test_a_tangent_that_all_keys_share_does_not_cost_attention_its_accuracy(N):
 
 @needs_triton
 @pytest.mark.parametrize("seed", range(12))
+@pytest.mark.slow
 def test_random_shapes(seed):
     draw = random.Random(seed)
     B, C, h, w, patch = draw.randint(1, 4), draw.randint(1, 4), draw.randint(1, 6), draw.randint(1, 6), draw.randint(1, 5)
@@ -524,6 +534,7 @@ def of_scalars(name):
 @needs_triton
 @pytest.mark.parametrize("nesting", NESTED)
 @pytest.mark.parametrize("name", ["gather_patches", "scatter_tokens", "patch_loss", "attention"])
+@pytest.mark.slow
 def test_derivatives_of_derivatives(name, nesting):
     shape, function = of_scalars(name)
     x, t, u = (normal(*shape, seed=seed) for seed in range(3))
@@ -629,6 +640,7 @@ def python(code, **environment):
     return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_environment_variable_chooses():
     show = "import kernels; print(kernels.backend.current())"
     assert python(show).stdout == "auto\n"
@@ -637,11 +649,13 @@ def test_the_environment_variable_chooses():
 
 
 @needs_triton
+@pytest.mark.slow
 def test_triton_on_the_cpu_needs_the_interpreter():
     done = python("import torch, kernels; kernels.attention(torch.ones(1, 2, 3, 1, 16))", MLO_MAE_KERNELS="triton")
     assert "the tensors are on cpu (move them to a GPU, or set TRITON_INTERPRET=1" in done.stderr
 
 
+@pytest.mark.slow
 def test_everything_but_triton_works_where_triton_is_absent():
     done = python(
         """
@@ -664,6 +678,7 @@ except RuntimeError as error:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_within_its_shared_memory_and_registers():
     halves = [[f"cuda:{arch}" for arch in (80, 90)], ["cuda:100", "hip:gfx942"]]  # two processes: CI has two cores
     with ThreadPoolExecutor() as pool:
