@@ -20,11 +20,10 @@ import torch  # after the number of threads is set
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when they are first imported
 
-from helpers import arguments, write_sides
+from helpers import arguments, bare, write_sides
 
 import data
 import mlo_mae
-from harness import cli
 
 try:
     import triton.language
@@ -74,10 +73,10 @@ def whole_run(sides, tmp_path_factory):
 
 
 @pytest.fixture
-def bare_runs(monkeypatch):
-    """Runs in this process end without probe and pictures, which take longer than a small run does."""
-    for name in ("probe", "show"):
-        monkeypatch.setattr(cli.command(name), "after_training", lambda *arguments: None)
+def bare_runs():
+    """The test's own runs end without probe and pictures."""
+    with bare():
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -21,7 +22,7 @@ from torch import Tensor
 
 import data
 import mlo_mae
-from harness import UserError
+from harness import UserError, cli
 from harness.checkpoints import read_saved
 from harness.processes import average, share
 from harness.randomness import draw_dropout
@@ -323,6 +324,15 @@ def refused(argv: list[object], capsys: pytest.CaptureFixture, *words: object) -
     for word in words:
         assert str(word) in lines[0], lines[0]
     return lines[0]
+
+
+@contextlib.contextmanager
+def bare() -> Iterator[None]:
+    """Runs in this process end without probe and pictures, which take longer than a small run does."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("probe", "show"):
+            patch.setattr(cli.command(name), "after_training", lambda *arguments: None)
+        yield
 
 
 def copied(source: Path, target: Path) -> Path:

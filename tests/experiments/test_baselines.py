@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, refused, same
+from helpers import SMALL, bare, refused, same
 
 import mlo_mae
 from experiments import baselines, open_run
@@ -268,7 +268,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("semantic")
     write_npz(folder / "small.npz", 16)
     wider = "--masking", "random", "--width", "32", "--depth", "2", "--epochs", "1"
-    assert main(arguments(folder, "mae", "pretrain", *wider)) == 0
+    with bare():
+        assert main(arguments(folder, "mae", "pretrain", *wider)) == 0
     assert main(arguments(folder, "semantic", *semmae(folder))) == 0
     return folder
 
@@ -283,7 +284,7 @@ def flat(tree, path=""):
         yield from flat(value, path + name) if isinstance(value, dict) else [(path + name, torch.as_tensor(value))]
 
 
-def test_a_run_with_uniformity(folder, tmp_path):
+def test_a_run_with_uniformity(folder, bare_runs, tmp_path):
     shutil.copy(folder / "small.npz", tmp_path)
     assert main(arguments(tmp_path, "run", "baselines", "u-mae", "--uniformity", 0.5, "--epochs", 5)) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
@@ -292,7 +293,7 @@ def test_a_run_with_uniformity(folder, tmp_path):
     assert all("level3_loss" not in row and row["p_mean"] == 1 for row in rows)
 
 
-def test_semmae_may_have_the_term_as_well(folder, tmp_path):
+def test_semmae_may_have_the_term_as_well(folder, bare_runs, tmp_path):
     shutil.copy(folder / "small.npz", tmp_path)
     flags = *semmae(folder), "--uniformity", 0.5, "--epochs", 1
     assert main(arguments(tmp_path, "run", *flags)) == 0

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SCRIPT, TINY, as_flags, copied, refused, timm, write_colours
+from helpers import SCRIPT, TINY, as_flags, bare, copied, refused, timm, write_colours
 
 import data
 import mlo_mae
@@ -49,7 +49,8 @@ def run(npz, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     decoder = {name: getattr(TINY, name) for name in ("decoder_width", "decoder_depth", "decoder_heads", "masking_width")}
     sizes = SIZES | decoder | {"batch_size": 16, "labelled_batch_size": 8, "epochs": 1, "checkpoint_minutes": 0}
-    assert main(["pretrain", "--data", str(npz), "--out", str(out), *as_flags(sizes)]) == 0
+    with bare():
+        assert main(["pretrain", "--data", str(npz), "--out", str(out), *as_flags(sizes)]) == 0
     return out
 
 

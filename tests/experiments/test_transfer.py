@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, as_flags, copied, write_coco, write_masked
+from helpers import TINY, as_flags, bare, copied, write_coco, write_masked
 from PIL import Image
 
 import data
@@ -32,7 +32,8 @@ def run(drawn_once, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     settings = {name: getattr(TINY, name) for name in SIZES} | {"batch_size": 16, "labelled_batch_size": 8, "epochs": 1}
     settings |= {"images": 200, "device": "cpu", "checkpoint_minutes": 0}
-    assert mlo_mae.main(["pretrain", "--data", "shapes", "--out", str(out), *as_flags(settings)]) == 0
+    with bare():
+        assert mlo_mae.main(["pretrain", "--data", "shapes", "--out", str(out), *as_flags(settings)]) == 0
     return out
 
 

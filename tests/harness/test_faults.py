@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import DAMAGED, FUZZ, SCRIPT, arguments, checkpoint_of, copied, refused, same, weights
+from helpers import DAMAGED, FUZZ, SCRIPT, arguments, bare, checkpoint_of, copied, refused, same, weights
 from PIL import Image
 
 import mlo_mae
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.usefixtures("bare_runs")
 def finished(sides, tmp_path_factory):
     """A short finished run with two checkpoints, the earlier at update 8 of 9."""
     out = tmp_path_factory.mktemp("faults") / "run"
-    assert main(arguments(sides, out, "--epochs", 6, "--checkpoint-minutes", 0)) == 0
+    with bare():
+        assert main(arguments(sides, out, "--epochs", 6, "--checkpoint-minutes", 0)) == 0
     return out
 
 

@@ -671,6 +671,7 @@ FORMATS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 def test_fuzz(tmp_path, monkeypatch, kind):
     """A damaged file loads to valid splits or raises a UserError of one line: nothing else, and soon, and in little memory."""
