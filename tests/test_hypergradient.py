@@ -27,7 +27,7 @@ def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, ma
 
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("masking_network", ["shared", "mlp"])
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
 def test_exact_equals_unrolled_over_several_steps(jacobian, warm, count, masking_network, masking_input):

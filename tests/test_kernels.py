@@ -276,6 +276,7 @@ def test_attention(B, N, H, d, dtype):
 
 @needs_triton
 @pytest.mark.parametrize("N", [15, 16, 33, 64, 66, 81, 127, 128, 129, 130, 145, 256, 258])
+@pytest.mark.slow
 def test_attention_where_tiles_end(N):
     d = 16 if N % 2 else 40
     check(kernels.attention, attention_reference, [normal(1, N, 3, 1, d, dtype=torch.float16)])

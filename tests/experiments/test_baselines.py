@@ -161,6 +161,7 @@ def test_overlap_is_0_for_disjoint_maps_and_1_for_equal_ones():
     assert overlap(maps).item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-12)
 
 
+@pytest.mark.slow
 def test_minimising_the_overlap_sets_maps_apart():
     torch.manual_seed(0)
     logits = torch.randn(1, 3, 9, requires_grad=True)

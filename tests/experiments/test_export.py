@@ -52,6 +52,7 @@ def report_of(capsys):
 # ---------------------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.slow
 def test_export_to_timm(run, capsys):
     assert main(["export", str(run), "--to", "timm"]) == 0
     report = report_of(capsys)
@@ -70,6 +71,7 @@ def test_export_to_timm(run, capsys):
     assert (run / "encoder-timm.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_timm_loads_the_export_by_the_call_that_is_printed(run, tmp_path, capsys):
     package = timm()
     assert main(["export", str(run), "--to", "timm", "--file", str(tmp_path / "vit")]) == 0

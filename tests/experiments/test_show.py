@@ -13,6 +13,7 @@ from kernels import gather_patches
 from mlo_mae import main
 
 
+@pytest.mark.slow
 def test_show_draws_the_pictures_again(whole_run, tmp_path, capsys):
     out = copied(whole_run[0], tmp_path / "run")
     before = {path.name: path.read_bytes() for path in out.glob("*.png")}

@@ -386,6 +386,7 @@ def test_other_data_than_the_runs(run, tmp_path, capsys):
     assert command("detect", "--from-scratch", "--data", root, *sizes, *few, "--out", tmp_path / "b") == 0
 
 
+@pytest.mark.slow
 def test_a_baselines_run_has_more_settings(run, done, tmp_path):
     """Its encoder is transferred as any other, to the same end."""
     task, out = done
@@ -397,6 +398,7 @@ def test_a_baselines_run_has_more_settings(run, done, tmp_path):
     assert results[0] == results[1]
 
 
+@pytest.mark.slow
 def test_where_a_task_writes(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     short = ["--epochs", "1", "--warmup-epochs", "0", "--images", "60", "--device", "cpu"]

@@ -77,7 +77,7 @@ def test_blocks_made_again_give_the_same_values_and_gradients(scaled):
     assert held[1] < held[0]
 
 
-PARTS = {"accumulate": 2}, {"accumulate": 12}
+PARTS = [{"accumulate": 2}, {"accumulate": 12}]
 AGAIN = {"checkpoint_activations": True}  # which --unroll full does not go with
 
 
@@ -85,8 +85,8 @@ AGAIN = {"checkpoint_activations": True}  # which --unroll full does not go with
     "settings, less_memory",
     [
         *(({}, less) for less in (*PARTS, AGAIN)),
-        *(({"head_norm": "batch", "head_steps": 2}, less) for less in (*PARTS, AGAIN)),
-        *(({"unroll": "full"}, less) for less in PARTS),
+        *(pytest.param({"head_norm": "batch", "head_steps": 2}, less, marks=pytest.mark.slow) for less in (*PARTS, AGAIN)),
+        *(pytest.param({"unroll": "full"}, less, marks=pytest.mark.slow) for less in PARTS),
     ],
     ids=str,
 )

@@ -413,6 +413,7 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.slow
 def test_fuzz(tmp_path, kind):
     """A damaged file gives tensors or a UserError of one line. Nothing else, and soon."""
     write, damage = FORMATS[kind]
