@@ -17,7 +17,9 @@ def config_of(content: dict) -> mlo_mae.Config:
     """The configuration in a run's checkpoint, as far as it is mlo_mae.py's: experiments have fields of their own. Raises
     UserError, and others: see `fitting`."""
     kept = {field.name: content["config"][field.name] for field in dataclasses.fields(mlo_mae.Config)}
-    cfg = mlo_mae.Config(**kept | {"hypergradient": "exact"})  # some record another form, which reading a run does not need
+    # Some record a form and a preset of their own, and reading a run needs neither.
+    known = kept["preset"] if kept["preset"] in mlo_mae.PRESETS else mlo_mae.Config.preset
+    cfg = mlo_mae.Config(**kept | {"hypergradient": "exact", "preset": known})
     mlo_mae.check(cfg)
     return cfg
 

@@ -1,0 +1,142 @@
+"""Attention in the tiles in use against the neighbouring ones, on the GPU at hand.
+
+    python -m kernels.tune [--shapes cifar imagenet] [--dtypes bf16] [--batch-size 128] [--save]
+
+Each direction of the kernels runs at a ViT-B's shapes in the tiles that kernels/attention.py chooses, and in those with half
+or twice as many queries, keys or warps. Prints the machine, a row a shape and direction, and one last line of JSON.
+Exit status: 0; 1 where a choice of tiles gives wrong results; 2 for what the user can mend.
+"""
+
+import argparse
+import contextlib
+import functools
+import shlex
+import sys
+import unittest.mock
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from harness import UserError, cli, measure
+from harness.measure import in_a_row, input_sets, interleaved, largest_error, quartiles, repeats_of, to_double
+from kernels.race import DTYPES, GEOMETRY, Case, cases, drawn, maker
+
+
+class Tiles(NamedTuple):
+    """How an attention kernel cuts its work. `alone`: a backward whose program holds all queries of a row."""
+
+    queries: int
+    keys: int
+    warps: int
+    alone: bool
+
+    def __str__(self):
+        return f"{self.queries} x {self.keys}, {self.warps} warps{', a row' * self.alone}"
+
+
+def tile_choices(qkv: Tensor, direction: str) -> list[Tiles]:
+    """Those in use, then those with half or twice as many of one thing, and the backward's other scheme."""
+    module = sys.modules["kernels.attention"]
+    whole = module._row_tiles(qkv) if direction == "backward" else None
+    chosen = Tiles(*(whole or module._tiles(qkv, direction)), bool(whole))
+    choices = [chosen]
+    for field, least in (("queries", 16), ("keys", 16), ("warps", 1)):
+        if whole and field == "queries":
+            continue  # it holds them all
+        size = getattr(chosen, field)
+        choices += [chosen._replace(**{field: other}) for other in (size // 2, 2 * size) if other >= least]
+    return choices + ([Tiles(*module._tiles(qkv, direction), False)] if whole and qkv.shape[1] > chosen.keys else [])
+
+
+@contextlib.contextmanager
+def cut_into(tiles: Tiles, direction: str) -> Iterator[None]:
+    """Attention's kernels of that direction, started in here, are cut so."""
+    module, cut = sys.modules["kernels.attention"], (tiles.queries, tiles.keys, tiles.warps)
+    in_use = module._tiles
+    with unittest.mock.patch.object(module, "_tiles", lambda qkv, kind: cut if kind == direction else in_use(qkv, kind)):
+        with unittest.mock.patch.object(module, "_row_tiles", lambda _: cut if tiles.alone else None):
+            yield
+
+
+def race(case: Case, direction: str, repeats: int, device: torch.device) -> list[dict]:
+    """One row a choice of tiles, those in use first; of the others, those that the chip has room for. ValueError where a
+    choice errs more than twice as much as eager PyTorch."""
+    make, inputs = maker(direction, case.ours, 1), drawn(case, direction)
+    judge, plain = (maker(direction, case.eager, 1)(*x)() for x in (to_double(inputs), inputs))
+    allowed, fitting, count = 2 * largest_error(plain, judge), [], 1
+    for tiles in tile_choices(case.tensors[0], direction):
+        with cut_into(tiles, direction):
+            try:
+                found = largest_error(make(*inputs)(), judge)
+            except Exception:
+                if not fitting:
+                    raise
+                continue  # too much shared memory, or a tile that the compiler cannot cut
+            if found > allowed:
+                raise ValueError(f"{case.shape} {direction} in {tiles}: relative error {found:.1e}")
+            if not fitting:
+                count = repeats_of(make(*inputs), device)
+            fitting.append(tiles)
+
+    def timed(tiles, inputs):  # a GPU's calls are recorded in here, a CPU's made anew each time
+        with cut_into(tiles, direction):
+            run = in_a_row(make, inputs, count, device)
+        return cut_into(tiles, direction)(run)
+
+    def fresh():
+        inputs = input_sets(functools.partial(drawn, case, direction), count, device)
+        return {tiles: timed(tiles, inputs) for tiles in fitting}
+
+    times = interleaved(fresh, repeats, device)
+    return [{"tiles": str(tiles), **quartiles([t / count for t in times[tiles]])} for tiles in fitting]
+
+
+def tune(options: argparse.Namespace, device: torch.device, page: measure.Page) -> dict:
+    """Attention at every shape, dtype and direction, in the tiles in use and in the neighbouring ones."""
+    if device.type not in kernels.backend.DEVICES:
+        raise UserError("tiles are of Triton's kernels, which need a GPU here; run it where there is one")
+    titles = ["shape", "dtype", "direction", "in use", "ms", "fastest neighbour", "ms", "in use takes"]
+    page.start(titles, [39, 5, 9, 26, 6, 26, 6, 12])
+    torch.manual_seed(0)
+    for dtype in options.dtypes or ["bf16"]:
+        for name in options.shapes or ["cifar", "imagenet"]:
+            for case in cases(name, options.batch_size or 128, DTYPES[dtype], device):
+                for direction in case.work if case.kernel == "attention" else ():
+                    what = {"shape": case.shape, "dtype": dtype, "direction": direction}
+                    try:
+                        with kernels.use("triton"):
+                            found = race(case, direction, options.repeats, device)
+                    except ValueError as error:
+                        page.wrong.append(f"{dtype} {error}")
+                        continue
+                    page.record(*(what | row for row in found))
+                    ours, best = found[0], min(found[1:], key=lambda row: row["seconds"], default=found[0])
+                    shown = [text for row in (ours, best) for text in (row["tiles"], f"{1e3 * row['seconds']:.3g}")]
+                    page.row([*what.values(), *shown, f"{ours['seconds'] / best['seconds']:.2f}x"])
+    page.say(
+        "", "ms: medians of calls in a row. Queries a program x keys a step; a neighbour has half or twice as many of one."
+    )
+    return {"rows": page.rows}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises UserError."""
+    parser = cli.Parser(prog="kernels.tune", description=__doc__.splitlines()[0])
+    measure.add_flags(parser, "tiles", tune)
+    parser.add_argument("--shapes", nargs="+", choices=list(GEOMETRY), help="default: cifar imagenet")
+    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default: bf16")
+    parser.add_argument("--batch-size", type=measure.positive, help="default 128")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, 1 after a wrong result, 2 after one line for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return measure.run("kernels.tune", f"python -m kernels.tune {shlex.join(argv)}".strip(), lambda: parse(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

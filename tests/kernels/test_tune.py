@@ -1,0 +1,56 @@
+"""kernels/tune.py in Triton's interpreter, or on a GPU: attention really is cut as a row says."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import kernels
+from kernels import tune
+from kernels.race import Case
+
+TIMES = {"seconds", "seconds_q1", "seconds_q3"}
+
+
+def run(capsys, *argv):
+    """(exit status, the last line's object, all of stdout)."""
+    status = tune.main([*argv, "--device", "cpu", "--repeats", "1"])
+    out = capsys.readouterr().out
+    return status, json.loads(out.splitlines()[-1]), out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("triton" not in sys.modules, reason="triton is not installed here")
+def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch):
+    attention, seen, factor = sys.modules["kernels.attention"], [], 1
+    launch = attention.launch
+
+    def watched(kernel, *rest, **cut):
+        seen.append(f"{cut['ROWS']} x {cut['KEYS']}, {cut['num_warps']} warps" + ", a row" * ("TOKEN" in cut))
+        launch(kernel, *rest, **cut)
+
+    def cases(geometry, batch, dtype, device):
+        qkv, work = torch.randn(batch, 20, 3, 1, 16, device=device, dtype=dtype), dict.fromkeys(["forward", "backward", "jvp"])
+        ours, eager = lambda x: factor * kernels.attention(x), attention.attention_reference
+        yield Case("attention", "short", (qkv,), 1, ours, eager, work)
+
+    monkeypatch.setattr(attention, "launch", watched)
+    monkeypatch.setattr(tune, "cases", cases)
+    arguments = "--shapes", "cifar", "--batch-size", "1", "--dtypes", "fp32"
+    status, report, out = run(capsys, *arguments)
+    assert status == 0 and {row["tiles"] for row in report["rows"]} == set(seen)
+    for direction in ("forward", "backward", "jvp"):
+        tiles = [row["tiles"] for row in report["rows"] if row["direction"] == direction]
+        assert len(set(tiles)) == len(tiles) > 2
+    assert all(set(row) == {"shape", "dtype", "direction", "tiles"} | TIMES and row["seconds"] > 0 for row in report["rows"])
+    factor = 1.01
+    status, report, out = run(capsys, *arguments)
+    assert status == 1 and not report["rows"] and out.count("WRONG: fp32 short") == 3
+
+
+def test_tiles_need_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(kernels.backend, "DEVICES", {"cuda"})
+    assert tune.main(["--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("kernels.tune: ") and "need a GPU" in error and error.count("\n") == 1
