@@ -28,9 +28,9 @@ def nano(monkeypatch):
     monkeypatch.setattr(bench, "product_rate", lambda device, dtype: PEAK)
 
 
-def run(capsys, *argv):
+def run(capsys, *argv, device="cpu"):
     """(exit status, the last line's object, all of stdout)."""
-    status = bench.main([*argv, "--device", "cpu", "--repeats", "1"])
+    status = bench.main([*argv, "--device", device, "--repeats", "1"])
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1], parse_constant=pytest.fail)  # NaN is no JSON
     assert report["verb"] == argv[0] and report["machine"]["threads"] == torch.get_num_threads()
@@ -184,15 +184,16 @@ def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch)
 
     monkeypatch.setattr(attention, "launch", watched)
     monkeypatch.setattr(bench, "cases", cases)
-    arguments = "tiles", "--shapes", "cifar", "--batch-size", "1", "--dtypes", "fp32", "--repeats", "1"
-    status, report, out = run(capsys, *arguments)
+    arguments = "tiles", "--shapes", "cifar", "--batch-size", "1", "--dtypes", "fp32"
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter is for machines without a GPU
+    status, report, out = run(capsys, *arguments, device=device)
     assert status == 0 and {row["tiles"] for row in report["rows"]} == set(seen)
     for direction in ("forward", "backward", "jvp"):
         tiles = [row["tiles"] for row in report["rows"] if row["direction"] == direction]
         assert len(set(tiles)) == len(tiles) > 2
     assert all(set(row) == {"shape", "dtype", "direction", "tiles"} | TIMES and row["seconds"] > 0 for row in report["rows"])
     factor = 1.01
-    status, report, out = run(capsys, *arguments)
+    status, report, out = run(capsys, *arguments, device=device)
     assert status == 1 and not report["rows"] and out.count("WRONG: fp32 short") == 3
 
 
