@@ -56,15 +56,6 @@ def dot(b_a, b_b):
     return tl.dot(b_a, b_b, input_precision="ieee")
 
 
-@jit
-def inverse(b_x, dtype: tl.constexpr):
-    """1 / x, rounded as it should be where the result stays in float32."""
-    if dtype == tl.float32:
-        return tl.div_rn(1.0, b_x)
-    else:
-        return 1 / b_x
-
-
 # -- forward, and with a tangent --------------------------------------------------------------------------------------
 
 
@@ -180,7 +171,7 @@ def attention_rows(
             b_v, b_tv = load_both(p_v, p_tv, j, N, stride, TANGENT, D, KEYS, COLS, True)
             running = attend(b_q, b_tq, b_k, b_tk, b_v, b_tv, None, scale, slope, running, False, TANGENT)
     b_max, b_sum, _, b_out, b_tout = running
-    b_share = inverse(b_sum, b_q.dtype)[:, None]
+    b_share = tl.div_rn(1.0, b_sum)[:, None]
     store_rows(p_out, start, b_out * b_share, N, H * D, D, ROWS, COLS, WITHIN)
     if TANGENT:
         store_rows(p_tout, start, b_tout * b_share, N, H * D, D, ROWS, COLS, WITHIN)
@@ -269,7 +260,7 @@ def weigh(queries, b_k, b_v, m_k, scale, MASKED: tl.constexpr, WHOLE: tl.constex
     if MASKED:
         b_p = tl.where(m_k[None, :], b_p, 0.0)
     if WHOLE:  # all keys are here: no rounding of b_lse need stay, and no output be read
-        b_p *= inverse(tl.sum(b_p, axis=1), b_q.dtype)[:, None]
+        b_p *= tl.div_rn(1.0, tl.sum(b_p, axis=1))[:, None]
         b_delta = tl.sum(b_p * b_dp, axis=1)
     b_ds = b_p * (b_dp - b_delta[:, None])
     return b_p.to(b_q.dtype), b_ds.to(b_q.dtype)
@@ -496,7 +487,8 @@ def _tiles(qkv, kind):
     elif N <= 32:
         ROWS, KEYS, warps = 32, 32, 2 if kind == "forward" else 4
     elif N <= 64 or N <= 80 and kind != "backward":
-        ROWS, KEYS, warps = 64, 32 if kind == "backward" and chip == "cuda:90" else 64, 4
+        narrow = chip == "cuda:90" and kind == "backward" or chip == "cuda:100" and kind == "forward" and N > 64
+        ROWS, KEYS, warps = 64, 32 if narrow else 64, 4
     elif chip == "cuda:90" and D <= 32:
         ROWS, KEYS, warps = {"forward": (64, 32, 2), "jvp": (32, 32, 2), "backward": (128, 32, 4)}[kind]
     elif chip == "cuda:90":

@@ -184,8 +184,8 @@ def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch)
 
     monkeypatch.setattr(attention, "launch", watched)
     monkeypatch.setattr(bench, "cases", cases)
-    arguments = "tiles", "--shapes", "cifar", "--batch-size", "1", "--dtypes", "fp32"
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # the interpreter is for machines without a GPU
+    device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")  # the interpreter's bfloat16 is not a chip's
+    arguments = "tiles", "--shapes", "cifar", "--batch-size", "1", "--dtypes", dtype
     status, report, out = run(capsys, *arguments, device=device)
     assert status == 0 and {row["tiles"] for row in report["rows"]} == set(seen)
     for direction in ("forward", "backward", "jvp"):
@@ -194,7 +194,7 @@ def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch)
     assert all(set(row) == {"shape", "dtype", "direction", "tiles"} | TIMES and row["seconds"] > 0 for row in report["rows"])
     factor = 1.01
     status, report, out = run(capsys, *arguments, device=device)
-    assert status == 1 and not report["rows"] and out.count("WRONG: fp32 short") == 3
+    assert status == 1 and not report["rows"] and out.count(f"WRONG: {dtype} short") == 3
 
 
 def test_tiles_need_a_gpu(capsys, monkeypatch):
