@@ -13,7 +13,6 @@ from .backend import ByFormula, apply_fused, architecture, jit, launch, pushforw
 
 WIDEST_HEAD = 128  # beyond it the backward's tiles outgrow the registers
 LOG2_E = 1.4426950408889634  # the kernels' softmax runs on exp2, so the scale carries this factor
-TALL_TILES = ("cuda:90", "cuda:100")  # chips whose tensor cores take 64 rows at once, both operands from shared memory
 
 
 def attention_reference(qkv):
@@ -295,7 +294,7 @@ def meet_keys(
     # [ROWS, KEYS]
     b_p, b_ds = weigh(queries, b_k, b_v, m_k, scale, MASKED, WHOLE)
     b_dq += dot(b_ds, b_k)  # [ROWS, COLS]
-    # [COLS, KEYS]: TALL_TILES chips want 64 rows, and KEYS may be 32
+    # [COLS, KEYS]: sm_100's tensor cores want 64 rows, and KEYS may be 32
     b_dk = dot(tl.trans(queries[0]), b_ds)
     b_dv = dot(tl.trans(queries[1]), b_p)
     if TOKEN:
@@ -477,7 +476,8 @@ def attention_backward_parts_kernel(
 
 
 def _tiles(qkv, kind):
-    """Queries a program, keys a step, warps: the largest that spill no registers (`python -m kernels.cross_compile`)."""
+    """Queries a program, keys a step, warps. On sm_90 the fastest that were measured, elsewhere the largest that spill no
+    registers (`python -m kernels.cross_compile`)."""
     N, D, chip = qkv.shape[1], qkv.shape[4], architecture(qkv.device)
     if qkv.dtype == torch.float32:  # outside the tensor cores, and in twice the registers
         ROWS, KEYS, warps = {"forward": (64, 32, 8), "jvp": (32, 32, 8), "backward": (64, 16, 8)}[kind]
@@ -487,9 +487,12 @@ def _tiles(qkv, kind):
     elif N <= 32:
         ROWS, KEYS, warps = 32, 32, 2 if kind == "forward" else 4
     elif N <= 64 or N <= 80 and kind != "backward":
-        ROWS, KEYS, warps = 64, 64, 4
+        narrow = chip == "cuda:90" and kind == "backward" or chip == "cuda:100" and kind == "forward" and N > 64
+        ROWS, KEYS, warps = 64, 32 if narrow else 64, 4
+    elif chip == "cuda:90" and D <= 32:
+        ROWS, KEYS, warps = {"forward": (64, 32, 2), "jvp": (32, 32, 2), "backward": (128, 32, 4)}[kind]
     elif chip == "cuda:90":
-        ROWS, KEYS, warps = 128, 32 if kind == "jvp" else 64, 8
+        ROWS, KEYS, warps = {"forward": (128, 64, 4), "jvp": (64, 64, 4), "backward": (128, 32, 4)}[kind]
     else:
         ROWS, KEYS, warps = {"forward": (128, 32, 4), "jvp": (128, 32, 8), "backward": (64, 32, 4)}[kind]
     return min(ROWS, max(16, triton.next_power_of_2(N))), KEYS, warps
@@ -499,12 +502,10 @@ def _row_tiles(qkv):
     """`_tiles` of a backward program that holds all queries of a row; None where its registers do not suffice."""
     N, D, half, chip = qkv.shape[1], qkv.shape[4], qkv.dtype != torch.float32, architecture(qkv.device)
     ROWS, KEYS, warps = _tiles(qkv, "backward")
-    if N <= min(ROWS, KEYS):
+    if N <= min(ROWS, KEYS) or half and N <= 64 and D <= 64:
         return ROWS, KEYS, warps
-    if half and N == 65 and D <= 64 and chip in TALL_TILES:
+    if half and N == 65 and D <= 64 and chip in ("cuda:90", "cuda:100"):
         return 64, 32, 4
-    if half and 65 < N <= 257 and 32 < D <= 64 and chip == "cuda:90":
-        return triton.next_power_of_2(N - 1), 32, 8
     return None
 
 

@@ -106,6 +106,7 @@ def compile_all(targets=TARGETS, calls=model_calls):
                 "spills": spills,
                 "shared": compiled.metadata.shared,
                 "warps": compiled.metadata.num_warps,
+                "wgmma": "wgmma" in compiled.asm.get("ptx", ""),
             }
 
     attention, patch = sys.modules["kernels.attention"], unittest.mock.patch.object

@@ -29,9 +29,9 @@ def nano(monkeypatch):
     monkeypatch.setattr(bench, "product_rate", lambda device, *dtypes: PEAK)
 
 
-def run(capsys, *argv):
+def run(capsys, *argv, device="cpu"):
     """(exit status, the last line's object, all of stdout)."""
-    status = bench.main([*argv, "--device", "cpu", "--repeats", "1"])
+    status = bench.main([*argv, "--device", device, "--repeats", "1"])
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1], parse_constant=pytest.fail)  # NaN is no JSON
     assert report["verb"] == argv[0] and report["machine"]["threads"] == torch.get_num_threads()

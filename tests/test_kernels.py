@@ -334,7 +334,8 @@ def test_attention_survives_large_scores(dots_in_one_order):
             assert ours[name].isfinite().all(), name
             errors = [(x[name] - truth).abs().max().item() for x in (ours, theirs)]
             ratios.setdefault(name, []).append(errors[0] / errors[1])
-    assert all(sorted(found)[2] <= 2 for found in ratios.values()), ratios
+    medians = {name: round(sorted(found)[2], 2) for name, found in ratios.items()}
+    assert max(medians.values()) <= 2, medians
 
 
 @needs_triton
@@ -352,7 +353,9 @@ def test_attention_where_every_score_is_far_below_zero(N, d):
 @pytest.mark.parametrize("N", [50, 65, 257])
 @pytest.mark.slow
 def test_attention_errs_less_than_pytorch(N, dtype, share):
-    """The norms of errors, which scatter less than maxima."""
+    """The norms of errors, which scatter less than maxima. A GPU's exp2 errs by two units in the last place, a CPU's by half:
+    in float32, PyTorch's exp is better there, and the limit is that of all kernels."""
+    share = 2.0 if DEVICE == "cuda" and dtype == torch.float32 else share
     qkv, tangent, grad = (normal(1, N, *shape, seed=i, dtype=dtype) for i, shape in enumerate([(3, 1, 64), (3, 1, 64), (64,)]))
 
     def results(function, *inputs):
@@ -440,6 +443,29 @@ def test_results_are_the_same_every_time():
         return *grads, torch.func.grad(lambda x: kernels.attention(x).square().sum())(rows)
 
     assert all(map(torch.equal, run(), run()))
+
+
+@needs_triton
+@pytest.mark.skipif(DEVICE == "cpu", reason="races show where many programs run at once, on a GPU")
+@pytest.mark.parametrize("d, lengths", [(64, (17, 50, 65, 129, 197, 257, 1025)), (16, (17, 65)), (32, (197, 257)), (80, (257,))])
+def test_attention_is_right_and_the_same_every_time_on_a_full_gpu(d, lengths):
+    for N in lengths:
+        check_on_a_full_gpu(N, d)
+
+
+def check_on_a_full_gpu(N, d):
+    B, H = (64, 12) if N < 1000 else (8, 4)
+    x, tangent, grad = (normal(B, N, *shape, seed=i, dtype=torch.bfloat16) for i, shape in enumerate([(3, H, d), (3, H, d), (H * d,)]))
+
+    def results(function, *inputs):
+        output, pull = torch.func.vjp(function, inputs[0])
+        return output, pull(inputs[2])[0], torch.func.jvp(function, (inputs[0],), (inputs[1],))[1]
+
+    exact = results(attention_reference, x.float(), tangent.float(), grad.float())
+    first = results(kernels.attention, x, tangent, grad)
+    assert all((ours - truth).norm() < 5e-3 * truth.norm() for ours, truth in zip(first, exact))
+    for _ in range(20):
+        assert all(map(torch.equal, results(kernels.attention, x, tangent, grad), first))
 
 
 @needs_triton
@@ -678,6 +704,14 @@ except RuntimeError as error:
 # -- compiled for GPUs that are not there ----------------------------------------------------------------------------
 
 
+def is_fastest_spilling(row):
+    """One configuration spills, and on an H100 is faster than those that do not: the backward of long rows, heads of 64."""
+    sizes = {name: row["configuration"][name] for name in ("D", "ROWS", "KEYS", "num_warps")}
+    which = row["target"], row["kernel"], row["dtypes"][0], sizes
+    known = "cuda:90", "attention_backward_parts_kernel", "bfloat16", {"D": 64, "ROWS": 128, "KEYS": 32, "num_warps": 4}
+    return which == known and row["spills"] <= 256
+
+
 @needs_triton
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_target_within_its_shared_memory_and_registers():
@@ -693,7 +727,9 @@ def test_every_kernel_compiles_for_every_target_within_its_shared_memory_and_reg
         assert {row["kernel"] for row in compiled} == written
         assert all(row["shared"] <= shared for row in compiled)
         assert all(row["registers"] > 8 for row in compiled)  # fewer: a stub, where sm_100's tensor memory was too small
-        heads = {(row["dtypes"][0], row["configuration"]["D"]) for row in compiled if row["kernel"] == "attention_kernel" and not row["configuration"]["TANGENT"]}
+        forward = [r for r in compiled if r["kernel"] == "attention_kernel" and not r["configuration"]["TANGENT"]]
+        heads = {(row["dtypes"][0], row["configuration"]["D"]) for row in forward}
         assert {("float16", 80), ("float16", 128), ("float32", 128)} <= heads
-    spilling = [row for row in rows if row["target"].startswith("cuda") and row["spills"]]
+    assert not any(row["wgmma"] for row in rows)  # why: kernels/backend.py
+    spilling = [row for row in rows if row["target"].startswith("cuda") and row["spills"] and not is_fastest_spilling(row)]
     assert not spilling, spilling
