@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 # Matrix products on Hopper by mma, not wgmma. With wgmma, Triton 3.6 and 3.7 prefetch into a tile that a product in flight
 # still reads, and their ptxas (12.8) reads a register that nothing wrote: on an H100, gradients that differed from run to
-# run, and illegal addresses (README.md). Triton reads this when it compiles.
+# run, and illegal addresses (docs/kernels.md). Triton reads this when it compiles.
 os.environ.setdefault("DISABLE_MMA_V3", "1")
 
 try:

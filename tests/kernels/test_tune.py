@@ -13,9 +13,9 @@ from kernels.race import Case
 TIMES = {"seconds", "seconds_q1", "seconds_q3"}
 
 
-def run(capsys, *argv):
+def run(capsys, *argv, device="cpu"):
     """(exit status, the last line's object, all of stdout)."""
-    status = tune.main([*argv, "--device", "cpu", "--repeats", "1"])
+    status = tune.main([*argv, "--device", device, "--repeats", "1"])
     out = capsys.readouterr().out
     return status, json.loads(out.splitlines()[-1]), out
 
@@ -37,16 +37,18 @@ def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch)
 
     monkeypatch.setattr(attention, "launch", watched)
     monkeypatch.setattr(tune, "cases", cases)
-    arguments = "--shapes", "cifar", "--batch-size", "1", "--dtypes", "fp32"
-    status, report, out = run(capsys, *arguments)
+    # The interpreter's bfloat16 is not a chip's.
+    device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
+    arguments = "--shapes", "cifar", "--batch-size", "1", "--dtypes", dtype
+    status, report, out = run(capsys, *arguments, device=device)
     assert status == 0 and {row["tiles"] for row in report["rows"]} == set(seen)
     for direction in ("forward", "backward", "jvp"):
         tiles = [row["tiles"] for row in report["rows"] if row["direction"] == direction]
         assert len(set(tiles)) == len(tiles) > 2
     assert all(set(row) == {"shape", "dtype", "direction", "tiles"} | TIMES and row["seconds"] > 0 for row in report["rows"])
     factor = 1.01
-    status, report, out = run(capsys, *arguments)
-    assert status == 1 and not report["rows"] and out.count("WRONG: fp32 short") == 3
+    status, report, out = run(capsys, *arguments, device=device)
+    assert status == 1 and not report["rows"] and out.count(f"WRONG: {dtype} short") == 3
 
 
 def test_tiles_need_a_gpu(capsys, monkeypatch):
