@@ -462,7 +462,7 @@ def attention_backward_parts_kernel(
     COLS: tl.constexpr,
 ):
     """Several programs a row: each takes some queries past all keys, and the keys in their places past all queries. So no
-    two programs write one place, and no sum is left to atomics, whose order varies; two of the five products are made twice."""
+    two programs write one place, and no sum is left to atomics, whose order varies: two of the five products come twice."""
     i_row, start = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts * ROWS
     i_b, i_h = i_row // H, i_row % H
     p_qkv, p_grad_qkv = p_qkv + (i_b * N * 3 * H + i_h) * D, p_grad_qkv + (i_b * N * 3 * H + i_h) * D
