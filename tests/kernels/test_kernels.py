@@ -21,7 +21,7 @@ from kernels.loss import patch_loss_reference
 from kernels.patches import gather_patches_reference
 from kernels.tokens import scatter_tokens_reference, select_patches_reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = [torch.float16, torch.bfloat16]
 DTYPES = [torch.float32, *HALVES]
