@@ -13,6 +13,7 @@ Exit status: 0; 1 where a result is further from the truth than it may be; 2 for
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -213,7 +214,9 @@ def bound(net: Networks, method: Method, arguments: Problem) -> Callable[[], Res
     return call
 
 
-def cost(net: Networks, arguments: Problem, methods: dict[str, Method], repeats: int, device: torch.device):
+def cost(
+    net: Networks, arguments: Problem, methods: dict[str, Method], repeats: int, device: torch.device
+) -> tuple[dict[str, Result], dict[str, dict]]:
     """({name: Result}, {name: peak bytes, operations, seconds}) of running every method."""
     calls = {name: bound(net, method, arguments) for name, method in methods.items()}
     results, costs = {}, {}
@@ -225,7 +228,7 @@ def cost(net: Networks, arguments: Problem, methods: dict[str, Method], repeats:
     return results, costs
 
 
-def compare_forms(cfg: Config, pixels: int, methods: dict[str, Method], repeats: int, device: torch.device):
+def compare_forms(cfg: Config, pixels: int, methods: dict[str, Method], repeats: int, device: torch.device) -> dict[str, dict]:
     """{name: row} of every method in one problem: errors in both dtypes against autograd in float64, and cost in float32."""
     net, single = problem(cfg, pixels, device)
     double = in_double(net, single)
@@ -404,7 +407,7 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
     }
 
 
-def training_images(cfg: Config, size: int, device: torch.device, folder: str | Path):
+def training_images(cfg: Config, size: int, device: torch.device, folder: str | Path) -> data.Images | data.Folder:
     """Random images as the preset reads them: decoded from JPEG files of ImageNet's usual 500 x 375 in `folder`, or
     resident and augmented, as CIFAR's are."""
     if cfg.data != "imagenet":
@@ -418,7 +421,7 @@ def training_images(cfg: Config, size: int, device: torch.device, folder: str | 
     return data.load(folder, "", image_size=size, workers=cfg.workers, device=device).train
 
 
-def input_rate(split, cfg: Config, device: torch.device) -> float:
+def input_rate(split: data.Images | data.Folder, cfg: Config, device: torch.device) -> float:
     """Images a second that reading delivers with nothing else to do, once what was decoded ahead is used up."""
     stream, count = split.stream(cfg.batch_size, 1), 2 * cfg.workers + 4
 
@@ -452,7 +455,9 @@ def run_step(options: argparse.Namespace, device: torch.device, page: Page) -> d
     return {"rows": page.rows, "summary": summary}
 
 
-def measure_step(cfg: Config, split, repeats: int, device: torch.device) -> tuple[Callable, dict[str, dict], dict]:
+def measure_step(
+    cfg: Config, split: data.Images | data.Folder, repeats: int, device: torch.device
+) -> tuple[Callable, dict[str, dict], dict]:
     """(the outer iteration as a call, {part: row}, what follows from the rows)."""
     net, arguments = problem(cfg, cfg.image_size or 32, device, warm=2)
     theta, psi, head, _, _ = arguments
@@ -615,7 +620,8 @@ def gpu_commands(device: torch.device, out: Path) -> dict[str, list[str]]:
     for preset, precision in (("cifar100", "bf16"), ("shapes", "bf16"), ("cifar100", "fp32"), ("imagenet", "bf16")):
         commands[f"step-{preset}-{precision}"] = ["step", "--preset", preset, "--precision", precision]
     trace = out / "step-cifar100-bf16-trace.json.gz"
-    commands["step-cifar100-bf16"] += [] if trace.exists() else ["--profile", str(trace)]
+    there = trace.exists() and trace.stat().st_size > 0
+    commands["step-cifar100-bf16"] += [] if there else ["--profile", str(trace)]
     for shape, dtype in (("cifar", "bf16"), ("imagenet", "bf16"), ("cifar", "fp32"), ("imagenet", "fp32")):
         commands[f"kernels-{shape}-{dtype}"] = ["kernels", "--shapes", shape, "--dtypes", dtype]
     return commands
@@ -625,7 +631,7 @@ def run_gpu(options: argparse.Namespace, device: torch.device, page: Page) -> di
     """`gpu_commands`, each in a process of its own: a fault that ends one, as a wrong kernel can, spares the others.
 
     In the folder --out, NAME.jsonl has the rows of a command, each as soon as it is there, and a last one that says how it
-    ended; NAME.txt has what it printed. A command that ended is not run again; what stands there is never overwritten."""
+    ended; NAME.txt has what it printed. A command that gave its report is not run again, and nothing is overwritten."""
     began, out = time.monotonic(), options.out
     out.mkdir(parents=True, exist_ok=True)
     page.start(["measured", "seconds", "rows", "ended"], [24, 7, 5, 40])
@@ -633,35 +639,37 @@ def run_gpu(options: argparse.Namespace, device: torch.device, page: Page) -> di
         path = out / f"{name}.jsonl"
         before = read_rows(path) if path.exists() else []
         left = options.seconds - (time.monotonic() - began)
-        if any(row.get("ended") in (0, 1) for row in before):
+        if any(row.get("reported") for row in before):
             page.row([name, "-", "-", "before"])
             continue
         if left < 1:
             page.row([name, "-", "-", "no time left"])
             break
         flags += ["--device", device.type, "--repeats", str(options.repeats), "--rows", str(path)]
-        status, reason, took = supervised(flags, out / f"{name}.txt", left)
-        append_line(path, {"ended": status, "reason": reason, "seconds": took})
-        page.record({"measured": name, "ended": status, "reason": reason, "seconds": took})
-        page.row([name, f"{took:.0f}", str(max(0, len(read_rows(path)) - len(before) - 2)), reason or "well"])
-        page.wrong += [f"{name}: {reason}"] if reason else []
+        end = supervised(flags, out / f"{name}.txt", left)
+        append_line(path, end)
+        page.record({"measured": name} | end)
+        count = max(0, len(read_rows(path)) - len(before) - 2)  # less the command's line, and the end's
+        page.row([name, f"{end['seconds']:.0f}", str(count), end["reason"] or "well"])
+        page.wrong += [f"{name}: {end['reason']}"] if end["reason"] else []
     return {"rows": page.rows}
 
 
-def supervised(flags: list[str], log: Path, limit: float) -> tuple[int | None, str, float]:
-    """Run this program with these flags, what it prints going to the end of `log`, for at most `limit` seconds: exit status
-    (None: cut off), why it is not 0, and the seconds it took."""
-    began = time.monotonic()
+def supervised(flags: list[str], log: Path, limit: float) -> dict:
+    """Run this program with these flags, what it prints going to the end of `log`, for at most `limit` seconds. A row: whether
+    it gave its report, its exit status (None: cut off), why that is not 0, and the seconds it took."""
+    began, status = time.monotonic(), None
     with open(log, "a+") as file:
-        try:
+        start = file.tell()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             words = [sys.executable, __file__, *flags]
             status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
-            file.seek(0)
-            last = next((line for line in reversed(file.read().splitlines()) if line and not line.startswith("{")), "")
-            reason = printable(last, 200) or f"exit status {status}" if status else ""
-        except subprocess.TimeoutExpired:
-            status, reason = None, f"cut off after {limit:.0f} s"
-    return status, reason, time.monotonic() - began
+        file.seek(start)
+        lines = [line for line in file.read().splitlines() if line]
+    reported = bool(lines) and lines[-1].startswith('{"verb"')
+    said = next((line for line in reversed(lines) if not line.startswith("{")), f"exit status {status}")
+    reason = f"cut off after {limit:.0f} s" if status is None else printable(said, 200) if status else ""
+    return {"reported": reported, "status": status, "reason": reason, "seconds": time.monotonic() - began}
 
 
 # --------------------------------------------------------------------------------------------------- command line

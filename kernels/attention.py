@@ -7,6 +7,8 @@ keeps all queries of a row in one program, so that every product is made once; a
 in products of vectors, beside the tensor cores.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .backend import ByFormula, apply_fused, architecture, jit, launch, pushforward, runs_triton, tl, triton
@@ -475,60 +477,70 @@ def attention_backward_parts_kernel(
         backward_rows(p_qkv, p_out, p_grad, p_lse, p_grad_qkv, start, N, H, scale, slope, REST, False, KEYS, LAST, D, COLS)
 
 
-def _tiles(qkv, kind):
-    """Queries a program, keys a step, warps. On sm_90 the fastest that were measured, elsewhere the largest that spill no
-    registers (`python -m kernels.cross_compile`)."""
+class Tiles(NamedTuple):
+    """How a kernel cuts its work."""
+
+    queries: int  # a program
+    keys: int  # a step
+    warps: int  # a program
+    alone: bool = False  # a backward's program holds all queries of a row, but for a token beyond these
+
+
+def shared_tiles(qkv, direction):
+    """The Tiles of programs that may share a row. On sm_90 the fastest that were measured, elsewhere the largest that spill
+    no registers (`python -m kernels.cross_compile`)."""
     N, D, chip = qkv.shape[1], qkv.shape[4], architecture(qkv.device)
     if qkv.dtype == torch.float32:  # outside the tensor cores, and in twice the registers
-        ROWS, KEYS, warps = {"forward": (64, 32, 8), "jvp": (32, 32, 8), "backward": (64, 16, 8)}[kind]
+        ROWS, KEYS, warps = {"forward": (64, 32, 8), "jvp": (32, 32, 8), "backward": (64, 16, 8)}[direction]
         ROWS, KEYS = (ROWS, KEYS) if D <= 64 else (16, 16)
     elif D > 64:
-        ROWS, KEYS, warps = 128 if kind == "forward" else 64, 32, 8
+        ROWS, KEYS, warps = 128 if direction == "forward" else 64, 32, 8
     elif N <= 32:
-        ROWS, KEYS, warps = 32, 32, 2 if kind == "forward" else 4
-    elif N <= 64 or N <= 80 and kind != "backward":
-        narrow = chip == "cuda:90" and kind == "backward" or chip == "cuda:100" and kind == "forward" and N > 64
+        ROWS, KEYS, warps = 32, 32, 2 if direction == "forward" else 4
+    elif N <= 64 or N <= 80 and direction != "backward":
+        narrow = chip == "cuda:90" and direction == "backward" or chip == "cuda:100" and direction == "forward" and N > 64
         ROWS, KEYS, warps = 64, 32 if narrow else 64, 4
     elif chip == "cuda:90" and D <= 32:
-        ROWS, KEYS, warps = {"forward": (64, 32, 2), "jvp": (32, 32, 2), "backward": (128, 32, 4)}[kind]
+        ROWS, KEYS, warps = {"forward": (64, 32, 2), "jvp": (32, 32, 2), "backward": (128, 32, 4)}[direction]
     elif chip == "cuda:90":
-        ROWS, KEYS, warps = {"forward": (128, 64, 4), "jvp": (64, 64, 4), "backward": (128, 32, 4)}[kind]
+        ROWS, KEYS, warps = {"forward": (128, 64, 4), "jvp": (64, 64, 4), "backward": (128, 32, 4)}[direction]
     else:
-        ROWS, KEYS, warps = {"forward": (128, 32, 4), "jvp": (128, 32, 8), "backward": (64, 32, 4)}[kind]
-    return min(ROWS, max(16, triton.next_power_of_2(N))), KEYS, warps
+        ROWS, KEYS, warps = {"forward": (128, 32, 4), "jvp": (128, 32, 8), "backward": (64, 32, 4)}[direction]
+    return Tiles(min(ROWS, max(16, triton.next_power_of_2(N))), KEYS, warps)
 
 
-def _row_tiles(qkv):
-    """`_tiles` of a backward program that holds all queries of a row; None where its registers do not suffice."""
-    N, D, half, chip = qkv.shape[1], qkv.shape[4], qkv.dtype != torch.float32, architecture(qkv.device)
-    ROWS, KEYS, warps = _tiles(qkv, "backward")
-    if N <= min(ROWS, KEYS) or half and N <= 64 and D <= 64:
-        return ROWS, KEYS, warps
-    if half and N == 65 and D <= 64 and chip in ("cuda:90", "cuda:100"):
-        return 64, 32, 4
-    return None
+def tiles_in_use(qkv, direction):
+    """The Tiles of "forward", "jvp" or "backward": alone where a program's registers suffice for all queries of a row."""
+    tiles = shared_tiles(qkv, direction)
+    if direction == "backward":
+        N, D, half, chip = qkv.shape[1], qkv.shape[4], qkv.dtype != torch.float32, architecture(qkv.device)
+        if N <= min(tiles.queries, tiles.keys) or half and N <= 64 and D <= 64:
+            return tiles._replace(alone=True)
+        if half and N == 65 and D <= 64 and chip in ("cuda:90", "cuda:100"):
+            return Tiles(64, 32, 4, alone=True)
+    return tiles
 
 
-def _keys(qkv, KEYS, warps):
+def _keys(qkv, tiles):
     """The part of a configuration that all kernels share."""
-    N, D = qkv.shape[1], qkv.shape[4]
+    N, D, KEYS = qkv.shape[1], qkv.shape[4], tiles.keys
     LAST = max(16, triton.next_power_of_2((N - 1) % KEYS + 1))
     return {
         "KEYS": KEYS,
         "LAST": LAST,
         "D": D,
         "COLS": max(16, triton.next_power_of_2(D)),
-        "num_warps": warps,
+        "num_warps": tiles.warps,
         "num_stages": 2,
     }
 
 
-def _parts(qkv, kind):
+def _parts(qkv, tiles):
     """Programs a row, and the configuration of a kernel that runs so. A short rest of the queries gets a tile of its own."""
-    N, (ROWS, KEYS, warps) = qkv.shape[1], _tiles(qkv, kind)
+    N, ROWS = qkv.shape[1], tiles.queries
     rest = N % ROWS
     REST = max(16, triton.next_power_of_2(rest)) if N > ROWS and 0 < rest <= ROWS // 4 else 0
-    return triton.cdiv(N, ROWS), {"ROWS": ROWS, "REST": REST, **_keys(qkv, KEYS, warps)}
+    return triton.cdiv(N, ROWS), {"ROWS": ROWS, "REST": REST, **_keys(qkv, tiles)}
 
 
 def _scalars(qkv):
@@ -536,9 +548,10 @@ def _scalars(qkv):
     return qkv.shape[1], qkv.shape[3], LOG2_E * qkv.shape[4] ** -0.5, qkv.shape[4] ** -0.5
 
 
-def forward_triton(qkv):
+def forward_triton(qkv, tiles=None):
+    """Output and log-sum-exps. `tiles`, here and below: others than those in use."""
     B, N, _, H, D = qkv.shape
-    qkv, (parts, config) = qkv.contiguous(), _parts(qkv, "forward")
+    qkv, (parts, config) = qkv.contiguous(), _parts(qkv, tiles or tiles_in_use(qkv, "forward"))
     out = torch.empty(B, N, H * D, device=qkv.device, dtype=qkv.dtype)
     lse = torch.empty(B, H, N, device=qkv.device, dtype=torch.float32)
     tensors = qkv, None, out, None, lse
@@ -548,33 +561,27 @@ def forward_triton(qkv):
     return out, lse
 
 
-def jvp_triton(qkv, tangent):
+def jvp_triton(qkv, tangent, tiles=None):
+    """Output and its tangent."""
     B, N, _, H, D = qkv.shape
-    qkv, (parts, config) = qkv.contiguous(), _parts(qkv, "jvp")
+    qkv, (parts, config) = qkv.contiguous(), _parts(qkv, tiles or tiles_in_use(qkv, "jvp"))
     out, out_tangent = (torch.empty(B, N, H * D, device=qkv.device, dtype=qkv.dtype) for _ in range(2))
     tensors = qkv, tangent.contiguous(), out, out_tangent, None
     launch(attention_kernel, B * H * parts, *tensors, *_scalars(qkv), parts, TANGENT=True, WHOLE=N <= config["KEYS"], **config)
     return out, out_tangent
 
 
-def backward_triton(out, lse, qkv, grad):
+def backward_triton(out, lse, qkv, grad, tiles=None):
+    """The cotangent of qkv."""
     B, N, _, H, _ = qkv.shape
-    qkv = qkv.contiguous()
-    grad_qkv, tiles = torch.empty_like(qkv), _row_tiles(qkv)
+    qkv, tiles = qkv.contiguous(), tiles or tiles_in_use(qkv, "backward")
+    grad_qkv = torch.empty_like(qkv)
     arguments = qkv, out, grad.contiguous(), lse, grad_qkv, *_scalars(qkv)
-    if tiles:
-        ROWS, KEYS, warps = tiles
-        launch(
-            attention_backward_kernel,
-            B * H,
-            *arguments,
-            ROWS=ROWS,
-            TOKEN=N > ROWS,
-            WHOLE=N <= KEYS,
-            **_keys(qkv, KEYS, warps),
-        )
+    if tiles.alone:
+        config = {"ROWS": tiles.queries, "TOKEN": N > tiles.queries, "WHOLE": N <= tiles.keys}
+        launch(attention_backward_kernel, B * H, *arguments, **config, **_keys(qkv, tiles))
     else:
-        parts, config = _parts(qkv, "backward")
+        parts, config = _parts(qkv, tiles)
         launch(attention_backward_parts_kernel, B * H * parts, *arguments, parts, **config)
     return grad_qkv
 

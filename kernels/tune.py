@@ -8,13 +8,11 @@ Exit status: 0; 1 where a choice of tiles gives wrong results; 2 for what the us
 """
 
 import argparse
-import contextlib
 import functools
 import shlex
 import sys
-import unittest.mock
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,76 +20,67 @@ from torch import Tensor
 import kernels
 from harness import UserError, cli, measure
 from harness.measure import in_a_row, input_sets, interleaved, largest_error, quartiles, repeats_of, to_double
+from kernels.attention import Tiles, backward_triton, forward_triton, jvp_triton, shared_tiles, tiles_in_use
 from kernels.race import DTYPES, GEOMETRY, Case, cases, drawn, maker
 
 
-class Tiles(NamedTuple):
-    """How an attention kernel cuts its work. `alone`: a backward whose program holds all queries of a row."""
-
-    queries: int
-    keys: int
-    warps: int
-    alone: bool
-
-    def __str__(self):
-        return f"{self.queries} x {self.keys}, {self.warps} warps{', a row' * self.alone}"
+def named(tiles: Tiles) -> str:
+    """The tiles as a row names them."""
+    return f"{tiles.queries} x {tiles.keys}, {tiles.warps} warps{', a row' * tiles.alone}"
 
 
 def tile_choices(qkv: Tensor, direction: str) -> list[Tiles]:
     """Those in use, then those with half or twice as many of one thing, and the backward's other scheme."""
-    module = sys.modules["kernels.attention"]
-    whole = module._row_tiles(qkv) if direction == "backward" else None
-    chosen = Tiles(*(whole or module._tiles(qkv, direction)), bool(whole))
+    chosen = tiles_in_use(qkv, direction)
     choices = [chosen]
     for field, least in (("queries", 16), ("keys", 16), ("warps", 1)):
-        if whole and field == "queries":
+        if chosen.alone and field == "queries":
             continue  # it holds them all
         size = getattr(chosen, field)
         choices += [chosen._replace(**{field: other}) for other in (size // 2, 2 * size) if other >= least]
-    return choices + ([Tiles(*module._tiles(qkv, direction), False)] if whole and qkv.shape[1] > chosen.keys else [])
+    return choices + ([shared_tiles(qkv, direction)] if chosen.alone and qkv.shape[1] > chosen.keys else [])
 
 
-@contextlib.contextmanager
-def cut_into(tiles: Tiles, direction: str) -> Iterator[None]:
-    """Attention's kernels of that direction, started in here, are cut so."""
-    module, cut = sys.modules["kernels.attention"], (tiles.queries, tiles.keys, tiles.warps)
-    in_use = module._tiles
-    with unittest.mock.patch.object(module, "_tiles", lambda qkv, kind: cut if kind == direction else in_use(qkv, kind)):
-        with unittest.mock.patch.object(module, "_row_tiles", lambda _: cut if tiles.alone else None):
-            yield
+def launches(direction: str, tiles: Tiles) -> Callable[..., Callable[[], Any]]:
+    """As `race.maker`: a function of what `drawn` returns, which makes a call of this direction's kernel in these tiles."""
+    if direction == "forward":
+        return lambda tensors, _: lambda: forward_triton(*tensors, tiles)[0]
+    if direction == "jvp":
+        return lambda tensors, tangents: lambda: jvp_triton(*tensors, *tangents, tiles)
+
+    def backward(tensors, cotangent):
+        saved = *forward_triton(*tensors), *tensors
+        return lambda: backward_triton(*saved, cotangent, tiles)
+
+    return backward
 
 
 def race(case: Case, direction: str, repeats: int, device: torch.device) -> list[dict]:
     """One row a choice of tiles, those in use first; of the others, those that the chip has room for. ValueError where a
     choice errs more than twice as much as eager PyTorch."""
-    make, inputs = maker(direction, case.ours, 1), drawn(case, direction)
+    inputs = drawn(case, direction)
     judge, plain = (maker(direction, case.eager, 1)(*x)() for x in (to_double(inputs), inputs))
-    allowed, fitting, count = 2 * largest_error(plain, judge), [], 1
+    allowed, makers, count = 2 * largest_error(plain, judge), {}, 1
     for tiles in tile_choices(case.tensors[0], direction):
-        with cut_into(tiles, direction):
-            try:
-                found = largest_error(make(*inputs)(), judge)
-            except Exception:
-                if not fitting:
-                    raise
-                continue  # too much shared memory, or a tile that the compiler cannot cut
-            if found > allowed:
-                raise ValueError(f"{case.shape} {direction} in {tiles}: relative error {found:.1e}")
-            if not fitting:
-                count = repeats_of(make(*inputs), device)
-            fitting.append(tiles)
-
-    def timed(tiles, inputs):  # a GPU's calls are recorded in here, a CPU's made anew each time
-        with cut_into(tiles, direction):
-            run = in_a_row(make, inputs, count, device)
-        return cut_into(tiles, direction)(run)
+        make = launches(direction, tiles)
+        try:
+            found = largest_error(make(*inputs)(), judge)
+        except Exception:
+            if not makers:
+                raise
+            continue  # too much shared memory, or a tile that the compiler cannot cut
+        if found > allowed:
+            raise ValueError(f"{case.shape} {direction} in {named(tiles)}: relative error {found:.1e}")
+        if not makers:
+            count = repeats_of(make(*inputs), device)
+        makers[tiles] = make
 
     def fresh():
         inputs = input_sets(functools.partial(drawn, case, direction), count, device)
-        return {tiles: timed(tiles, inputs) for tiles in fitting}
+        return {tiles: in_a_row(make, inputs, count, device) for tiles, make in makers.items()}
 
     times = interleaved(fresh, repeats, device)
-    return [{"tiles": str(tiles), **quartiles([t / count for t in times[tiles]])} for tiles in fitting]
+    return [{"tiles": named(tiles), **quartiles([t / count for t in times[tiles]])} for tiles in makers]
 
 
 def tune(options: argparse.Namespace, device: torch.device, page: measure.Page) -> dict:
@@ -107,8 +96,7 @@ def tune(options: argparse.Namespace, device: torch.device, page: measure.Page) 
                 for direction in case.work if case.kernel == "attention" else ():
                     what = {"shape": case.shape, "dtype": dtype, "direction": direction}
                     try:
-                        with kernels.use("triton"):
-                            found = race(case, direction, options.repeats, device)
+                        found = race(case, direction, options.repeats, device)
                     except ValueError as error:
                         page.wrong.append(f"{dtype} {error}")
                         continue

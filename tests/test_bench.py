@@ -245,13 +245,18 @@ row(number=2)
 if words[0] == "faulty":
     print("an illegal memory access", file=sys.stderr)
     sys.exit(3)
-print('{"verb": "fake"}')
+if words[0] == "raising":
+    raise ValueError("no")
+if words[0] == "wrong":
+    print("WRONG: off by 2")
+print('{"verb":"fake"}')
+sys.exit(int(words[0] == "wrong"))
 """
 
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """`gpu` has these commands, of a program that writes two rows, fails at `faulty` and takes a minute at `slow`."""
+    """`gpu` has these commands, of a program that writes two rows; it fails at some of them, and takes a minute at `slow`."""
     (tmp_path / "fake.py").write_text(FAKE)
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "fake.py"))
 
@@ -269,13 +274,24 @@ def test_a_failure_is_a_row_and_no_end(capsys, fake, tmp_path):
     fake("first", "faulty", "last")
     out = tmp_path / "out"
     status, report, text = run(capsys, "gpu", "--out", str(out))
-    assert status == 1 and [row["ended"] for row in report["rows"]] == [0, 3, 0]
+    assert status == 1 and [row["status"] for row in report["rows"]] == [0, 3, 0]
     assert "WRONG: faulty: an illegal memory access\n" in text and text.count("WRONG") == 1
     for name, code, reason in (("first", 0, ""), ("faulty", 3, "an illegal memory access"), ("last", 0, "")):
         command, one, two, end = rows_of(out / f"{name}.jsonl")
-        assert [one, two] == [{"number": 1}, {"number": 2}] and (end["ended"], end["reason"]) == (code, reason)
+        assert [one, two] == [{"number": 1}, {"number": 2}] and (end["status"], end["reason"]) == (code, reason)
         assert command["command"] == f"{name} --device cpu --repeats 1 --rows {out / name}.jsonl" and end["seconds"] > 0
+        assert end["reported"] == (code == 0) and end in [{n: row[n] for n in end} for row in report["rows"]]
         assert (out / f"{name}.txt").read_text().startswith(f"begun {name}\n")
+
+
+def test_a_fault_may_well_have_the_status_of_a_wrong_result(capsys, fake, tmp_path):
+    """Python's status after an exception is 1, as bench.py's is after WRONG: the report tells which it was."""
+    fake("wrong", "raising")
+    status, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"))
+    assert status == 1 and [(row["status"], row["reported"]) for row in report["rows"]] == [(1, True), (1, False)]
+    assert "wrong: WRONG: off by 2" in text and "raising: ValueError: no" in text
+    _, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"))
+    assert [row["measured"] for row in report["rows"]] == ["raising"]
 
 
 def test_nothing_is_overwritten_and_what_has_ended_is_not_run_again(capsys, fake, tmp_path):
@@ -296,7 +312,7 @@ def test_it_stops_within_its_time(capsys, fake, tmp_path):
     began = time.monotonic()
     status, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"), "--seconds", "2")
     assert time.monotonic() - began < 4 and status == 1
-    assert [(row["measured"], row["ended"]) for row in report["rows"]] == [("first", 0), ("slow", None)]
+    assert [(row["measured"], row["status"]) for row in report["rows"]] == [("first", 0), ("slow", None)]
     assert rows_of(tmp_path / "out/slow.jsonl")[1] == {"number": 1} and "cut off" in text and "no time left" in text
 
 
@@ -311,10 +327,10 @@ def test_what_a_gpu_is_asked_can_be_typed(tmp_path):
 @pytest.mark.slow
 def test_gpu_as_it_is_at_tiny_sizes(capsys, tmp_path):
     status, report, text = run(capsys, "gpu", "--out", str(tmp_path))
-    assert status == 0 and all(row["ended"] == 0 for row in report["rows"]), text
+    assert status == 0 and all(row["status"] == 0 for row in report["rows"]), text
     for name in ("rates", "hypergradient", "step", "kernels"):
         first, *rows, end = rows_of(tmp_path / f"{name}.jsonl")
-        assert first["machine"] == report["machine"] and len(rows) >= 3 and end["ended"] == 0
+        assert first["machine"] == report["machine"] and len(rows) >= 3 and end["reported"]
         assert json.loads((tmp_path / f"{name}.txt").read_text().splitlines()[-1])["rows"] == rows
 
 

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import kernels
 from kernels import tune
@@ -32,10 +33,16 @@ def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch)
 
     def cases(geometry, batch, dtype, device):
         qkv, work = torch.randn(batch, 20, 3, 1, 16, device=device, dtype=dtype), dict.fromkeys(["forward", "backward", "jvp"])
-        ours, eager = lambda x: factor * kernels.attention(x), attention.attention_reference
-        yield Case("attention", "short", (qkv,), 1, ours, eager, work)
+        yield Case("attention", "short", (qkv,), 1, kernels.attention, attention.attention_reference, work)
+
+    def wrong(function):
+        return lambda *arguments: tree_map(lambda x: factor * x, function(*arguments))
 
     monkeypatch.setattr(attention, "launch", watched)
+    for name in ("jvp_triton", "backward_triton"):
+        monkeypatch.setattr(tune, name, wrong(getattr(tune, name)))
+    forward = tune.forward_triton  # whose log-sum-exps a backward needs as they are
+    monkeypatch.setattr(tune, "forward_triton", lambda *arguments: (factor * (found := forward(*arguments))[0], found[1]))
     monkeypatch.setattr(tune, "cases", cases)
     # The interpreter's bfloat16 is not a chip's.
     device, dtype = ("cuda", "bf16") if torch.cuda.is_available() else ("cpu", "fp32")
