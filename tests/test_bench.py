@@ -181,6 +181,7 @@ def test_step(capsys, tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+@pytest.mark.slow
 def test_the_images_of_a_preset_that_decodes_files(tmp_path):
     cfg = mlo_mae.Config(data="imagenet", batch_size=8, workers=0)
     split = bench.training_images(cfg, 32, torch.device("cpu"), tmp_path)

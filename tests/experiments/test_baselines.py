@@ -356,6 +356,7 @@ def test_level_1_masks_move_with_the_run(folder, monkeypatch):
     assert seen[-2:] == [1, 1]  # the last line of metrics, and the picture
 
 
+@pytest.mark.slow
 def test_resumed_runs_end_with_the_same_weights(folder, tmp_path, monkeypatch, capsys):
     shutil.copytree(folder / "mae", tmp_path / "mae")
     shutil.copy(folder / "small.npz", tmp_path)

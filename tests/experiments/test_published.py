@@ -54,6 +54,7 @@ def test_the_presets_are_the_methods_and_the_papers():
     assert fields.keys() - {field.name for field in dataclasses.fields(Config)} == {"redraw_dropout"}
 
 
+@pytest.mark.slow
 def test_every_program_reads_such_a_run(run, capsys):
     net, state, _ = open_run(run, "cpu")
     assert (net.cfg.hypergradient, net.cfg.preset, net.cfg.masking_input) == ("exact", Config.preset, "embeddings")
@@ -182,6 +183,7 @@ def test_the_table_is_benchs_with_bettys_row_where_it_is_there(capsys, small_tab
     assert "betty" not in bench.METHODS
 
 
+@pytest.mark.slow
 def test_a_row_that_is_added_is_judged_as_the_others_are(capsys, small_table, monkeypatch):
     def half(*problem):
         result = mlo_mae.exact(*problem)

@@ -344,6 +344,7 @@ def done(request, run, tmp_path_factory):
     return request.param, out
 
 
+@pytest.mark.slow
 def test_files_of_a_task(done, run):
     task, out = done
     result = json.loads((out / "result.json").read_text())
@@ -355,6 +356,7 @@ def test_files_of_a_task(done, run):
         assert np.asarray(picture.convert("RGB")).std() > 20
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_ends_the_same(done, run, tmp_path, monkeypatch):
     task, out = done
     real, cut, steps = transfer.TASKS[task], tmp_path / "cut", []
