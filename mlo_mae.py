@@ -715,7 +715,7 @@ class Head(nn.Module):
 class MaskingNetwork(nn.Module):
     """T: two linear layers on the whole image, one logit a patch (paper, section 3).
 
-    Each image is standardised and each layer starts with variance 1/fan-in, so the first logits have a spread of
+    Each image is standardised and each layer starts with variance 1/fan-in, so the first logits have a variance of
     about one half around 0 and follow the image: no patch starts saturated, and masks differ between images."""
 
     def __init__(self, inputs, width, patches):
