@@ -58,18 +58,19 @@ def finite_difference(
     redrawn: Tensor | None = None,
 ) -> Result:
     """The hypergradient by central differences of width 0.01/|direction|, one for each of the two steps, as published:
-    of the last level-1 step and of one head step, in one process. Takes and returns what the forms in mlo_mae.py do.
+    of the last level-1 step and of one head step (--level2 steps), in one process. Takes and returns what the forms in
+    mlo_mae.py do.
 
     redrawn [2, B, D]: dropout of the two evaluations of level 2, which the published code draws anew (None: held)."""
     jacobian, split, step = net.cfg.update_jacobian, net.encoder_size, steps[-1]
     encoder_params = theta.params[:split].detach().requires_grad_()
     before, phi = head, head.params.detach().requires_grad_()
     features2 = mlo_mae.encode(net, encoder_params.detach(), labelled.images2)
-    loss2 = mlo_mae.level2_loss(net, phi, features2, labelled.labels2, labelled.dropout[0])  # (4)
+    loss2 = mlo_mae.head_loss(net, phi, features2, labelled.labels2, labelled.dropout[0])  # (4)
     (gradient2,) = torch.autograd.grad(loss2, phi)
     head = mlo_mae.adamw(before, gradient2, labelled.rates)  # (5)
     phi = head.params.detach().requires_grad_()
-    loss3 = mlo_mae.level3_loss(net, phi, mlo_mae.encode(net, encoder_params, labelled.images3), labelled.labels3)  # (6)
+    loss3 = mlo_mae.head_loss(net, phi, mlo_mae.encode(net, encoder_params, labelled.images3), labelled.labels3)  # (6)
     a, of_head = torch.autograd.grad(loss3, (encoder_params, phi))
 
     # dL3/dphi' reaches E' through g2: the difference quotient of dL2/dE' along the head's direction c2
@@ -78,7 +79,7 @@ def finite_difference(
 
     def level2_gradient(head_params):
         features = mlo_mae.encode(net, encoder_params, labelled.images2)
-        loss = mlo_mae.level2_loss(net, head_params, features, labelled.labels2, next(dropouts))
+        loss = mlo_mae.head_loss(net, head_params, features, labelled.labels2, next(dropouts))
         return torch.autograd.grad(loss, encoder_params)[0]
 
     a = a + central_difference(level2_gradient, before.params, c2)  # (7)
@@ -89,7 +90,7 @@ def finite_difference(
             lambda params: mlo_mae.patch_errors(net, params, decoder_before, step), encoder_before, c
         )
     psi_leaf = psi.detach().requires_grad_()
-    prob = mlo_mae.masking_probability(net, psi_leaf, step.images, encoder_before)
+    prob = mlo_mae.masking_probability(net, psi_leaf, step.images, step.eyes)
     (hypergradient,) = torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, d), psi_leaf)  # (10)
     return Result(hypergradient, head, loss2.detach(), loss3.detach())
 
@@ -105,19 +106,21 @@ def central_difference(function: Callable[[Tensor], Tensor], params: Tensor, dir
 LIMIT = {"float32": 1e-4, "float64": 1e-12}  # relative error of `exact` that its dtype allows
 NOISE = 0.5  # cosine with the truth below which a direction is called noise
 
-# T, head and steps as published, with which finite differences go too; batches where a size has none of its own.
+# T, head and steps as published, with which finite differences go too.
 PUBLISHED = {
-    **{"head_norm": "layer", "masking_network": "mlp", "masking_width": 512, "mask_noise": 0.0},
-    **{"level1_steps": 2, "head_steps": 1, "batch_size": 128, "labelled_batch_size": 64},
+    **{"masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_lr": 1.0},
+    **{"mask_batches": 1, "mask_start": 0.0, "mask_until": 1.0, "mask_restart": False},
+    **{"level2": "steps", "pooling": "cls", "head_norm": "layer", "level1_steps": 2, "head_steps": 1},
 }
 FEW = {"batch_size": 16, "labelled_batch_size": 16}
 TINY = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 64}
-# Image size in pixels, and settings of Config. "small" has the networks of mlo_mae.py's default run.
+# Image size in pixels, and settings of Config. "solved" is mlo_mae.py's default run; "small" has its networks for images.
 SIZES = {
-    "tiny": (16, FEW | TINY),
-    "small": (32, {}),
-    "medium": (32, FEW | {"width": 192, "depth": 6, "heads": 3, "decoder_width": 128}),
-    "vit-b/2": (32, mlo_mae.CIFAR | FEW),
+    "solved": (32, {}),
+    "tiny": (16, PUBLISHED | FEW | TINY),
+    "small": (32, PUBLISHED | {"batch_size": 128, "labelled_batch_size": 64}),
+    "medium": (32, PUBLISHED | FEW | {"width": 192, "depth": 6, "heads": 3, "decoder_width": 128}),
+    "vit-b/2": (32, PUBLISHED | mlo_mae.CIFAR | FEW),
 }
 
 
@@ -130,19 +133,20 @@ class Method(NamedTuple):
     judged: int = 1  # level-1 steps that the judge unrolls
     seen: int = 1  # level-1 steps that the form is given
     redraws: bool = False  # whether the form gets dropout drawn anew
+    solved: bool = True  # whether the form goes with a head that is solved, which makes no steps
 
 
 IDENTITY, HALF = {"update_jacobian": "identity"}, {"precision": "bf16"}
 METHODS = {  # experiments/published.py adds a row
     "exact": Method("exact", mlo_mae.exact),
     "unrolled": Method("unrolled autograd", mlo_mae.unrolled),
-    "finite-difference": Method("finite differences", finite_difference),
-    "redrawn": Method("finite differences, dropout redrawn", finite_difference, redraws=True),
-    "published": Method("as published: redrawn, and dU/dg = -1", finite_difference, IDENTITY, redraws=True),
+    "finite-difference": Method("finite differences", finite_difference, solved=False),
+    "redrawn": Method("finite differences, dropout redrawn", finite_difference, redraws=True, solved=False),
+    "published": Method("as published: redrawn, and dU/dg = -1", finite_difference, IDENTITY, redraws=True, solved=False),
     "identity": Method("exact but for dU/dg = -1", mlo_mae.exact, IDENTITY),
     "first-order": Method("first-order (L2's curvature left out)", mlo_mae.first_order),
     "exact-bf16": Method("networks in bfloat16: exact", mlo_mae.exact, HALF),
-    "finite-difference-bf16": Method("networks in bfloat16: finite differences", finite_difference, HALF),
+    "finite-difference-bf16": Method("networks in bfloat16: finite differences", finite_difference, HALF, solved=False),
     "exact-2": Method("two steps: exact", mlo_mae.exact, {}, 2, 2),
     "unrolled-2": Method("two steps: unrolled autograd", mlo_mae.unrolled, {}, 2, 2),
     "last-of-2": Method("two steps: exact, of the last alone", mlo_mae.exact, {}, 2, 1),
@@ -168,9 +172,9 @@ def rates_of(net: Networks, device: torch.device) -> tuple[list[Tensor], Tensor]
 def problem(cfg: Config, size: int, device: torch.device, count: int = 2, warm: int = 4) -> tuple[Networks, Problem]:
     """Networks, and what a form of the hypergradient takes after them as training makes it, in float32.
 
-    `warm` outer iterations are really made, so that weights, moments and the head are not initial ones; then `count`
-    level-1 steps, which the hypergradient is to explain."""
-    cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0)  # masks are T's from the first
+    `warm` outer iterations are really made, so that weights, moments and the head (solved: what it remembers of earlier
+    batches) are not initial ones; then `count` level-1 steps, which the hypergradient is to explain."""
+    cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0)  # T learns and weighs from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
     decay, mask_rate = rates_of(net, device)
@@ -194,11 +198,11 @@ def in_double(net: Networks, arguments: Problem) -> Problem:
     _, psi, head, labelled, steps = measure.to_double(arguments)
     split, theta, made = net.encoder_size, steps[0].theta, []
     for step in steps:
-        params = theta.params.clone().requires_grad_()
-        prob = mlo_mae.masking_probability(net, psi, step.images, theta.params[:split])
+        params, eyes = theta.params.clone().requires_grad_(), theta.params[:split]
+        prob = mlo_mae.masking_probability(net, psi, step.images, eyes)
         loss = mlo_mae.level1_loss(prob, step.mask, mlo_mae.patch_errors(net, params[:split], params[split:], step))
         (gradient,) = torch.autograd.grad(loss, params)
-        made.append(step._replace(theta=theta, gradient=gradient))
+        made.append(step._replace(theta=theta, gradient=gradient, eyes=eyes))
         theta = mlo_mae.adamw(theta, gradient, step.rates)
     return theta, psi, head, labelled, made
 
@@ -257,17 +261,18 @@ def run_hypergradient(
     methods = METHODS | (more or {})
     if options.plot:
         options.plot.touch()  # rather fail now than after the measurements
-    for size in options.sizes or ["tiny", "small", "medium"] + ["vit-b/2"] * (device.type == "cuda"):
+    for size in options.sizes or [size for size in SIZES if size != "vit-b/2" or device.type == "cuda"]:
         pixels, settings = SIZES[size]
+        cfg = Config(**settings)
         slow_bf16 = device.type == "cpu" and size != "tiny" and not options.sizes  # it can take minutes: only if asked for
-        some = {name: method for name, method in methods.items() if not (slow_bf16 and method.settings == HALF)}
-        cfg = Config(**PUBLISHED | settings)
+        some = {name: method for name, method in methods.items() if method.solved or cfg.level2 == "steps"}
+        some = {name: method for name, method in some.items() if not (slow_bf16 and method.settings == HALF)}
         rows = compare_forms(cfg, pixels, some, options.repeats, device)
         patches = (pixels // cfg.patch_size) ** 2
         page.say(
             "",
             f"{size}: width {cfg.width}, depth {cfg.depth}, {patches} patches, batches of {cfg.batch_size} "
-            f"and twice {cfg.labelled_batch_size}",
+            f"and twice {cfg.labelled_batch_size}, {described(cfg)}",
             "",
             *forms_text(rows, some),
         )
@@ -293,6 +298,13 @@ def run_hypergradient(
     return {"rows": page.rows, "growth": grown}
 
 
+def described(cfg: Config) -> str:
+    """What levels 2 and 3 are made of."""
+    steps = f"{cfg.head_steps} head step{'s' * (cfg.head_steps > 1)}"
+    features = {"mean": "the mean token", "cls": "the CLS token"}[cfg.pooling]
+    return f"{'head solved' if cfg.level2 == 'ridge' else steps} on {features}, T {cfg.masking_network}"
+
+
 def forms_text(rows: dict[str, dict], methods: dict[str, Method]) -> list[str]:
     """The table of one size, and what exact costs beside its rivals."""
     lines = [["method", "error, float32", "error, float64", "cosine", "verdict", "ms", "MiB", "GFLOP"]]
@@ -305,6 +317,7 @@ def forms_text(rows: dict[str, dict], methods: dict[str, Method]) -> list[str]:
             *(rows["exact"][what] / rows[rival][what] for what in ("seconds", "peak_bytes", "flops")), methods[rival].label
         )
         for rival in ("unrolled", "finite-difference")
+        if rival in rows
     ]
     return [*measure.table(lines).splitlines(), "", f"exact takes {'; '.join(ratios)}."]
 
@@ -321,7 +334,7 @@ def growth(device: torch.device, repeats: int) -> list[dict]:
         for value in values:
             changed = {"depth": {"depth": value}, "batch": {"batch_size": value, "labelled_batch_size": value}}
             steps = value if along == "unrolled steps" else 1
-            cfg = Config(**PUBLISHED | settings | {"patch_size": 2} | changed.get(along, {}))
+            cfg = Config(**settings | {"patch_size": 2} | changed.get(along, {}))
             net, arguments = problem(cfg, pixels, device, steps, warm=1)
             methods = {name: METHODS[name]._replace(judged=steps, seen=steps) for name in FORMS}
             costs = cost(net, arguments, methods, repeats, device)[1]
@@ -368,7 +381,8 @@ TRAINING_IMAGES = {"shapes": 6000, "cifar10": 50_000, "cifar100": 50_000, "image
 def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
     """{name: call}: what a mask update is compared with, itself, and the parts of an outer iteration. Directions and
     cotangents are stand-ins of the right shape: no time depends on their values."""
-    theta, psi, head, labelled, (*_, step) = arguments
+    theta, psi, head, labelled, steps = arguments
+    step, looked_at = steps[-1], mlo_mae.joined(steps)  # (9) and (10) are taken over the latest batches
     split, cfg = net.encoder_size, net.cfg
     plain = dataclasses.replace(net, cfg=dataclasses.replace(cfg, masking="random"))
 
@@ -381,7 +395,7 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
 
     def mask_update():
         form = mlo_mae.HYPERGRADIENTS[cfg.hypergradient]
-        return step_of_masks(form(net, theta, psi, head, labelled, [step]).hypergradient)
+        return step_of_masks(form(net, theta, psi, head, labelled, [looked_at]).hypergradient)
 
     def encoder_pass():
         params = theta.params[:split].detach().requires_grad_()
@@ -393,8 +407,8 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
 
     def masking():
         psi_leaf = psi.detach().requires_grad_()
-        prob = mlo_mae.masking_probability(net, psi_leaf, step.images, step.theta.params[:split])
-        return step_of_masks(torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, prob.detach()), psi_leaf)[0])
+        prob = mlo_mae.masking_probability(net, psi_leaf, looked_at.images, looked_at.eyes)
+        return step_of_masks(torch.autograd.grad(mlo_mae.level1_loss(prob, looked_at.mask, prob.detach()), psi_leaf)[0])
 
     return {
         "plain MAE step": lambda: level1(plain),
@@ -402,7 +416,7 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
         "level-1 step": lambda: level1(net),
         "levels 2 and 3: encoder": encoder_pass,
         "AdamW's Jacobian": pullback,
-        "jvp of the autoencoder": lambda: mlo_mae.directional_errors(net, step, step.gradient[:split]),
+        "jvp of the autoencoder": lambda: mlo_mae.directional_errors(net, looked_at, step.gradient[:split]),
         "T: backward and step": masking,
     }
 
@@ -459,10 +473,10 @@ def measure_step(
     cfg: Config, split: data.Images | data.Folder, repeats: int, device: torch.device
 ) -> tuple[Callable, dict[str, dict], dict]:
     """(the outer iteration as a call, {part: row}, what follows from the rows)."""
-    net, arguments = problem(cfg, cfg.image_size or 32, device, warm=2)
+    net, arguments = problem(cfg, cfg.image_size or 32, device, cfg.mask_batches, warm=2)
     theta, psi, head, _, _ = arguments
     state, rates = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device)), rates_of(net, device)
-    batch, labelled, parts = cfg.batch_size, cfg.labelled_batch_size, parts_of(net, arguments)
+    batch, labelled, compared = cfg.batch_size, cfg.labelled_batch_size, parts_of(net, arguments)
     streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
 
     def whole(backend="auto"):
@@ -472,32 +486,37 @@ def measure_step(
     def batches():
         return [next(streams[0]) for _ in range(cfg.level1_steps)], next(streams[1]), next(streams[2])
 
-    calls = {"outer iteration": whole, "data": batches} | parts
+    calls = {"outer iteration": whole, "data": batches} | compared
     if device.type == "cuda" and "triton" in sys.modules:
         calls["outer iteration, kernels off"] = lambda: whole("reference")
     peaks = {name: peak_memory(call, device)[1] for name, call in calls.items()}  # the warm-up too
     rows = {name: {"part": name, "peak_bytes": peak} for name, peak in peaks.items()}
     for name, times in interleaved(lambda: calls, repeats, device).items():
         rows[name] |= quartiles(times)
-    once = dict.fromkeys(["data", *list(parts)[2:]], 1) | {"level-1 step": cfg.level1_steps}
+    once = dict.fromkeys(["data", *list(compared)[2:]], 1) | {"level-1 step": cfg.level1_steps}
     ceiling = product_rate(device, DTYPES[cfg.precision], torch.float32)  # a CPU may well be slower in bfloat16
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
         row |= {"times": once.get(name, 0), "flops": operations(calls[name])}
-    total, update, plain = (rows[name] for name in ("outer iteration", "mask update", "plain MAE step"))
+    names = ("outer iteration", "mask update", "plain MAE step", "level-1 step")
+    total, update, plain, weighed = (rows[name] for name in names)
     for row in rows.values():
         row["share_of_time"] = row["times"] * row["seconds"] / total["seconds"]
         row["share_of_flops"] = row["times"] * row["flops"] / total["flops"]
         row["share_of_peak"] = row["flops"] / row["seconds"] / ceiling
     time_ratio, operation_ratio = (update[name] / plain[name] for name in ("seconds", "flops"))
     updates = math.ceil(cfg.epochs * TRAINING_IMAGES[cfg.data] * (1 - cfg.val_fraction) / (batch * cfg.level1_steps))
-    # Seconds of an update, on average over the run.
-    pace = (1 - cfg.mask_start) * total["seconds"] + cfg.mask_start * cfg.level1_steps * plain["seconds"]
+    # A run's parts, as (share of it, seconds of an outer iteration, images that this reads): before T, while it learns, and
+    # with T as it is. Without --mask-start and --mask-until there is the second alone.
+    reads, inside = batch * cfg.level1_steps, cfg.mask_until - cfg.mask_start
+    parts = [(cfg.mask_start, cfg.level1_steps * plain["seconds"], reads), (inside, total["seconds"], reads + 2 * labelled)]
+    parts.append((1 - cfg.mask_until, cfg.level1_steps * weighed["seconds"], reads))
+    pace = sum(share * seconds for share, seconds, _ in parts)
     summary = {
         "preset": cfg.preset,
         "precision": cfg.precision,
         "batch_size": batch,
         "labelled_batch_size": labelled,
-        "images_per_second": batch * cfg.level1_steps / total["seconds"],
+        "images_per_second": reads / pace,
         "peak_bytes": total["peak_bytes"],
         "time_ratio": time_ratio,
         "operation_ratio": operation_ratio,
@@ -506,7 +525,7 @@ def measure_step(
         "updates": updates,
         "hours": updates * pace / 3600,
         "input_images_per_second": input_rate(split, cfg, device),
-        "needed_images_per_second": (batch * cfg.level1_steps + 2 * labelled) / total["seconds"],
+        "needed_images_per_second": max(images / seconds for share, seconds, images in parts if share > 0),
     }
     return whole, rows, summary
 
@@ -519,21 +538,22 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
         shares = [f"{100 * row[f'share_of_{name}']:.0f}%" if row["times"] else "-" for name in ("time", "flops")]
         lines.append([row["part"], str(row["times"] or "-"), *measure.shown_cost(row), work, peak, *shares])
     patches = ((cfg.image_size or 32) // cfg.patch_size) ** 2
-    plain = f", the first {100 * cfg.mask_start:.0f} % of them plain MAE steps" if cfg.mask_start else ""
+    before, after = (100 * share for share in (cfg.mask_start, 1 - cfg.mask_until))
+    plain = f", the first {before:.0f} % of them plain MAE steps" if before else ""
+    kept = f", the last {after:.0f} % level-1 steps under the T that was learned" if after else ""
     source = f"JPEG files, {cfg.workers} processes" if cfg.workers else "from memory"
     off = "" if "outer iteration, kernels off" in rows else " No Triton on this device: kernels are off."
     return [
         "",
         f"{cfg.preset}: width {cfg.width}, depth {cfg.depth}, {patches} patches, batches of {cfg.batch_size} and twice "
-        f"{cfg.labelled_batch_size}, {cfg.level1_steps} level-1 steps a mask update, {cfg.precision}",
+        f"{cfg.labelled_batch_size}, {cfg.level1_steps} level-1 steps a mask update, {described(cfg)}, {cfg.precision}",
         "",
         *measure.table(lines).splitlines(),
         "",
         f"A mask update takes {summary['time_ratio']:.2f}x the time of a plain MAE step and "
-        f"{summary['operation_ratio']:.2f}x its operations: {summary['overhead']:.2f}x the floor. "
-        f"{summary['images_per_second']:.0f} images a second.",
-        f"{summary['updates']} mask updates, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
-        f"{plain}.",
+        f"{summary['operation_ratio']:.2f}x its operations: {summary['overhead']:.2f}x the floor.",
+        f"{summary['updates']} outer iterations, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
+        f"{plain}{kept}: {summary['images_per_second']:.0f} images a second.",
         f"Reading by itself ({source}) delivers {summary['input_images_per_second']:.0f} images a second; levels 1 to 3 take "
         f"{summary['needed_images_per_second']:.0f}.",
         f"Peak: a large matrix product's {summary['peak_flops'] / 1e9:.3g} GFLOP/s. Parts are timed apart.{off}",

@@ -15,7 +15,7 @@ batch b sees the batches that it would have seen, on any device and with any num
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import UserError
-from harness.randomness import AUGMENT, DRAW, LIMIT, ORDER, SPLIT, numpy_generator
+from harness.randomness import AUGMENT, DRAW, LIMIT, ORDER, SPLIT, WATCHED, numpy_generator
 from harness.readers import CIFAR, Decoder, Files, Key, Parts, check_room, list_images, read_cifar, read_npz
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # as the paper's code, for CIFAR-10 and -100
@@ -36,6 +36,7 @@ MAX_SIZE = 4096  # pixels of an image's side
 Array = np.ndarray | Tensor
 Colour = tuple[float, ...]  # a number for each channel
 Device = str | torch.device
+Background = Callable[[np.random.Generator, np.ndarray, int], np.ndarray]  # (rng, numbers of images [N], pixels of a side)
 
 
 class Batch(NamedTuple):
@@ -64,11 +65,22 @@ class Splits:
         return {name: getattr(self, name) for name in names} | {"mean": list(self.mean), "std": list(self.std)}
 
     def watched(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """The first validation images, [count, C, H, W], and where their objects are, [count, H, W] bool on the CPU, if that
-        is known: the same at every evaluation."""
-        images = next(iter(self.val.ordered(min(count, len(self.val))))).images
+        """Validation images, [count, C, H, W] (all if there are fewer), and where their objects are, [count, H, W] bool on
+        the CPU, if that is known. Classes take turns; the choice is the same at every evaluation and for every seed of a
+        run, and what a smaller count gives comes first."""
+        labels = self.val.labels.cpu().numpy()
+        order = numpy_generator(0, WATCHED).permutation(len(labels))
+        order = order[np.argsort(turns(labels[order]), kind="stable")][:count]
         objects = getattr(self.val, "objects", None)
-        return images, None if objects is None else objects[: len(images)].cpu()
+        return self.val.pick(order).images, None if objects is None else objects[torch.from_numpy(order)].cpu()
+
+
+def turns(labels: np.ndarray) -> np.ndarray:
+    """How many of its class come before each of these labels [N], [N] int64."""
+    by_class, counts = np.argsort(labels, kind="stable"), np.bincount(labels)
+    rank = np.empty(len(labels), np.int64)
+    rank[by_class] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank
 
 
 def index_batches(count: int, batch_size: int, seed: int, start: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -173,6 +185,10 @@ class Folder:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pick(self, indices: np.ndarray) -> Batch:
+        """The images of these indices ([B] int64), not augmented."""
+        return next(self.batches([(indices, None)]))
+
     def ordered(self, batch_size: int) -> Iterator[Batch]:
         """Every image once, in order, not augmented; the last Batch may be smaller."""
         return self.batches((indices.numpy(), None) for indices in torch.arange(len(self)).split(batch_size))
@@ -244,20 +260,70 @@ def stripes(rng: np.random.Generator, kinds: np.ndarray, size: int) -> np.ndarra
     return 0.5 + 0.5 * np.sin(2 * np.pi * (across * x + down * y + phase))
 
 
-def draw_shapes(rng: np.random.Generator, labels: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of shapes: labels [N] -> images [N, 3, size, size] uint8, objects [N, size, size] bool.
+def striped(rng: np.random.Generator, numbers: np.ndarray, size: int) -> np.ndarray:
+    """A Background: stripes of a class drawn at random, which tell nothing, [N, 1, size, size] in [0, 0.9]."""
+    return 0.9 * stripes(rng, rng.integers(0, len(SHAPES), len(numbers)), size)[:, None]
 
-    One coloured object of 25 to 40 % of the area, anywhere, turned by up to 25 degrees, on grey. Each class has an outline
-    and a kind of stripes; the background's stripes are those of a class drawn at random, so they tell nothing.
-    """
-    count = len(labels)
+
+def dead_leaves(rng: np.random.Generator, numbers: np.ndarray, size: int) -> np.ndarray:
+    """A Background: leaves that cover each other, [N, 3, size, size] about in [0, 1]. As in photographs, each region can be
+    learned from what is around it, and none tells the class.
+
+    48 discs and turned squares, of radii r that fall as r^-3 from 3 to 16 of 32 pixels; four muted colours an image, each
+    leaf's a little its own, and shading across it."""
+    shape = count, leaves = len(numbers), 48
+    pixels = np.arange(size, dtype=np.float32) + 0.5
+    share = rng.uniform(size=shape).astype(np.float32)
+    radius = size / 32 * (3.0**-2 + share * (16.0**-2 - 3.0**-2)) ** -0.5
+    cx, cy = rng.uniform(-0.1 * size, 1.1 * size, (2, *shape)).astype(np.float32)
+    square, turn = rng.uniform(size=shape) < 0.5, rng.uniform(0, np.pi / 2, shape).astype(np.float32)
+    palette = rng.uniform(size=(count, 4, 3)).astype(np.float32)
+    palette = 0.6 * palette.mean(2, keepdims=True) + 0.4 * palette
+    colour = palette[np.arange(count)[:, None], rng.integers(0, 4, shape)]  # [N, leaves, 3]
+    colour = np.clip(colour + 0.08 * rng.standard_normal(colour.shape, dtype=np.float32), 0, 1)
+    slope = 0.5 / size * rng.standard_normal((2, *shape)).astype(np.float32)
+
+    front = np.zeros((count, size, size), np.uint8)  # the leaf that is seen in each pixel
+    for leaf in range(leaves):  # from the back to the front
+        cos, sin, r = (array[:, leaf, None] for array in (np.cos(turn), np.sin(turn), radius))
+        dx, dy = pixels - cx[:, leaf, None], pixels - cy[:, leaf, None]  # [N, size]
+        u, v = (cos * dx)[:, None] + (sin * dy)[:, :, None], (cos * dy)[:, :, None] - (sin * dx)[:, None]
+        u, v = u * u, v * v
+        inside = np.where(square[:, leaf, None, None], np.maximum(u, v), u + v) < (r * r)[..., None]
+        np.copyto(front, leaf, where=inside)
+    base = colour - (slope[0] * cx + slope[1] * cy)[..., None]  # a leaf has its colour at its centre
+    planes = np.concatenate([base, slope.transpose(1, 2, 0)], axis=2)[np.arange(count)[:, None, None], front]
+    shade = planes[..., 3] * pixels + planes[..., 4] * pixels[:, None]  # [N, size, size]
+    return planes[..., :3].transpose(0, 3, 1, 2) + shade[:, None]
+
+
+OBJECT_AREA = (0.2, 0.3)  # least and most share of an image that its object covers
+DRAWN: dict[str, tuple[Background, tuple[float, float]]] = {  # data sets that are drawn here
+    "shapes": (dead_leaves, OBJECT_AREA),
+    "shapes-stripes": (striped, (0.25, 0.4)),
+}
+
+
+def draw_shapes(
+    rng: np.random.Generator,
+    labels: np.ndarray,
+    numbers: np.ndarray,
+    size: int,
+    background: Background,
+    area: tuple[float, float],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of shapes: labels and numbers [N] -> images [N, 3, size, size] uint8, objects [N, size, size] bool.
+
+    One coloured object that covers a share of the image in the range `area`, anywhere, turned by up to 25 degrees. Each
+    class has an outline and a kind of stripes. background(rng, numbers, size) is behind it."""
+    count, (least, most) = len(labels), area
     y, x = np.mgrid[:size, :size].astype(np.float32) + 0.5
     distance = np.empty((count, size, size), np.float32)
     for label, shape in enumerate(SHAPES):
         mine = labels == label
-        area, reach = extent(shape)
+        whole, reach = extent(shape)
         share, turn, cx, cy = rng.uniform(size=(4, mine.sum(), 1, 1)).astype(np.float32)
-        scale, angle = size * np.sqrt((0.25 + 0.15 * share) / area), math.radians(25) * (2 * turn - 1)
+        scale, angle = size * np.sqrt((least + (most - least) * share) / whole), math.radians(25) * (2 * turn - 1)
         room = np.maximum(size / 2 - 0.9 * scale * reach, 0)  # the tips may touch the border
         cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
         dx, dy = x - size / 2 - room * (2 * cx - 1), y - size / 2 - room * (2 * cy - 1)
@@ -267,18 +333,20 @@ def draw_shapes(rng: np.random.Generator, labels: np.ndarray, size: int) -> tupl
     middle = rng.uniform(0.1, 1, count)
     colours = rng.permuted(np.stack([np.full(count, 0.1), middle, np.ones(count)], axis=1), axis=1)  # [N, 3], never grey
     body = (0.15 + 0.85 * stripes(rng, labels, size)[:, None]) * colours[:, :, None, None]
-    background = 0.9 * stripes(rng, rng.integers(0, len(SHAPES), count), size)[:, None]
+    behind = background(rng, numbers, size)
     grain = 0.03 * rng.standard_normal((count, 3, size, size), dtype=np.float32)
-    pixels = background + cover * (body - background) + grain
+    pixels = behind + cover * (body - behind) + grain
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8), distance < 0
 
 
-def shapes(size: int) -> Parts:
-    """6,000 training and 2,000 test pictures, the same for every run: {"train": (images, labels, objects), "test": ...}."""
+def shapes(size: int, background: Background, area: tuple[float, float], seed: int = 0) -> Parts:
+    """6,000 training pictures, numbers 0 to 5,999, and 2,000 test pictures of shapes: {"train": (images, labels, objects),
+    "test": ...} as `draw_shapes` has them. What is drawn before the background is the same for every background."""
     in_turn = np.arange(8000).reshape(1000, 8) % len(SHAPES)
-    labels = numpy_generator(DRAW, 0).permuted(in_turn, axis=1).ravel()  # balanced throughout
-    parts = [draw_shapes(numpy_generator(DRAW, 1, part), some, size) for part, some in enumerate(np.split(labels, 32))]
-    images, objects = map(np.concatenate, zip(*parts))
+    labels = numpy_generator(DRAW, 0, seed).permuted(in_turn, axis=1).ravel()  # balanced throughout
+    some = zip(np.split(labels, 32), np.split(np.arange(8000), 32))
+    drawn = [draw_shapes(numpy_generator(DRAW, 1, i, seed), *pair, size, background, area) for i, pair in enumerate(some)]
+    images, objects = map(np.concatenate, zip(*drawn))
     return {"train": (images[:6000], labels[:6000], objects[:6000]), "test": (images[6000:], labels[6000:], objects[6000:])}
 
 
@@ -294,10 +362,7 @@ def choose(labels: np.ndarray, limit: int, seed: int, what: str) -> np.ndarray:
     if not limit:
         return np.arange(len(labels))
     order = numpy_generator(seed, LIMIT).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]  # class by class, at random within
-    counts = np.bincount(labels)
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each within its class
-    return np.sort(order[np.argsort(rank, kind="stable")[:limit]])
+    return np.sort(order[np.lexsort((labels[order], turns(labels[order])))[:limit]])
 
 
 def hold_out(indices: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -331,6 +396,15 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([resize(some) for some in np.array_split(images, math.ceil(len(images) / 1024))])
 
 
+def resized_objects(objects: np.ndarray, size: int) -> np.ndarray:
+    """[N, H, W] bool -> [N, size, size] bool: the pixels of which the object covers more than half."""
+
+    def resize(some: np.ndarray) -> np.ndarray:
+        return (F.adaptive_avg_pool2d(torch.from_numpy(some).float(), size) > 0.5).numpy()
+
+    return np.concatenate([resize(some) for some in np.array_split(objects, math.ceil(len(objects) / 1024))])
+
+
 def load(
     name: str | Path,
     data_dir: str | Path,
@@ -345,12 +419,13 @@ def load(
 ) -> Splits:
     """The data set `name`, split.
 
-    name          "shapes" (drawn here), "cifar10", "cifar100", a MedMNIST-style .npz, or a folder of train/<class>/*.jpg ...
+    name          "shapes" or "shapes-stripes" (drawn here), "cifar10", "cifar100", a MedMNIST-style .npz, or a folder of
+                  train/<class>/*.jpg ...
     data_dir      where CIFAR is, or is downloaded to
     image_size    pixels to resize to; 0: as the data has them, 224 for folders
     limit         images of the training pool to use, at random and from all classes alike; 0: all
     val_fraction  share of that pool that is held out as `val`, at random, unless the data has a `val` and a `test` of its own
-    seed          of `limit` and `val_fraction` (`shapes` are the same for every seed)
+    seed          of `limit` and `val_fraction` (drawn images are the same for every seed)
     skip_corrupt  folders: use the next image in place of one that cannot be decoded
     workers       folders: processes that decode; 0: this one
     device        where resident images lie and batches arrive
@@ -364,9 +439,9 @@ def load(
             f"--image-size {image_size} (0 to {MAX_SIZE}), --images {limit} or --workers {workers} is out of range"
         )
     name = str(name)
-    if name == "shapes":
+    if name in DRAWN:
         check_room(8000 * 3 * (image_size or 32) ** 2, name)
-        parts, class_names = shapes(image_size or 32), list(SHAPES)
+        parts, class_names = shapes(image_size or 32, *DRAWN[name]), list(SHAPES)
     elif name in CIFAR:
         parts, class_names = read_cifar(name, Path(data_dir))
     elif os.path.isdir(name):
@@ -377,7 +452,8 @@ def load(
     elif os.path.isfile(name):
         parts, class_names = read_npz(Path(name))
     else:
-        raise UserError(f"--data {name}: neither shapes, cifar10 nor cifar100, nor an existing .npz file or folder of images")
+        known = ", ".join([*DRAWN, *CIFAR])
+        raise UserError(f"--data {name}: none of {known}, nor an existing .npz file or folder of images")
 
     channels, native_size = parts["train"][0].shape[1:3]
     size = image_size or native_size
@@ -385,7 +461,10 @@ def load(
     kept = choose(parts["train"][1], limit, seed, name)
     parts = split_parts(parts, kept, val_fraction, seed)
     if size != native_size:
-        parts = {split: (resized(images, size), *rest) for split, (images, *rest) in parts.items()}
+        parts = {
+            split: (resized(images, size), labels, *(resized_objects(some, size) for some in objects))
+            for split, (images, labels, *objects) in parts.items()
+        }
     mean, std = (CIFAR_MEAN, CIFAR_STD) if name in CIFAR else channel_statistics(parts["train"][0])
     splits = (Images(*parts[s][:2], mean, std, *parts[s][2:], device=device) for s in ("train", "val", "test"))
     return Splits(*splits, class_names, channels, size, mean, std)

@@ -1,31 +1,35 @@
 """MLO-MAE: masked autoencoders whose masks are learned (arXiv 2402.18128), in one script.
 
 A masked autoencoder (MAE) hides most patches of an image and learns an encoder by reconstructing them. Which patches
-it hides is usually left to chance. Here a masking network T says which patches to hide and how much each of them
-counts, and T is trained so that the encoder that results classifies held-out images well. Three problems, each nested
-in the next:
+it hides is usually left to chance, and all count alike. Here a masking network T says how much each patch counts, or
+which to hide, and T is trained so that the encoder that results classifies held-out images well. Three problems, each
+nested in the next:
 
     level 1  pretrain   the encoder E and the decoder D, theta = (E, D), on images without labels
     level 2  classify   the head C, phi, on the encoder's features of labelled training images
     level 3  mask       the masking network T, psi, by how well E and C do on labelled validation images
 
 Let i run over images and j over patches. T gives each patch p_ij = sigmoid(T(x_i; psi))_j; l_ij is its reconstruction
-error, and m_ij is 1 where it is hidden. One outer iteration computes
+error, and m_ij is 1 where it is hidden. By default T is one linear layer on E's own tokens of the whole image, which it
+holds constant. One outer iteration computes
 
-    m_ij = 1 for a fixed share of each image's patches: those of highest p_ij, as published; by default those of
-        highest logit + noise, a draw by the odds of p. Before --mask-start, p = 1 and m is uniform: plain MAE    (1)
+    m_ij = 1 for a fixed share of each image's patches: at random by default, so that p weighs patches and chance hides
+        them; as published, those of highest p_ij. Before --mask-start, p = 1 and m is random: plain MAE          (1)
     L1(p, l) = sum_ij m_ij p_ij l_ij / sum_ij m_ij                          (linear in p and in l)                (2)
     theta' = U(theta, g1),   g1 = dL1(p, l(theta))/dtheta                   (one AdamW step)                      (3)
-    L2(phi, z2) = cross-entropy(C(z2; phi), y2),   z2 = E'(x2)              (features of whole images)            (4)
-    phi' = U(phi, g2),   g2 = dL2/dphi                                      (one AdamW step)                      (5)
-    L3(phi', z3) = cross-entropy(C(z3; phi'), y3),   z3 = E'(x3)            (validation images)                   (6)
+    L2(phi, z2) = |C(z2; phi) - y2|^2 + penalty |phi|^2,   z2 = E'(x2)      (features of whole images)            (4)
+    phi' = argmin_phi L2(phi, z2)                                           (solved: ridge regression)            (5)
+    L3(phi', z3) = |C(z3; phi') - y3|^2,   z3 = E'(x3)                      (validation images)                   (6)
 
-and then moves psi along dL3/dpsi, the hypergradient: the derivative through both steps (3) and (5). What it holds
-fixed: the masks m, which are a hard choice, and every step before. Then p in (2) is all that links T to E, and three
-observations give the derivative exactly, without a Hessian and without a double backward through the autoencoder:
+and then moves psi along dL3/dpsi, the hypergradient: the derivative through (3) and (5). (5) is the paper's own argmin,
+not a step towards it; y is one-hot, and what (5) needs of the images are means and covariances of (z2, y2), so earlier
+batches can be remembered in them. --level2 steps is what is published: cross-entropy in (4) and (6), and
+phi' = U(phi, dL2/dphi). What the derivative holds fixed: the masks m, which are a hard choice, every step before, and
+remembered moments. Then p in (2) is all that links T to E, and three observations give it exactly, without a Hessian and
+without a double backward through the autoencoder:
 
-    a = dL3/dtheta'.  phi' depends on theta' through the features z2 alone, so the second derivative in (5) stays
-        inside the head, and a is one ordinary backward pass through the encoder.                                 (7)
+    a = dL3/dtheta'.  phi' depends on theta' through the features z2 alone, so the derivative of (5) stays inside
+        the head, and a is one ordinary backward pass through the encoder.                                        (7)
     c = (dU/dg1)^T a.  AdamW treats each parameter alone, so dU/dg is a diagonal: a product by element.           (8)
     <c, g1> = L1(p, d),  d_ij = <c, dl_ij/dtheta>: the errors' derivatives along c, which ONE forward-mode pass
         (jvp) gives all at once.  So dL3/dp_ij = m_ij d_ij / sum(m).                                              (9)
@@ -42,6 +46,9 @@ With several level-1 steps since the last mask update (--unroll full), the cotan
 A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last step. From the last step to the first,
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
 H = d2L1/dtheta2.                                                                                                (13)
+
+A run has three parts. Before --mask-start it is MAE. Then T learns. From --mask-until on, T and the encoder it reads stay
+as they are, and weigh patches for an encoder that starts anew (--mask-restart): a T is worth most from the first step on.
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the
 loop; then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a
@@ -64,21 +71,34 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.func import functional_call, grad, jvp, vjp
+from torch.func import grad, jvp, vjp
 from torch.nn.utils import parameters_to_vector
 
 import data
 import kernels
 from harness import UserError, cli
-from harness.checkpoints import fitting, packed, unpacked, whole_number
+from harness.checkpoints import fitting, newest, packed, unpacked, whole_number
 from harness.cli import flag
 from harness.memory import in_parts, through
 from harness.probe import mask_statistics
-from harness.processes import as_first, average, end, first_before_others, gather, leave, share, summed, world
+from harness.processes import (
+    agree,
+    as_first,
+    average,
+    end,
+    first_before_others,
+    gather,
+    leave,
+    rank,
+    share,
+    summed,
+    told,
+    world,
+)
 from harness.randomness import DROPOUT, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, MASKS, draw_dropout, torch_generator
 from harness.run import Run, add_run_flags, read_metrics, settings_of
 from harness.schedule import schedule
-from harness.vectors import call, inverse_fan_in, size_of, unflatten, weight_decays
+from harness.vectors import call, flatten, inverse_fan_in, named, size_of, unflatten, weight_decays
 from harness.weights import starting_weights
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
 
@@ -91,7 +111,7 @@ class Config:
 
     preset: Literal["shapes", "cifar10", "cifar100", "imagenet", "imagenet-large"] = flag("shapes", "settings to start from")
 
-    data: str = flag("shapes", "shapes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg")
+    data: str = flag("shapes", "shapes, shapes-stripes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg")
     data_dir: str = flag("data", "where cifar10 and cifar100 lie, or are downloaded to")
     images: int = flag(0, "use only this many training images (0: all)", least=0)
     image_size: int = flag(0, "pixels, square (0: as the data has it; folders 224)", least=0)
@@ -110,30 +130,41 @@ class Config:
 
     masking: Literal["learned", "random"] = flag("learned", "by T, or random as in MAE")
     mask_ratio: float = flag(0.75, "share of the patches that is hidden", above=0, below=1)
-    masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what T reads: pixels, or detached embeddings")
-    masking_network: Literal["shared", "mlp"] = flag("shared", "T: one small network for every position, or the paper's")
-    masking_width: int = flag(64, "hidden units of T", least=1, most=65536)
-    mask_noise: float = flag(1.0, "scale of the noise on T's logits in (1) (0: the highest p, as published)", least=0)
-    mask_start: float = flag(0.5, "share of the run before T is trained and used (0: none, as published)", least=0, below=1)
-    head_norm: Literal["batch", "layer"] = flag("batch", "of the head's input; layer as published")
+    mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, drawn by p, highest p")
+    masking_network: Literal["tokens", "shared", "mlp"] = flag("tokens", "T: linear on tokens, a small net, or the paper's")
+    masking_blocks: int = flag(2, "of E that tokens pass before T reads them", least=0, most=1000)
+    masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what shared and mlp read: pixels, or detached embeddings")
+    masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
+    mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
+    mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
+    mask_restart: bool = flag(True, "then start encoder and decoder anew, under the T that was learned")
+    masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
+    masking_learns: bool = flag(False, "train the T of --masking-from further")
+
+    level2: Literal["ridge", "steps"] = flag("ridge", "the head: solved (ridge regression), or AdamW steps as published")
+    pooling: Literal["mean", "cls"] = flag("mean", "features: mean of the patches' tokens, or CLS token as published")
+    ridge: float = flag(0.1, "penalty of the ridge regression, on standardised features", above=0)
+    level2_memory: float = flag(0.0, "most that earlier batches weigh in its moments", least=0, below=1)
+    head_norm: Literal["batch", "layer"] = flag("batch", "of the head's input (steps); layer as published")
 
     hypergradient: Literal["exact", "unrolled", "first-order"] = flag("exact", "form of dL3/dpsi")
     update_jacobian: Literal["adamw", "identity"] = flag("adamw", "dU/dg of (8): AdamW's own, or -1 as published")
     unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask update")
 
-    epochs: int = flag(12, "passes of level 1 over its training images", least=1, most=65536)
+    epochs: int = flag(24, "passes of level 1 over its training images", least=1, most=65536)
     batch_size: int = flag(32, "images a step of level 1, over all processes", least=1, most=65536)
-    labelled_batch_size: int = flag(64, "images a step of levels 2 and 3, each, over all processes", least=1, most=65536)
+    labelled_batch_size: int = flag(128, "images a step of levels 2 and 3, each, over all processes", least=1, most=65536)
     accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result", least=1, most=65536)
     checkpoint_activations: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     level1_steps: int = flag(16, "encoder and decoder steps a mask update", least=1, most=65536)
-    head_steps: int = flag(10, "head steps a mask update, on one batch", least=1, most=65536)
+    mask_batches: int = flag(4, "latest batches of level 1 that (9) is taken over", least=1, most=65536)
+    head_steps: int = flag(10, "head steps a mask update, on one batch (steps)", least=1, most=65536)
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder", least=0)
-    head_lr: float = flag(1e-2, "level 2: peak learning rate of the head", least=0)
-    mask_lr: float = flag(1.0, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)", least=0)
+    head_lr: float = flag(1e-2, "level 2: peak learning rate of the head (steps)", least=0)
+    mask_lr: float = flag(2.0, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)", least=0)
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
     warmup: float = flag(0.05, "share of the run in which learning rates rise, before their cosine to 0", least=0, below=1)
-    dropout: float = flag(0.1, "in the head", least=0, below=1)
+    dropout: float = flag(0.1, "in the head (steps)", least=0, below=1)
 
     seed: int = flag(0, "of weights, batches, masks and dropout", least=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, mps")
@@ -146,8 +177,9 @@ class Config:
 CIFAR = (
     {"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12}
     | {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
-    | {"masking_network": "mlp", "masking_width": 512, "mask_noise": 0.0, "mask_start": 0.0, "mask_lr": 0.05}
-    | {"head_norm": "layer", "epochs": 200, "batch_size": 128, "labelled_batch_size": 128, "level1_steps": 2, "head_steps": 1}
+    | {"masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_lr": 0.05, "mask_batches": 1}
+    | {"mask_start": 0.0, "mask_until": 1.0, "mask_restart": False, "level2": "steps", "pooling": "cls", "head_norm": "layer"}
+    | {"epochs": 200, "batch_size": 128, "labelled_batch_size": 128, "level1_steps": 2, "head_steps": 1}
     | {"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.01, "warmup": 0.0}
 )
 IMAGENET = (
@@ -177,8 +209,18 @@ def check(cfg: Config) -> None:
                 f"--{name.replace('_', '-')} {width} is not a multiple of its {heads} heads and of 4, which "
                 "sin-cos positions need (a multiple of 4)"
             )
-    if cfg.masking == "learned" and cfg.masking_network == "shared" and cfg.mask_noise == 0:
-        raise UserError("--masking-network shared starts with all p equal, so its first masks need --mask-noise above 0")
+    if cfg.masking == "learned" and cfg.masking_network != "mlp" and cfg.mask_choice == "highest":
+        raise UserError("--mask-choice highest needs --masking-network mlp: the others start with all p equal")
+    if cfg.masking == "learned" and cfg.mask_start >= cfg.mask_until:
+        raise UserError(f"--mask-start {cfg.mask_start} must be below --mask-until {cfg.mask_until}: T learns in between")
+    if cfg.masking == "learned" and cfg.mask_batches > 1 and (cfg.unroll == "full" or cfg.mask_batches > cfg.level1_steps):
+        raise UserError(f"--mask-batches {cfg.mask_batches} goes with --unroll last and at least as many --level1-steps")
+    if cfg.masking_from and (cfg.masking, cfg.masking_network) != ("learned", "tokens"):
+        raise UserError("--masking-from goes with --masking learned and --masking-network tokens")
+    if cfg.masking_blocks > cfg.depth and cfg.masking_network == "tokens":
+        raise UserError(f"--masking-blocks {cfg.masking_blocks} is more than the {cfg.depth} blocks of --depth")
+    if cfg.masking_learns and not cfg.masking_from:
+        raise UserError("--masking-learns trains the T of another run; name it with --masking-from")
     if cfg.hypergradient == "unrolled" and world() * cfg.accumulate > 1:
         raise UserError("--hypergradient unrolled goes with one process and --accumulate 1")
     if cfg.checkpoint_activations and (cfg.hypergradient == "unrolled" or cfg.unroll == "full"):
@@ -201,7 +243,7 @@ class Networks:
     """The four architectures (parameters on the meta device) and what depends on them alone.
 
     score(images, generator, progress) -> [B, N] and penalty(CLS tokens [B, D]) -> scalar are for baselines: another way
-    to choose the masks (the highest are hidden, with p = 1), and a term added to L1."""
+    to choose the masks (the highest are hidden, with p = 1), and a term added to L1. sight: of a T of another run."""
 
     cfg: Config
     encoder: nn.Module
@@ -210,6 +252,7 @@ class Networks:
     masking: nn.Module
     score: Callable[[Tensor, torch.Generator, float], Tensor] | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
+    sight: "Sight | None" = None
 
     @property
     def patches(self) -> int:  # N
@@ -234,22 +277,47 @@ class Step(NamedTuple):
     keep: Tensor  # [B, K] visible patches
     restore: Tensor  # [B, N] each patch's place in the shuffled order
     mask: Tensor  # [B, N] 1 = hidden
+    eyes: Tensor | None = None  # parameters of the encoder that T read
 
 
-def masking_probability(net: Networks, psi: Tensor, images: Tensor, encoder_params: Tensor) -> Tensor:
-    """p, [B, N]: how much T wants each patch hidden. With the embeddings as input, E is held constant."""
-    inputs = images
-    if net.cfg.masking_input == "embeddings":
-        weights = {name: piece.detach() for name, piece in unflatten(net.encoder, encoder_params).items()}
-        proj = {name.removeprefix("patch_embed."): piece for name, piece in weights.items() if "patch_embed" in name}
-        patches = gather_patches(images, None, net.cfg.patch_size)
-        inputs = functional_call(net.encoder.patch_embed, proj, (patches,)) + weights["pos_embed"][:, 1:]  # [B, N, D]
-        inputs = inputs.mT.unflatten(2, (int(net.patches**0.5), -1))  # [B, D, H/p, W/p]
-    return call(net.masking, psi, inputs)
+class Sight(NamedTuple):
+    """How a T that was learned in another run sees this run's images."""
+
+    encoder: nn.Module  # what T reads, on the meta device
+    facts: dict  # its sizes, and the mean and deviation of the pixels that it knows
+    scale: Tensor  # [C, 1, 1]: pixels normalised as here, times `scale` plus `shift`, are normalised as there
+    shift: Tensor
 
 
-def draw_masks(net: Networks, psi: Tensor, images: Tensor, encoder_params: Tensor, *keys: int, progress: float = 1.0):
-    """p [B, N], and the choice that follows from it, (1): visible ids [B, K], restore ids [B, N], mask [B, N].
+def masking_input(net: Networks, images: Tensor, eyes: Tensor) -> Tensor:
+    """What T reads, constant: images [B, C, H, W], or tokens of the encoder with parameters `eyes` as [B, D, H/p, W/p]."""
+    cfg, encoder, blocks = net.cfg, net.encoder, 0  # after no block: the embeddings
+    if cfg.masking_network == "tokens":
+        blocks = cfg.masking_blocks
+    elif cfg.masking_input == "pixels":
+        return images
+    if net.sight:
+        encoder, blocks, size = net.sight.encoder, net.sight.facts["masking_blocks"], net.sight.facts["image_size"]
+        images = images * net.sight.scale + net.sight.shift
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
+
+    def work(images):
+        with autocast(net, images.device):
+            return (call(encoder, eyes, images, None, None, blocks)[:, 1:].to(eyes.dtype),)
+
+    with torch.no_grad():
+        tokens = in_parts(work, cfg.accumulate, images)[0]  # [B, N, D]
+    return tokens.mT.unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+
+
+def masking_probability(net: Networks, psi: Tensor, images: Tensor, eyes: Tensor) -> Tensor:
+    """p, [B, N]: how much T wants each patch to count. eyes: parameters of the encoder that T reads, see `eyes_of`."""
+    return call(net.masking, psi, masking_input(net, images, eyes))
+
+
+def draw_masks(net: Networks, psi: Tensor, images: Tensor, eyes: Tensor, *keys: int, progress: float = 1.0):
+    """p [B, N], and the choice (1): visible ids [B, K], restore ids [B, N], mask [B, N].
 
     `keys` seed the draw; `progress` is the share of the run that is done."""
     cfg, joined = net.cfg, world() * len(images)  # random numbers must not depend on the number of processes
@@ -257,17 +325,24 @@ def draw_masks(net: Networks, psi: Tensor, images: Tensor, encoder_params: Tenso
     score, prob = uniform, torch.ones_like(uniform)
     if net.score:
         score = net.score(images, torch_generator(*keys), progress)
-    elif learned_by(cfg, progress):
-        score = prob = masking_probability(net, psi, images, encoder_params)
-        if cfg.mask_noise:  # the highest of logit + Gumbel noise are a draw without replacement, each patch by its odds
-            gumbel = -(-uniform.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
-            score = prob.logit(1e-6) + cfg.mask_noise * gumbel
+    elif weighed_by(cfg, progress):
+        prob = masking_probability(net, psi, images, eyes)
+        if cfg.mask_choice == "highest":
+            score = prob
+        elif cfg.mask_choice == "odds":  # the highest of logit + Gumbel noise are a draw without replacement by the odds
+            score = prob.logit(1e-6) - (-uniform.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
     return prob, *select_patches(score, net.visible)
 
 
-def learned_by(cfg: Config, progress: float) -> bool:
-    """Whether T chooses the masks, and is trained, at this share of the run."""
-    return cfg.masking == "learned" and progress >= cfg.mask_start
+def weighed_by(cfg: Config, progress: float) -> bool:
+    """Whether T's p weighs the errors at this share of the run."""
+    return cfg.masking == "learned" and (progress >= cfg.mask_start or bool(cfg.masking_from))
+
+
+def learns_at(cfg: Config, progress: float) -> bool:
+    """Whether T is trained at this share of the run."""
+    given = cfg.masking_from and not cfg.masking_learns
+    return cfg.masking == "learned" and cfg.mask_start <= progress < cfg.mask_until and not given
 
 
 def autocast(net: Networks, device: torch.device):
@@ -298,8 +373,10 @@ def level1_loss(prob: Tensor, mask: Tensor, errors: Tensor) -> Tensor:
     return (mask * prob * errors).sum() / mask.sum()
 
 
-def encode(net: Networks, encoder_params: Tensor, images: Tensor, pooling: str = "cls") -> Tensor:
-    """The features z of whole images, [B, D]: after the last norm, the CLS token, or the mean of the patches' tokens."""
+def encode(net: Networks, encoder_params: Tensor, images: Tensor, pooling: str = "") -> Tensor:
+    """The features z of whole images, [B, D]: after the last norm, the mean of the patches' tokens ("mean") or the CLS token
+    ("cls"); by default as the configuration has it."""
+    pooling = pooling or net.cfg.pooling
 
     def work(images):
         with autocast(net, images.device):
@@ -309,14 +386,30 @@ def encode(net: Networks, encoder_params: Tensor, images: Tensor, pooling: str =
     return in_parts(work, net.cfg.accumulate, images)[0]
 
 
-def level2_loss(net: Networks, head_params: Tensor, features: Tensor, labels: Tensor, dropout: Tensor) -> Tensor:
-    """L2 of (4)."""
-    return F.cross_entropy(call(net.head, head_params, features, dropout), labels)
+def head_loss(net: Networks, head_params: Tensor, features: Tensor, labels: Tensor, dropout: Tensor | None = None) -> Tensor:
+    """The error of C in (4) and (6), a mean over images: squared, of one-hot labels; or cross-entropy, for --level2 steps.
+
+    dropout: factors [B, D] of the head's input, for training steps alone."""
+    if net.cfg.level2 == "steps":
+        return F.cross_entropy(call(net.head, head_params, features, *([] if dropout is None else [dropout])), labels)
+    scores = call(net.head, head_params, features)  # [B, classes]
+    return (scores - F.one_hot(labels, scores.shape[1])).square().sum(1).mean()
 
 
-def level3_loss(net: Networks, head_params: Tensor, features: Tensor, labels: Tensor) -> Tensor:
-    """L3 of (6); as every evaluation, without dropout."""
-    return F.cross_entropy(call(net.head, head_params, features), labels)
+def solved_head(net: Networks, head: "Level", features: Tensor, labels: Tensor) -> "Level":
+    """phi' of (5), differentiable in the features: the means and covariances of (z2, y2) that give the solution.
+
+    The moments of earlier batches, constant, weigh head.t / (head.t + 1), and at most --level2-memory."""
+    rows, columns = net.head.moments.shape  # 1+D, D+classes
+    both = torch.cat([features, F.one_hot(labels, columns - rows + 1).to(features)], dim=1)  # [B, D+classes]
+    mean = both.mean(0)
+    covariance = (features - mean[: rows - 1]).mT @ (both - mean) / len(both)
+    old = head.params.detach().view(rows, columns)
+    kept = min(net.cfg.level2_memory, head.t / (head.t + 1))
+    apart = mean - old[0]  # covariances of a mixture: the mean of theirs, and what their means differ by
+    covariance = kept * old[1:] + (1 - kept) * covariance + kept * (1 - kept) * torch.outer(apart[: rows - 1], apart)
+    moments = torch.cat([(kept * old[0] + (1 - kept) * mean)[None], covariance])
+    return head._replace(params=moments.flatten(), t=head.t + 1)
 
 
 # ------------------------------------------------------------------------------------ the AdamW step and its pullback
@@ -393,24 +486,29 @@ class Labelled(NamedTuple):
 class Result(NamedTuple):
     hypergradient: Tensor  # dL3/dpsi
     head: Level  # phi' of (5)
-    level2_loss: Tensor  # before the first head step
+    level2_loss: Tensor  # of steps: before the first
     level3_loss: Tensor
 
 
 def upper_levels(net: Networks, encoder_params: Tensor, head: Level, labelled: Labelled, through_head: bool = True):
-    """Levels 2 and 3 as one function of E', with the head's steps differentiable: L3, phi' (Level), the first L2.
+    """Levels 2 and 3 as one function of E', with phi' differentiable: L3, phi' (Level), and L2 (of steps: the first).
 
     through_head=False holds phi' constant: L3 then sees E' through its own features alone."""
     images = torch.cat([labelled.images2, labelled.images3])
     features = encode(net, encoder_params, images).split([len(labelled.images2), len(labelled.images3)])
     features2, features3 = map(gather, features)  # the head is small: every process has it see the whole batch
     features2 = features2 if through_head else features2.detach()
-    head, losses = head._replace(params=head.params.detach().requires_grad_()), []
-    for dropout in labelled.dropout:
-        losses.append(level2_loss(net, head.params, features2, labelled.labels2, dropout))  # (4)
-        (gradient,) = torch.autograd.grad(losses[-1], head.params, create_graph=True)
-        head = adamw(head, gradient, labelled.rates, net.cfg.update_jacobian)  # (5)
-    return level3_loss(net, head.params, features3, labelled.labels3), head, losses[0]  # (6)
+    if net.cfg.level2 == "ridge":
+        head = solved_head(net, head, features2, labelled.labels2)  # (4), (5)
+        first_loss = head_loss(net, head.params, features2, labelled.labels2)
+    else:
+        head, losses = head._replace(params=head.params.detach().requires_grad_()), []
+        for dropout in labelled.dropout:
+            losses.append(head_loss(net, head.params, features2, labelled.labels2, dropout))  # (4)
+            (gradient,) = torch.autograd.grad(losses[-1], head.params, create_graph=True)
+            head = adamw(head, gradient, labelled.rates, net.cfg.update_jacobian)  # (5)
+        first_loss = losses[0]
+    return head_loss(net, head.params, features3, labelled.labels3), head, first_loss  # (6)
 
 
 def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Labelled, steps: list[Step], through_head=True):
@@ -427,7 +525,7 @@ def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Label
     for number, step in reversed(list(enumerate(steps))):
         cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent)  # (8)
         psi_leaf = psi.detach().requires_grad_()
-        prob = masking_probability(net, psi_leaf, step.images, step.theta.params[:split])
+        prob = masking_probability(net, psi_leaf, step.images, step.eyes)
         if number == 0:
             d = directional_errors(net, step, c)  # (9)
         else:  # the steps before moved D as well, and through g1 L3 sees that: from here on (E, D) count
@@ -479,9 +577,10 @@ def unrolled(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: La
     with kernels.use("reference"):  # the plain operations have derivatives of every order
         for step in steps:
             encoder_params, decoder_params = theta.params.tensor_split([net.encoder_size])
-            prob = masking_probability(net, psi, step.images, encoder_params)
+            prob = masking_probability(net, psi, step.images, step.eyes)
             loss1 = level1_loss(prob, step.mask, patch_errors(net, encoder_params, decoder_params, step))  # (2)
             (gradient,) = torch.autograd.grad(loss1, theta.params, create_graph=True)
+            gradient = step.gradient + (gradient - gradient.detach())  # its value, if more batches were joined to the step
             theta = adamw(theta, gradient, step.rates, net.cfg.update_jacobian)  # (3)
         loss3, head, loss2 = upper_levels(net, theta.params[: net.encoder_size], head, labelled)  # (4) to (6)
         (hypergradient,) = torch.autograd.grad(loss3, psi)
@@ -509,20 +608,37 @@ class State(NamedTuple):
     theta: Level
     head: Level
     psi: Level
+    eyes: Tensor | None = None  # parameters of the encoder that T reads, once they are kept; None: those of theta
+
+
+def eyes_of(net: Networks, state: State) -> Tensor:
+    """Parameters of the encoder that T reads, [n]."""
+    return state.theta.params[: net.encoder_size] if state.eyes is None else state.eyes
 
 
 def fresh_level(params: Tensor, device: torch.device | str) -> Level:
     return Level(params.to(device), torch.zeros_like(params, device=device), torch.zeros_like(params, device=device), 0)
 
 
-def level1_step(net: Networks, theta: Level, psi: Tensor, images: Tensor, rates: Rates, *keys: int, progress: float = 1.0):
-    """One AdamW step of encoder and decoder under T's masks: (1), (2), (3).
+def level1_step(
+    net: Networks,
+    theta: Level,
+    psi: Tensor,
+    images: Tensor,
+    rates: Rates,
+    *keys: int,
+    progress: float = 1.0,
+    eyes: Tensor | None = None,
+) -> tuple[Level, Step, Tensor, Tensor]:
+    """One AdamW step of encoder and decoder under T's masks: (1), (2), (3). eyes: parameters of the encoder that T reads
+    (None: those of theta).
 
     Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
     hidden patches."""
+    eyes = theta.params[: net.encoder_size] if eyes is None else eyes
     with torch.no_grad():
-        prob, *choice = draw_masks(net, psi, images, theta.params[: net.encoder_size], *keys, progress=progress)  # (1)
-    step, params = Step(theta, None, rates, images, *choice), theta.params.detach().requires_grad_()
+        prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress)  # (1)
+    step, params = Step(theta, None, rates, images, *choice, eyes), theta.params.detach().requires_grad_()
     errors, features = errors_and_features(net, params[: net.encoder_size], params[net.encoder_size :], step)
     loss = level1_loss(prob, step.mask, errors)  # (2)
     if net.penalty:
@@ -530,6 +646,30 @@ def level1_step(net: Networks, theta: Level, psi: Tensor, images: Tensor, rates:
     gradient = average(torch.autograd.grad(loss, params)[0])  # every image hides as many patches: a mean of means
     error = errors.detach().sum() / step.mask.sum()
     return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss.detach(), error  # (3)
+
+
+def joined(steps: list[Step]) -> Step:
+    """The last step, with the images and masks of all: (9) and (10) over more batches, for one a. What another batch would
+    have changed in dU/dg1 is left out."""
+    batches = zip(*((step.images, step.keep, step.restore, step.mask) for step in steps))
+    images, keep, restore, mask = map(torch.cat, batches)
+    return steps[-1]._replace(images=images, keep=keep, restore=restore, mask=mask)
+
+
+def within(cfg: Config, iteration: int, total: int) -> tuple[int, int]:
+    """First outer iteration and length of the part of a run that the learning rate of level 1 follows."""
+    restart = window(cfg, total)[1] if restarts(cfg) else total
+    return (0, total) if iteration < restart else (restart, total - restart)  # T learns from an encoder that still moves
+
+
+def window(cfg: Config, total: int) -> tuple[int, int]:
+    """The outer iteration in which T learns first, and the one after its last."""
+    return tuple(math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.7 x 10 is above 7
+
+
+def restarts(cfg: Config) -> bool:
+    """Whether encoder and decoder start anew once T has learned; not where it has learned in another run."""
+    return cfg.masking == "learned" and cfg.mask_restart and not cfg.masking_from
 
 
 def outer_iteration(
@@ -541,40 +681,49 @@ def outer_iteration(
     mask_rate: Tensor,
     hypergradient: Callable[..., Result] | None = None,
 ) -> tuple[State, dict[str, Tensor]]:
-    """Some level-1 steps, then (if masks are learned) some head steps and one step of T.
+    """Some level-1 steps, then (where T learns) level 2 and one step of T.
 
     batches: of levels 1, 2, 3; total: outer iterations of the whole run; decay: of the three levels; mask_rate: learning
     rate of each parameter of T relative to --mask-lr; hypergradient: another form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, theta, head, psi, steps = net.cfg, state.theta, state.head, state.psi, []
-    warmup, progress = cfg.warmup * total, state.iteration / total
+    progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total)
 
     for n in range(cfg.level1_steps):
-        number = state.iteration * cfg.level1_steps + n
-        lr = cfg.lr * schedule(number, total * cfg.level1_steps, warmup * cfg.level1_steps)
-        images = next(batches[0]).images
-        if cfg.unroll == "last":
-            steps.clear()
-        keys = (cfg.seed, MASKS, number)
-        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, progress=progress)
-        steps.append(step)
+        number, done = state.iteration * cfg.level1_steps + n, (state.iteration - first) * cfg.level1_steps + n
+        lr = cfg.lr * schedule(done, length * cfg.level1_steps, cfg.warmup * length * cfg.level1_steps)
+        images, keys = next(batches[0]).images, (cfg.seed, MASKS, number)
+        how = {"progress": progress, "eyes": state.eyes}
+        theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
+        steps = [*steps, step] if cfg.unroll == "full" else [*steps, step][-cfg.mask_batches :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
-    if learned_by(cfg, progress):
+    if learns_at(cfg, progress):
         level2, level3 = next(batches[1]), next(batches[2])
-        relative = schedule(state.iteration, total, warmup)
+        start, end = window(cfg, total)
+        relative = schedule(state.iteration - start, end - start, cfg.warmup * (end - start))
         shape = (cfg.head_steps, cfg.labelled_batch_size, cfg.width)
         dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
         pairs = level2.images, gather(level2.labels), level3.images, gather(level3.labels)
         labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * relative, decay[1]))
         form = hypergradient or HYPERGRADIENTS[cfg.hypergradient]
-        result = form(net, theta, psi.params, head, labelled, steps)
+        looked_at = steps if cfg.unroll == "full" else [joined(steps)]
+        result = form(net, theta, psi.params, head, labelled, looked_at)
         head = result.head
         # The hypergradient's scale follows the levels below it; eps must stay below any of its elements.
         psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * relative * mask_rate, decay[2], eps=TINY**0.5))
         losses |= {"level2_loss": result.level2_loss, "level3_loss": result.level3_loss}
         losses["hypergradient_norm"] = result.hypergradient.norm()
-    return State(state.iteration + 1, theta, head, psi), losses
+    return State(state.iteration + 1, theta, head, psi, state.eyes), losses
+
+
+def with_kept_masks(net: Networks, state: State, fresh: Tensor, total: int) -> State:
+    """The state, and at the end of T's part of a run: with the encoder that T reads kept beside it, and (--mask-restart)
+    encoder and decoder back at their first weights `fresh`."""
+    if net.cfg.masking == "random" or state.eyes is not None or state.iteration < window(net.cfg, total)[1]:
+        return state
+    theta = fresh_level(fresh, state.theta.params.device) if restarts(net.cfg) else state.theta
+    return state._replace(eyes=eyes_of(net, state), theta=theta)
 
 
 # ----------------------------------------------------------------------------------------------------- the networks
@@ -662,15 +811,18 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.blocks.apply(initialise_linear)
 
-    def forward(self, images, keep=None, scales=None):
+    def forward(self, images, keep=None, scales=None, blocks=None):
         """[B, C, H, W] and the visible patches [B, K] (None: all N) -> tokens [B, 1+K, D], CLS first.
 
-        scales [depth, 2, B, 1, 1] are factors of the residual branches: fine-tuning's drop path (None: 1)."""
+        scales [depth, 2, B, 1, 1] are factors of the residual branches: fine-tuning's drop path (None: 1). blocks: only so
+        many of them, and no last norm."""
         x = self.patch_embed(gather_patches(images, keep, self.patch))  # [B, K, D]
         positions = self.pos_embed[:, 1:]  # [1, N, D]
         x = x + (positions if keep is None else F.embedding(keep, positions[0]))  # indexing's gradient varies with threads
         cls = self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)  # [B, 1+K, D]
+        if blocks is not None:
+            return through(self.blocks[:blocks], x, self.recompute)
         return self.norm(through(self.blocks, x, self.recompute, scales))
 
 
@@ -710,6 +862,44 @@ class Head(nn.Module):
     def forward(self, features, dropout=1.0):  # [B, D], [B, D] -> [B, classes]
         standardised = F.batch_norm(features, None, None, training=True) if self.norm is None else self.norm(features)
         return self.fc(standardised * dropout)
+
+
+class RidgeHead(nn.Module):
+    """C solved: ridge regression of one-hot labels on standardised features, from means and covariances."""
+
+    def __init__(self, width, classes, penalty):
+        super().__init__()
+        self.penalty = penalty
+        self.moments = nn.Parameter(torch.zeros(1 + width, width + classes))  # means of (z, y); covariances of z with (z, y)
+
+    def forward(self, features):  # [B, D] -> [B, classes]
+        width = features.shape[1]
+        (mean, of_labels), second = self.moments[0].tensor_split([width]), self.moments[1:]
+        deviation = (second.diagonal() + 1e-6).sqrt()
+        covariance, cross = (second / deviation[:, None]).split([len(mean), len(of_labels)], dim=1)
+        correlation = covariance / deviation + self.penalty * torch.eye(len(mean), device=mean.device, dtype=mean.dtype)
+        return of_labels + (features - mean) / deviation @ torch.linalg.solve(correlation, cross)
+
+
+class TokenMaskingNetwork(nn.Module):
+    """T as one linear layer on an encoder's tokens, each of them normalised by itself, so that nothing depends on the batch.
+
+    Its gradient is noisy, and it has few weights to be misled with; what tells objects apart is in the tokens already. An
+    image's logits have mean -2: only comparing its patches matters, since AdamW makes level 1 blind to a factor that all p
+    share, and well below 0 a sigmoid lets p differ by large factors. All p are equal at the start."""
+
+    def __init__(self, width, patches):
+        super().__init__()
+        self.grid = math.isqrt(patches)  # of this run's images; the encoder that is read may have another
+        self.fc = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(self.fc.weight)
+
+    def forward(self, x):  # [B, D, h, w] -> p [B, N]
+        logits = self.fc(F.layer_norm(x.movedim(1, 3), x.shape[1:2])).movedim(3, 1)  # [B, 1, h, w]
+        if logits.shape[-1] != self.grid:
+            logits = F.interpolate(logits, (self.grid, self.grid), mode="bilinear", antialias=True)
+        logits = logits.flatten(1)
+        return (logits - logits.mean(1, keepdim=True) - 2).sigmoid()
 
 
 class MaskingNetwork(nn.Module):
@@ -766,10 +956,8 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, width), table])[None]
 
 
-def build(cfg: Config, image_size: int, channels: int, classes: int) -> tuple[Networks, tuple[Tensor, Tensor, Tensor]]:
-    """Networks, and their initial parameters theta, phi, psi, a vector each; the encoder's depend on the seed alone.
-
-    Raises UserError where the sizes do not fit."""
+def check_size(cfg: Config, image_size: int, channels: int) -> None:
+    """Raise UserError for sizes that do not fit together, or make too large a model."""
     if image_size % cfg.patch_size:
         raise UserError(
             f"images of {image_size} pixels do not divide into patches of {cfg.patch_size}; "
@@ -788,24 +976,39 @@ def build(cfg: Config, image_size: int, channels: int, classes: int) -> tuple[Ne
     )
     if weights > MAX_WEIGHTS:
         raise UserError(f"a model of {weights:.1e} weights is too large; lower --width, --depth or --masking-width")
+
+
+def build(
+    cfg: Config, image_size: int, channels: int, classes: int, sight: Sight | None = None
+) -> tuple[Networks, tuple[Tensor, Tensor, Tensor]]:
+    """Networks, and their initial parameters theta, phi, psi, a vector each; the encoder's depend on the seed alone.
+
+    sight: of the T of another run. Raises UserError where the sizes do not fit."""
+    check_size(cfg, image_size, channels)
+    patches = (image_size // cfg.patch_size) ** 2
+    seen, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)
+    inputs = seen * cell**2 * (9 if cfg.masking_network == "shared" else patches)
     torch.manual_seed(cfg.seed)
     sizes = image_size, cfg.patch_size, channels
     encoder = Encoder(*sizes, cfg.width, cfg.depth, cfg.heads)
     decoder = Decoder(*sizes, cfg.width, cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
     encoder.recompute = decoder.recompute = cfg.checkpoint_activations
-    head = Head(cfg.width, classes, cfg.head_norm)
-    if cfg.masking_network == "shared":
+    ridge = cfg.level2 == "ridge"
+    head = RidgeHead(cfg.width, classes, cfg.ridge) if ridge else Head(cfg.width, classes, cfg.head_norm)
+    if cfg.masking_network == "tokens":
+        masking = TokenMaskingNetwork(sight.facts["width"] if sight else cfg.width, patches)
+    elif cfg.masking_network == "shared":
         masking = SharedMaskingNetwork(seen, cell, cfg.masking_width)
     else:
         masking = MaskingNetwork(inputs, cfg.masking_width, patches)
     theta = torch.cat([parameters_to_vector(module.parameters()) for module in (encoder, decoder)]).detach()
     phi, psi = (parameters_to_vector(module.parameters()).detach() for module in (head, masking))
-    return Networks(cfg, *(module.to("meta") for module in (encoder, decoder, head, masking))), (theta, phi, psi)
+    return Networks(cfg, *(module.to("meta") for module in (encoder, decoder, head, masking)), sight=sight), (theta, phi, psi)
 
 
 # -------------------------------------------------------------------------------------------------------- a whole run
 
-FORMAT = "mlo-mae checkpoint 2"
+FORMAT = "mlo-mae checkpoint 3"
 SHOWN = 8  # images in pictures, and those whose p is recorded over training
 
 
@@ -819,21 +1022,39 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     device = cli.choose_device(cfg.device)
     run = Run(out, {"config": dataclasses.asdict(cfg)}, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes)
     splits = first_before_others(lambda: load_data(cfg, device))
-    net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    source = (out if run.checkpoint else Path(cfg.masking_from)) / "checkpoint.pt"  # a run keeps what it needs of another's T
+    learned = (run.checkpoint or newest(source.parent, FORMAT)) if cfg.masking_from and rank() == 0 else None
+    with fitting(source):
+        seen = told({"eyes": {"facts": learned["eyes"]["facts"]}, "config": learned["config"]} if learned else None)
+        sight = sight_of(seen, splits.facts(), device) if seen else None
+    net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names), sight)
     if cfg.init and run.writer and run.checkpoint is None:
         heads = {"heads": cfg.heads, "decoder_heads": cfg.decoder_heads}
         params = (starting_weights(cfg.init, [net.encoder, net.decoder], params[0], heads), *params[1:])
     if prepare:
         prepare(net, splits, device, run)
-    state = State(0, *(fresh_level(vector, device) for vector in params))
+    state, fresh = State(0, *(fresh_level(vector, device) for vector in params)), params[0].clone()
+    if learned and run.checkpoint is None:
+        with fitting(source):
+            psi, eyes = masks_of(net, learned)
+        state = state._replace(psi=fresh_level(psi, device), eyes=eyes.to(device))
     if run.checkpoint is not None:
         with fitting(out / "checkpoint.pt"):
             state = restored(net, run.checkpoint, device)
-    state = as_first(state)
+            if cfg.init and restarts(cfg) and state.eyes is None:
+                fresh = flatten([net.encoder, net.decoder], run.checkpoint["first"])
+    (kept,) = agree(state.eyes is not None)
+    if kept and state.eyes is None:
+        read = net.sight.encoder if net.sight else net.encoder
+        state = state._replace(eyes=torch.zeros(size_of(read), device=device))
+    state, fresh = as_first((state, fresh))
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
     mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
-    looks = sum(learned_by(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
+    start, end = window(cfg, total)
+    if cfg.masking == "learned" and start == end and (cfg.masking_learns or not cfg.masking_from):
+        raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or --mask-until over --mask-start")
+    looks = sum(learns_at(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
     batches = [
         run.timed(split.stream(size, torch_generator(cfg.seed, purpose).initial_seed(), start=used, part=share(size)))
         for split, size, purpose, used in (
@@ -851,15 +1072,18 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         return {"epoch": epoch} | row
 
     def checkpoint():
-        return content(net, state, splits)
+        # A run reads the weights of --init once, and may need them again.
+        first = named([net.encoder, net.decoder], fresh) if cfg.init and restarts(cfg) and state.eyes is None else {}
+        return content(net, state, splits) | ({"first": first} if first else {})
 
     with run.at_work(total, state.iteration, f"{cfg.preset} {cfg.masking}"):
         while state.iteration < total and not run.stop:
+            state = with_kept_masks(net, state, fresh, total)
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
             epoch = round(state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train), 3)
-            if run.is_tenth(state.iteration) and learned_by(cfg, state.iteration / total):
+            if run.is_tenth(state.iteration - start, end - start):
                 with torch.no_grad():
-                    p = masking_probability(net, state.psi.params, watched[:SHOWN], state.theta.params[: net.encoder_size])
+                    p = masking_probability(net, state.psi.params, watched[:SHOWN], eyes_of(net, state))
                 run.record_masks(state.iteration, epoch, p)
             run.after(state.iteration, losses, cfg, metrics, checkpoint)
     leave()
@@ -882,7 +1106,7 @@ def load_data(cfg: Config, device: torch.device) -> data.Splits:
 def masks_now(net: Networks, state: State, images: Tensor, progress: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `draw_masks` returns for some images at this point of a run."""
     keys = (net.cfg.seed, MASKS, state.iteration, 1)
-    return draw_masks(net, state.psi.params, images, state.theta.params[: net.encoder_size], *keys, progress=progress)
+    return draw_masks(net, state.psi.params, images, eyes_of(net, state), *keys, progress=progress)
 
 
 def modules_of(net: Networks) -> dict[str, list[nn.Module]]:
@@ -894,13 +1118,52 @@ def content(net: Networks, state: State, splits: data.Splits) -> dict:
     """What a checkpoint holds: the whole state, under public parameter names."""
     levels = dict(zip(modules_of(net), (state.theta, state.head, state.psi)))
     about = {"format": FORMAT, "config": dataclasses.asdict(net.cfg), "data": splits.facts(), "iteration": state.iteration}
-    return about | packed(levels, modules_of(net))
+    own = {name: getattr(net.cfg, name) for name in ("patch_size", "width", "depth", "heads", "masking_blocks")}
+    eyes = {"facts": net.sight.facts if net.sight else own | splits.facts()}
+    if state.eyes is not None:
+        encoder = net.sight.encoder if net.sight else net.encoder
+        eyes["weights"] = {name: tensor.cpu().clone() for name, tensor in unflatten(encoder, state.eyes).items()}
+    return about | {"eyes": eyes} | packed(levels, modules_of(net))
 
 
 def restored(net: Networks, content: dict, device: torch.device) -> State:
     """The opposite of `content`. Raises UserError where something is not this network's, and others: see `fitting`."""
     levels = (Level(*level) for level in unpacked(content, modules_of(net), device))
-    return State(whole_number(content["iteration"]), *levels)
+    kept = content["eyes"].get("weights")
+    absent = kept is None and not net.sight
+    eyes = None if absent else flatten([net.sight.encoder if net.sight else net.encoder], kept).to(device)
+    return State(whole_number(content["iteration"]), *levels, eyes)
+
+
+def sight_of(content: dict, here: dict, device: torch.device) -> Sight:
+    """How the T in a checkpoint, of another run or taken from one, sees the images whose facts are `here`. Raises UserError,
+    and others: see `fitting`."""
+    facts, config = content["eyes"]["facts"], content["config"]
+    if (config["masking"], config["masking_network"]) != ("learned", "tokens"):
+        raise UserError("it has no T that was learned and reads tokens; take a run with --masking-network tokens")
+    if facts["channels"] != here["channels"]:
+        raise UserError(f"its T sees images of {facts['channels']} channels, and these have {here['channels']}")
+    names = "image_size", "patch_size", "width", "depth", "heads", "masking_blocks"
+    seen = Config(**{name: facts[name] for name in names}, decoder_width=4, decoder_heads=1, masking_width=1)
+    seen = dataclasses.replace(seen, batch_size=world(), labelled_batch_size=world())
+    check(seen)
+    check_size(seen, seen.image_size, here["channels"])
+    with torch.device("meta"):
+        encoder = Encoder(seen.image_size, seen.patch_size, here["channels"], seen.width, seen.depth, seen.heads)
+    pairs = [[torch.tensor(each[name])[:, None, None].to(device) for name in ("mean", "std")] for each in (here, facts)]
+    (mean, std), (its_mean, its_std) = pairs
+    scale, shift = std / its_std, (mean - its_mean) / its_std
+    if len(its_mean) != len(mean) or not (scale.isfinite() & (scale > 0) & shift.isfinite()).all():
+        raise UserError("the mean and deviation of its pixels are not finite, or no deviation above 0")
+    return Sight(encoder, facts, scale, shift)
+
+
+def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
+    """psi, and the parameters of the encoder that T reads, out of another run's checkpoint. Raises as `sight_of` does."""
+    encoder = net.sight.encoder
+    kept = content["eyes"].get("weights")
+    kept = {name: content["model"][name] for name, _ in encoder.named_parameters()} if kept is None else kept
+    return flatten([net.masking], content["masking"]), flatten([encoder], kept)
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -33,7 +33,8 @@ def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networ
         sizes = [whole_number(facts["image_size"]), whole_number(facts["channels"]), len(facts["class_names"])]
         if cfg.image_size not in (0, sizes[0]):
             raise UserError(f"its images have {sizes[0]} pixels, but --image-size is {cfg.image_size}")
-        net, _ = mlo_mae.build(cfg, *sizes)
+        sight = mlo_mae.sight_of(content, facts, device) if cfg.masking_from else None
+        net, _ = mlo_mae.build(cfg, *sizes, sight)
         state = mlo_mae.restored(net, content, device)  # before the data, whose size a damaged file could make absurd
     splits = mlo_mae.load_data(cfg, device)
     if [splits.image_size, splits.channels, list(splits.class_names)] != [*sizes[:2], facts["class_names"]]:
@@ -42,7 +43,7 @@ def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networ
 
 
 @torch.no_grad()
-def features(net: mlo_mae.Networks, params: Tensor, split, pooling: str = "cls") -> tuple[Tensor, Tensor]:
+def features(net: mlo_mae.Networks, params: Tensor, split, pooling: str = "") -> tuple[Tensor, Tensor]:
     """Features [images, D] of `mlo_mae.encode` and labels [images] of a whole split, without augmentation, on the CPU.
 
     params: theta, or the encoder's part of it."""

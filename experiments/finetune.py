@@ -34,7 +34,7 @@ from harness.checkpoints import fitting, whole_number
 from harness.cli import flag
 from harness.files import append_line, write_whole
 from harness.randomness import BATCHES, DISTORT, DROP_PATH, draw_dropout, numpy_generator, torch_generator
-from harness.run import Run
+from harness.run import Run, first_name
 from harness.schedule import schedule
 from harness.vectors import decays, flatten, unflatten
 from mlo_mae import MACHINE_FIELDS, PRESETS, Config, Encoder, Networks
@@ -360,9 +360,9 @@ def is_run(run: Path | None, own: set[str]) -> bool:
     return True
 
 
-def default_folder(run: Path | None, name: str, preset: str) -> Path:
+def default_folder(run: Path | None, name: str, cfg: Config) -> Path:
     """Where a training named so writes: into its run, or else into runs/."""
-    return run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else preset}-{name}"
+    return run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else first_name(cfg, PRESETS)}-{name}"
 
 
 def encoder_and_data(run: Path | None, recipe: Training, settings: dict) -> tuple[Networks, Tensor, Splits]:
@@ -415,7 +415,7 @@ def run_command(argv: list[str] | None) -> dict:
     check(recipe)
     net, theta, splits = encoder_and_data(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"
-    out = out or default_folder(run, name, net.cfg.preset)
+    out = out or default_folder(run, name, net.cfg)
     return {"verb": "finetune", "run": str(out), **finetune(net, theta, splits, recipe, out, resume)}
 
 

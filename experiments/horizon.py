@@ -1,12 +1,15 @@
-"""How far must a hypergradient look? Measured on `shapes`, whose objects are known, with a T of two parameters.
+"""What is T told, and is it true? Measured on `shapes`, whose objects are known, with weights that are placed by hand.
 
-    python mlo_mae.py horizon --save   # minutes on 2 CPU cores; --save also writes benchmarks/horizon.md
+    python mlo_mae.py horizon --save   # ten minutes on a CPU core; --save also writes benchmarks/horizon.md
 
-T gives every patch of an object the logit a, and every other patch b; masks are random. An MAE is trained for some steps
-with a = b, and then goes on in three ways: objects weighted up (a > b), all alike, background weighted up (a < b). Some
-steps later a linear classifier is fitted to the features of all training images, and its cross-entropy on the validation
-images, L3, says which way was the better one, had one looked that far ahead. Beside it stands what T is told instead: the
-exact derivative of L3 through as many level-1 steps, from labelled batches and head steps as in a run.
+p is one number for what lies in objects and another for the rest; masks are random. An MAE is trained for some steps with
+all alike, and then goes on in three ways: objects 1 and the rest 0.2, all alike, the rest 1 and objects 0.2. Some steps later
+a linear classifier is fitted to the features of all training images, the mean of the patches' tokens, and its cross-entropy
+on the validation images, L3, says which way was the better one, had one looked that far ahead.
+
+Beside it stands what T is told instead: the exact derivative of L3 through as many level-1 steps along the weight of objects,
+as a run asks for it by default (level 2 solved, on the mean token) and as it was asked for before (ten steps of the head, on
+the CLS token).
 """
 
 import argparse
@@ -20,135 +23,179 @@ import torch
 import torch.nn.functional as F
 from einops import reduce
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from tqdm import tqdm
 
 import mlo_mae
 from data import Splits
 from experiments import features
 from harness import UserError, cli
+from harness.dense import IGNORED, Masked, load_dense
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine
 from harness.probe import lbfgs_probes
 from harness.randomness import draw_dropout
 from harness.schedule import schedule
-from harness.vectors import call, weight_decays
+from harness.vectors import weight_decays
 from mlo_mae import Config, Labelled, Level, Networks, Rates, Step
 
-WEIGHTED = {"objects": (2.0, -2.0), "all alike": (0.0, 0.0), "background": (-2.0, 2.0)}  # (a, b); sigmoid(2) = 0.88
-LOOKS = {1: 16, 8: 4, 64: 2, 256: 1}  # steps ahead, and how many derivatives through as many steps are taken a seed
-CONFIG = Config(masking="learned", mask_start=0.0, mask_noise=1e9)  # noise alone draws the masks
-HEAD_LOOKS = 30  # T's looks before the ways part, which leave a head that has learned
-TITLES = "steps ahead | L3, objects up | all alike | background up | objects up - alike | background up - alike"
+WEIGHTED = {"objects": (1.0, 0.2), "all alike": (1.0, 1.0), "background": (0.2, 1.0)}  # p of objects, and of the rest
+LOOKS = {1: 32, 64: 1, 256: 0}  # steps ahead, and how many derivatives through as many steps are taken a seed
+CONFIG = Config(masking_network="shared", mask_start=0.0)  # a T that reads images, which `ObjectWeights` takes the place of
+QUESTIONS = {  # how levels 2 and 3 are asked
+    "closed form, mean token": {"level2": "ridge", "pooling": "mean"},
+    "ten head steps, CLS token": {"level2": "steps", "pooling": "cls"},
+}
+HEAD_LOOKS = 10  # T's looks before the ways part, which leave a head that has learned
 NOTE = """\
 L3: cross-entropy on validation images of a linear classifier fitted to the training images, mean over seeds;
-differences ± standard deviation over seeds. Derivative: by the weight of an object's patch less by another's, a step,
-mean ± standard error."""
+differences ± standard deviation over seeds. Derivative: by the weight of an object's pixels less that of others, a step,
+mean ± standard error over looks, and t, their ratio; below 0 where T is told to weigh objects more."""
 
 
 class ObjectWeights(nn.Module):
-    """T of the logits (a, b). The objects of `shapes` are coloured, and their background is grey."""
+    """T of the weights of objects and of the rest. What it knows of images is told it: {images: share of each patch that
+    objects cover, [B, N]}."""
 
-    def __init__(self, patch: int):
+    def __init__(self):
         super().__init__()
-        self.patch, self.logits = patch, nn.Parameter(torch.zeros(2))
+        self.weights, self.covered = nn.Parameter(torch.ones(2)), WeakTensorKeyDictionary()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> p [B, N]
-        coloured = (images.amax(1) - images.amin(1) > 0.6).float()  # [B, H, W]
-        share = reduce(coloured, "b (h p) (w q) -> b (h w)", "mean", p=self.patch, q=self.patch)  # [B, N]
-        return torch.where(share > 0.02, self.logits[0], self.logits[1]).sigmoid()
+        share = self.covered[images]
+        return share * self.weights[0] + (1 - share) * self.weights[1]
 
 
 class Training(NamedTuple):
     """Level 1 at one point of a run, from where it can go on in several ways."""
 
-    net: Networks
+    asked: dict[str, Networks]  # by each of QUESTIONS
+    heads: dict[str, Level]  # their heads
+    masked: Masked  # the training images, with their objects, which move along
     splits: Splits
-    decay: list[Tensor]  # weight decays of the three levels
+    decay: Tensor  # weight decay of theta
     total: int  # level-1 steps of the whole run, which the learning rate follows
     number: int  # level-1 steps made
     theta: Level
-    head: Level
+
+    @property
+    def net(self) -> Networks:
+        """Of level 1, which is the same for every question."""
+        return next(iter(self.asked.values()))
 
 
 def begin(seed: int, number: int, total: int) -> Training:
     """The Training of a seed after `number` of `total` steps with all patches alike."""
-    cfg = replace(CONFIG, seed=seed)
+    cfg, asked, heads = replace(CONFIG, seed=seed), {}, {}
     splits = mlo_mae.load_data(cfg, torch.device("cpu"))
-    net, (theta, phi, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    net.masking = ObjectWeights(cfg.patch_size)
-    decay = [weight_decays(modules, cfg.weight_decay) for modules in mlo_mae.modules_of(net).values()]
-    start = Training(net, splits, decay, total, 0, *(mlo_mae.fresh_level(params, "cpu") for params in (theta, phi)))
+    masked = load_dense(cfg.data, "masks", limit=cfg.images, val_fraction=cfg.val_fraction, seed=seed).train
+    masking = ObjectWeights()
+    for question, settings in QUESTIONS.items():
+        net, (theta, phi, _) = mlo_mae.build(
+            replace(cfg, **settings), splits.image_size, splits.channels, len(splits.class_names)
+        )
+        net.masking, asked[question], heads[question] = masking, net, mlo_mae.fresh_level(phi, "cpu")
+    decay = weight_decays([net.encoder, net.decoder], cfg.weight_decay)
+    start = Training(asked, heads, masked, splits, decay, total, 0, mlo_mae.fresh_level(theta, "cpu"))
     theta, _ = go_on(start, "all alike", number)
-    head = start.head
-    for look in range(HEAD_LOOKS):
-        _, head, _ = mlo_mae.upper_levels(net, theta.params[: net.encoder_size], head, labelled(start, look))
-        head = mlo_mae.detached(head)
-    return start._replace(number=number, theta=theta, head=head)
+    for question, net in asked.items():
+        for look in range(HEAD_LOOKS):
+            batches = labelled(start, question, look)
+            _, head, _ = mlo_mae.upper_levels(net, theta.params[: net.encoder_size], heads[question], batches)
+            heads[question] = mlo_mae.detached(head)
+    return start._replace(number=number, theta=theta)
 
 
 def go_on(training: Training, weighted: str, count: int, order: int = 0) -> tuple[Level, list[Step]]:
     """theta after `count` more steps, and those Steps; `order` changes images and masks."""
     net, cfg, theta, made = training.net, training.net.cfg, training.theta, []
     psi = torch.tensor(WEIGHTED[weighted])
-    batches = training.splits.train.stream(cfg.batch_size, 1000 * order + cfg.seed, start=training.number)
-    for number, (images, _) in zip(range(training.number, training.number + count), batches):
-        rates = Rates(cfg.lr * schedule(number, training.total, cfg.warmup * training.total), training.decay[0])
+    batches = training.masked.stream(cfg.batch_size, 1000 * order + cfg.seed, start=training.number)
+    for number, (images, classes) in zip(range(training.number, training.number + count), batches):
+        inside = ((classes > 0) & (classes != IGNORED)).float()  # class 0 is the background
+        patch = {"p": cfg.patch_size, "q": cfg.patch_size}
+        net.masking.covered[images] = reduce(inside, "b (h p) (w q) -> b (h w)", "mean", **patch)
+        rates = Rates(cfg.lr * schedule(number, training.total, cfg.warmup * training.total), training.decay)
         theta, step, _, _ = mlo_mae.level1_step(net, theta, psi, images, rates, cfg.seed, order, number)
         made.append(step)
     return theta, made
 
 
-def labelled(training: Training, look: int) -> Labelled:
+def labelled(training: Training, question: str, look: int) -> Labelled:
     """Batches, dropout and rates of levels 2 and 3 for one look."""
-    cfg, splits = training.net.cfg, training.splits
-    size, seed = cfg.labelled_batch_size, 1000 * look + cfg.seed
+    net, splits = training.asked[question], training.splits
+    cfg, size, seed = net.cfg, net.cfg.labelled_batch_size, 1000 * look + net.cfg.seed
     batch2, batch3 = (next(iter(split.stream(size, seed))) for split in (splits.train, splits.val))
     dropout = draw_dropout(cfg.dropout, (cfg.head_steps, size, cfg.width), cfg.seed, look)
-    return Labelled(*batch2, *batch3, dropout, Rates(cfg.head_lr, training.decay[1]))
+    return Labelled(*batch2, *batch3, dropout, Rates(cfg.head_lr, weight_decays([net.head], cfg.weight_decay)))
 
 
-def fitted_loss3(training: Training, theta: Level) -> float:
+def fitted_loss3(training: Training) -> float:
     """L3 of a linear classifier fitted to the training split; its weight decay is the best of four."""
-    net, splits = training.net, training.splits
-    probes = lbfgs_probes(*features(net, theta.params, splits.train), len(splits.class_names))
-    inputs, labels = features(net, theta.params, splits.val)
+    net, splits, theta = training.net, training.splits, training.theta
+    probes = lbfgs_probes(*features(net, theta.params, splits.train, "mean"), len(splits.class_names))
+    inputs, labels = features(net, theta.params, splits.val, "mean")
     return min(F.cross_entropy(probe(inputs), labels).item() for probe in probes.values())
 
 
-def derivative(training: Training, steps_ahead: int, look: int) -> float:
-    """The exact derivative of L3 by the weight of an object's patch less that by another patch's, through `steps_ahead`
-    steps: below 0 where objects should weigh more."""
-    net = training.net
-    theta, steps = go_on(training, "all alike", steps_ahead, order=1 + look)
-    batches = labelled(training, 100 + look)
-    of_a, of_b = mlo_mae.exact(net, theta, torch.zeros(2), training.head, batches, steps).hypergradient
-    objects = torch.cat([call(net.masking, torch.tensor([50.0, -50.0]), step.images) for step in steps]).mean()
-    return ((of_a / objects - of_b / (1 - objects)) / steps_ahead).item()
-
-
-def measure(seed: int, number: int, total: int) -> dict[int, tuple[dict[str, float], list[float]]]:
-    """One seed's {steps ahead: ({weighting: fitted L3}, [derivatives])}."""
-    training, found = begin(seed, number, total), {}
-    for steps_ahead, looks in tqdm(LOOKS.items(), desc=f"seed {seed}"):
-        losses = {way: fitted_loss3(training, go_on(training, way, steps_ahead, order=1)[0]) for way in WEIGHTED}
-        found[steps_ahead] = losses, [derivative(training, steps_ahead, look) for look in range(looks)]
+def derivatives(training: Training, steps_ahead: int, look: int) -> dict[str, float]:
+    """By each question, the exact derivative of L3 by the weight of an object's pixels less that by the others', through
+    `steps_ahead` steps (through one, over the latest batches, as in a run): below 0 where objects should weigh more."""
+    covered, batches = training.net.masking.covered, CONFIG.mask_batches if steps_ahead == 1 else steps_ahead
+    theta, steps = go_on(training, "all alike", batches, order=1 + look)
+    share = torch.cat([covered[step.images] for step in steps])
+    if steps_ahead == 1:
+        steps = [mlo_mae.joined(steps)]
+        covered[steps[0].images] = share
+    objects, found = share.mean(), {}
+    for question, net in training.asked.items():
+        batches = labelled(training, question, 100 + look)
+        psi = torch.tensor(WEIGHTED["all alike"])
+        of_a, of_b = mlo_mae.exact(net, theta, psi, training.heads[question], batches, steps).hypergradient
+        found[question] = ((of_a / objects - of_b / (1 - objects)) / steps_ahead).item()
     return found
 
 
-def table(runs: list[dict[int, tuple[dict[str, float], list[float]]]]) -> tuple[list[str], list[dict]]:
+Found = dict[int, tuple[dict[str, float], list[dict[str, float]]]]
+
+
+def measure(seed: int, number: int, total: int) -> Found:
+    """One seed's {steps ahead: ({weighting: fitted L3}, [{question: derivative}])}."""
+    training, found = begin(seed, number, total), {}
+    ways = dict.fromkeys(WEIGHTED, training)
+    for steps_ahead, looks in tqdm(LOOKS.items(), desc=f"seed {seed}"):
+        for way, there in ways.items():
+            theta, _ = go_on(there, way, number + steps_ahead - there.number, order=1)
+            ways[way] = there._replace(number=number + steps_ahead, theta=theta)
+        losses = {way: fitted_loss3(there) for way, there in ways.items()}
+        found[steps_ahead] = losses, [derivatives(training, steps_ahead, look) for look in range(looks)]
+    return found
+
+
+def table(runs: list[Found]) -> tuple[list[str], list[dict]]:
     """What `measure` found for each seed as markdown lines, and as rows for JSON."""
-    lines = [f"| {TITLES} | exact derivative along objects |", "|--:|--:|--:|--:|--:|--:|--:|"]
-    rows = []
+    titles = ["steps ahead", "L3, objects up", "all alike", "background up", "objects up - alike", "background up - alike"]
+    titles += [f"derivative: {question}" for question in QUESTIONS]
+    lines, rows = [f"| {' | '.join(titles)} |", f"|{'--:|' * len(titles)}"], []
     for steps_ahead in LOOKS:
         losses = np.array([list(run[steps_ahead][0].values()) for run in runs])  # [seeds, 3]
-        looks = np.array([look for run in runs for look in run[steps_ahead][1]])
         gaps = losses - losses[:, 1:2]
         columns = [f"{x.mean():.3f}" for x in losses.T] + [f"{x.mean():+.3f} ± {deviation(x):.3f}" for x in gaps[:, ::2].T]
-        error = deviation(looks) / len(looks) ** 0.5
-        columns.append(f"{looks.mean():+.1e} ± {error:.0e} ({len(looks)} looks)")
+        told = {name: np.array([look[name] for run in runs for look in run[steps_ahead][1]]) for name in QUESTIONS}
+        columns += map(told_text, told.values())
         lines.append(f"| {steps_ahead} | {' | '.join(columns)} |")
-        rows.append({"steps_ahead": steps_ahead, "loss3": losses.tolist(), "derivatives": looks.tolist()})
+        told = {name: looks.tolist() for name, looks in told.items()}
+        rows.append({"steps_ahead": steps_ahead, "loss3": losses.tolist(), "derivatives": told})
     return lines, rows
+
+
+def told_text(looks: np.ndarray) -> str:
+    """Mean, standard error and t of some derivatives; nothing of none."""
+    if len(looks) == 0:
+        return ""
+    error = deviation(looks) / len(looks) ** 0.5
+    ratio = f", t {looks.mean() / error:+.1f}" if error else ""
+    return f"{looks.mean():+.1e} ± {error:.0e}{ratio} ({len(looks)} looks)"
 
 
 def deviation(values: np.ndarray) -> float:

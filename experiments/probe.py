@@ -25,7 +25,7 @@ RECIPE_HELP = (
 
 
 def probe(
-    net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, recipe: str = "lbfgs", pooling: str = "cls"
+    net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, recipe: str = "lbfgs", pooling: str = ""
 ) -> dict[str, float]:
     """The accuracies (shares) that `harness.probe.linear_probe` returns, of the features of this state's encoder."""
     found = (features(net, state.theta.params, split, pooling) for split in (splits.train, splits.val, splits.test))
@@ -46,11 +46,13 @@ def run_command(argv: list[str] | None) -> dict:
     parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--recipe", choices=list(PROBES), default="lbfgs", help=RECIPE_HELP)
-    pooling = "CLS token, or mean of the patches' tokens (default cls)"
-    parser.add_argument("--pooling", choices=["cls", "mean"], default="cls", help=pooling)
+    pooling = "mean of the patches' tokens, or CLS token (default: the run's)"
+    parser.add_argument("--pooling", choices=["mean", "cls"], default="", help=pooling)
     flags = vars(parser.parse_args(argv))
     how = {name: flags.pop(name) for name in ("recipe", "pooling")}
-    return {"verb": "probe", "run": str(flags["run"]), **how, **probe(*open_run(**flags), **how)}
+    net, state, splits = open_run(**flags)
+    how["pooling"] = how["pooling"] or net.cfg.pooling
+    return {"verb": "probe", "run": str(flags["run"]), **how, **probe(net, state, splits, **how)}
 
 
 def main(argv: list[str] | None = None) -> int:

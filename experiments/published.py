@@ -49,6 +49,7 @@ class Published(Config):
     hypergradient: Literal["finite-difference"] = flag("finite-difference", "form of dL3/dpsi")
     redraw_dropout: bool = flag(True, "redraw dropout between the two evaluations, as the published code does")
     unroll: Literal["last"] = flag("last", "differentiate the last level-1 step")
+    level2: Literal["steps"] = flag("steps", "the head: AdamW steps, which the published form differentiates")
     head_steps: int = flag(1, "head steps a mask update; the published form differentiates one", least=1, most=1)
 
 
@@ -102,15 +103,15 @@ def by_betty(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: La
     theta, phi, psi = (torch.nn.Parameter(x) for x in (theta.params.clone(), head.params.clone(), psi))  # T stays put
 
     def loss1(_):
-        prob = mlo_mae.masking_probability(net, psi, step.images, theta[:split])
+        prob = mlo_mae.masking_probability(net, psi, step.images, step.eyes)
         return mlo_mae.level1_loss(prob, step.mask, mlo_mae.patch_errors(net, theta[:split], theta[split:], step))
 
     def loss2(_):
         features = mlo_mae.encode(net, theta[:split], labelled.images2)
-        return mlo_mae.level2_loss(net, phi, features, labelled.labels2, labelled.dropout[0])
+        return mlo_mae.head_loss(net, phi, features, labelled.labels2, labelled.dropout[0])
 
     def loss3(_):
-        return mlo_mae.level3_loss(net, phi, mlo_mae.encode(net, theta[:split], labelled.images3), labelled.labels3)
+        return mlo_mae.head_loss(net, phi, mlo_mae.encode(net, theta[:split], labelled.images3), labelled.labels3)
 
     def head_step():
         phi.data = mlo_mae.adamw(head_before, phi.grad, labelled.rates).params
@@ -136,7 +137,7 @@ def compare(argv: list[str]) -> int:
     """Run `published hypergradient` with these flags: the exit status of `bench.py hypergradient`."""
     more, note = {}, ""
     if "betty.problems" in sys.modules:
-        more["betty"] = Method("Betty's finite differences, dU/dg = -1", by_betty)
+        more["betty"] = Method("Betty's finite differences, dU/dg = -1", by_betty, solved=False)
         note = (
             f" Betty {betty.__version__} runs our networks, batches, masks and AdamW steps, with dropout held. Its own are "
             "dU/dg = -1, differences around the parameters after the steps, and a pass of level 1 for each of two paths. Its "

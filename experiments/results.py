@@ -1,15 +1,19 @@
-"""Does learning the masks help? A grid of methods x seeds on one data set, as a table, a figure and one line of JSON.
+"""Does learning the masks help? A grid of methods x seeds on one data set, as tables, a figure and one line of JSON.
 
-    python mlo_mae.py results                                  # shapes: a quarter of an hour on 2 CPU cores
+    python mlo_mae.py results                                  # shapes
+    python mlo_mae.py results --data clutter                   # the same objects on photographs (clutter makes the file)
     python mlo_mae.py results --data cifar100 --data-dir DIR   # a small ViT on 5,000 images
-    python mlo_mae.py results --dense                          # shapes: segmentation and detection, encoders of equal steps
+    python mlo_mae.py results --no-finetune                    # probes alone; without the flag, later, the rest is filled in
+    python mlo_mae.py results --transfer                       # T of one run used by another: other seed, width, data
+    python mlo_mae.py results --dense                          # segmentation and detection, encoders of equal steps
     python mlo_mae.py results --table                          # from what is finished, without running anything
 
 Two rules, since a mask update costs more than a step of MAE. *Equal steps*: every method makes the same level-1 steps.
-*Equal time*: every method gets the seconds that MLO-MAE took in this grid, at the same seed, and makes more steps in them.
-Methods of one seed share their data split, first weights and, under equal steps, the order of their images, so differences
-are taken in pairs. Every method has the same labels: all of the training split to probe and fine-tune with, and the
-validation split to choose with. A cell of the grid is a run's folder; a finished cell is not run again.
+*Equal time*: every method gets the seconds that MLO-MAE took in this grid, at the same seed, all that T costs included, and
+makes more steps in them. Methods of one seed share their data split, first weights and, under equal steps, the order of
+their images, so differences are taken in pairs. Every method has the same labels: all of the training split to probe and
+fine-tune with, and the validation split to choose with. A cell of the grid is a run's folder; what is finished is not run
+again.
 """
 
 import argparse
@@ -19,17 +23,19 @@ import math
 import multiprocessing
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 import mlo_mae
-from experiments import baselines, finetune, transfer
+from experiments import baselines, finetune, show, transfer
 from experiments.baselines import UMAE, SemMAE
+from experiments.probe import probe
 from harness import UserError, cli
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine
@@ -37,21 +43,43 @@ from harness.pictures import save_figure
 from harness.run import read_metrics
 from mlo_mae import Config
 
-# What each method runs as, and the settings that make it. `{mae}` is the folder of this seed's MAE under equal steps.
-METHODS: dict[str, tuple[type[Config], dict] | None] = {
-    "MLO-MAE": (Config, {"masking": "learned"}),
-    "MAE": (Config, {"masking": "random"}),
-    "SemMAE": (SemMAE, {"parts_from": "{mae}"}),
-    "no pretraining": None,
-    "U-MAE": (UMAE, {"uniformity": 0.01}),
-    "MLO-MAE, weights alone": (Config, {"masking": "learned", "mask_noise": 100.0}),  # all but random masks, weighted by p
-    "MLO-MAE, first-order": (Config, {"masking": "learned", "hypergradient": "first-order"}),
-    "MLO-MAE, identity": (Config, {"masking": "learned", "update_jacobian": "identity"}),
-    "MLO-MAE, slow T": (Config, {"masking": "learned", "mask_lr": 0.1}),
+
+class Method(NamedTuple):
+    """A row: what it runs as (None: no pretraining), and the settings that make it."""
+
+    kind: type[Config] | None
+    changes: dict = {}
+    given: Literal["", "this", "other"] = ""  # whose T it is given: of a run on this data set, or on the other one
+    rival: str = "MAE"  # what it is compared with
+
+
+WIDE = {"width": 96}
+METHODS = {
+    "MLO-MAE": Method(Config),
+    "MLO-MAE, T given": Method(Config, given="this"),
+    "MAE": Method(Config, {"masking": "random"}),
+    "no pretraining": Method(None),
+    "SemMAE": Method(SemMAE),
+    "U-MAE": Method(UMAE, {"uniformity": 0.01}),
+    f"MLO-MAE, {'no ' * Config.mask_restart}restart": Method(Config, {"mask_restart": not Config.mask_restart}),
+    "MLO-MAE, head steps": Method(Config, {"level2": "steps"}),
+    "MLO-MAE, CLS": Method(Config, {"pooling": "cls"}),
+    "MLO-MAE, T on pixels": Method(Config, {"masking_network": "shared"}),
+    "MLO-MAE, drawn by p": Method(Config, {"mask_choice": "odds"}),
+    "MLO-MAE, first-order": Method(Config, {"hypergradient": "first-order"}),
+    "MLO-MAE, identity": Method(Config, {"update_jacobian": "identity"}),
+    # of --transfer alone
+    "T of the other data": Method(Config, given="other"),
+    "MAE, width 96": Method(Config, {"masking": "random"} | WIDE, rival="MAE, width 96"),
+    "T of width 64, width 96": Method(Config, WIDE, "this", "MAE, width 96"),
 }
-MAIN = ["MLO-MAE", "MAE", "SemMAE", "no pretraining"]  # what runs by default
+TRANSFERRED = ["MAE", "MLO-MAE", "MLO-MAE, T given", "T of the other data", "MAE, width 96", "T of width 64, width 96"]
+ROWS = [name for name in METHODS if name not in TRANSFERRED[3:]]  # that --methods may name
+MAIN = ["MLO-MAE", "MLO-MAE, T given", "MAE", "no pretraining"]  # what runs by default
 TIMED = ["MAE", "no pretraining"]  # what also runs for as long as MLO-MAE
-MEASURES = {"probe": "linear probe %", "finetune": "fine-tuned %"}  # of a cell
+PROBES = {"probe": "probe, mean %", "probe_cls": "probe, CLS %"}  # measures of a cell, and their headings
+MEASURES = PROBES | {"finetune": "fine-tuned %"}
+OBJECTS = ("object_auc", "object_weight")  # how T sees them, in metrics.jsonl
 
 
 class Dense(NamedTuple):
@@ -66,126 +94,190 @@ DENSE = {
     "segment": Dense("test_miou", "segmentation, mIoU %", {"epochs": 5}),
     "detect": Dense("test_ap", "detection, AP %", {"epochs": 10}),
 }
-DATA = {  # the configuration, and how to fine-tune
-    "shapes": ({"epochs": 8}, {"epochs": 3}),
-    "cifar100": ({"data": "cifar100", "images": 5000, "epochs": 12}, {"epochs": 6}),
+DATA = {  # the configuration, and how to fine-tune; {clutter} is the file
+    "shapes": ({}, {"epochs": 3}),
+    "clutter": ({"data": "{clutter}"}, {"epochs": 3}),
+    "cifar100": ({"data": "cifar100", "images": 5000}, {"epochs": 6}),
 }
+OTHER = {"shapes": "clutter", "clutter": "shapes"}  # data sets whose objects are known
 
 # ------------------------------------------------------------------------------------------------------------ cells
 
 
-def settings(name: str, method: str, seed: int, out: Path, data_dir: str) -> tuple[Config, finetune.Recipe]:
-    """A cell's configuration, and how it is fine-tuned."""
-    config, recipe = DATA[name]
-    kind, changes = METHODS[method] or (Config, {})
-    if "parts_from" in changes:
-        changes = changes | {"parts_from": changes["parts_from"].format(mae=folder_of(out, "MAE", "steps", seed))}
-    cfg = kind(**config | {"data_dir": data_dir, "seed": seed} | changes)
-    return cfg, finetune.Recipe(seed=seed, from_scratch=METHODS[method] is None, **recipe)
+class Cell(NamedTuple):
+    """One run of the grid, or one training on its encoder."""
+
+    data: str  # of DATA
+    method: str  # of METHODS
+    rule: str  # "steps", "time", or a task of DENSE
+    seed: int
 
 
-def folder_of(out: Path, method: str, rule: str, seed: int) -> Path:
-    """A cell's folder."""
-    return out / f"{method.replace(',', '').replace(' ', '-')}-{rule}-{seed}"
+@dataclass(frozen=True)
+class Grid:
+    """Where the cells are, and what they share."""
+
+    out: Path
+    data_dir: str
+    clutter: Path
+    seeds: int
+    threads: int = 1
+    tuned: bool = True  # whether to fine-tune
+
+    def cells(self, data: str, rules: Sequence[str], methods: Sequence[str]) -> list[Cell]:
+        """The cells of a data set; without fine-tuning there is nothing to do for one that is not pretrained."""
+        return [
+            Cell(data, method, rule, seed)
+            for rule in rules
+            for seed in range(self.seeds)
+            for method in methods
+            if (rule != "time" or method in TIMED) and (self.tuned or METHODS[method].kind or rule in DENSE)
+        ]
 
 
-def read_cell(out: Path, method: str, rule: str, seed: int) -> dict | None:
-    """A finished cell's numbers, or None. A dense task is a cell too, in the folder of its encoder."""
-    dense = folder_of(out, method, "steps", seed) / rule / "result.json"
-    path = dense if rule in DENSE else folder_of(out, method, rule, seed) / "cell.json"
+def lender_of(cell: Cell, seeds: int) -> tuple[str, Cell] | None:
+    """The setting that names another cell's run, and that cell, where this cell starts from what another has learned."""
+    method = METHODS[cell.method]
+    if method.kind is SemMAE:
+        return "parts_from", Cell(cell.data, "MAE", "steps", cell.seed)
+    if method.given:  # of another seed: what T has seen is no part of this run
+        data = OTHER[cell.data] if method.given == "other" else cell.data
+        return "masking_from", Cell(data, "MLO-MAE", "steps", (cell.seed + 1) % seeds)
+    return None
+
+
+def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
+    """A cell's configuration, and how its encoder is trained on."""
+    config, recipe = DATA[cell.data]
+    config = {name: str(grid.clutter) if value == "{clutter}" else value for name, value in config.items()}
+    method, lender = METHODS[cell.method], lender_of(cell, grid.seeds)
+    given = {lender[0]: str(folder_of(grid.out, lender[1]))} if lender else {}
+    cfg = (method.kind or Config)(**config | {"data_dir": grid.data_dir, "seed": cell.seed} | method.changes | given)
+    how = {"seed": cell.seed, "from_scratch": method.kind is None}
+    if cell.rule in DENSE:
+        return cfg, transfer.DenseRecipe(**how, **DENSE[cell.rule].recipe)
+    return cfg, finetune.Recipe(**how, **recipe)
+
+
+def folder_of(out: Path, cell: Cell) -> Path:
+    """A cell's folder; that of a dense task is in its encoder's."""
+    dense = cell.rule in DENSE
+    name = f"{cell.method.replace(',', '').replace(' ', '-')}-{'steps' if dense else cell.rule}-{cell.seed}"
+    return out / cell.data / name / (cell.rule if dense else "")
+
+
+def read_cell(out: Path, cell: Cell) -> dict | None:
+    """A cell's numbers, as far as there are any."""
+    path = folder_of(out, cell) / ("result.json" if cell.rule in DENSE else "cell.json")
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run_cell(cfg: Config, recipe: finetune.Recipe, method: str, rule: str, seed: int, out: Path, threads: int) -> None:
-    """Run one cell and write its cell.json: accuracies on the test split (shares), epochs, seconds.
+def is_finished(cell: Cell, grid: Grid) -> bool:
+    """Whether nothing is left to do for a cell."""
+    found = read_cell(grid.out, cell)
+    return found is not None and (cell.rule in DENSE or not grid.tuned or "finetune" in found)
+
+
+def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> None:
+    """Do what is left of one cell and write its cell.json: accuracies on the test split (shares), epochs, seconds; where the
+    data knows its objects, also how T saw them in the end.
 
     Under the rule "time" a method gets the seconds of MLO-MAE's pretraining, and the epochs that fit, by its own pace
     under the rule "steps": so a cell is a run like any other, and follows from its flags."""
-    torch.set_num_threads(threads)
-    folder, pretrained = folder_of(out, method, rule, seed), METHODS[method] is not None
-    if rule == "time":
-        budget = read_cell(out, "MLO-MAE", "steps", seed)["seconds"]
-        pace = read_cell(out, method, "steps", seed)
+    torch.set_num_threads(grid.threads)
+    folder, found, pretrained = folder_of(grid.out, cell), read_cell(grid.out, cell), not recipe.from_scratch
+    if cell.rule == "time":
+        budget = read_cell(grid.out, cell._replace(method="MLO-MAE", rule="steps"))["seconds"]
+        pace = read_cell(grid.out, cell._replace(rule="steps"))
         if pretrained:
             cfg = replace(cfg, epochs=max(1, round(cfg.epochs * budget / pace["seconds"])))
         else:  # no pretraining: its seconds go to fine-tuning
             recipe = replace(recipe, epochs=recipe.epochs + round(recipe.epochs * budget / pace["finetune_seconds"]))
-    cell = {"epochs": cfg.epochs if pretrained else 0, "seconds": 0.0}
-    if pretrained:
-        summary = pretrain(cfg, folder)
-        cell |= {"seconds": pretraining_seconds(folder, cfg), "probe": summary["probe"]["test_accuracy"]}
-        start = finetune.encoder_and_data(folder, recipe, {"data_dir": cfg.data_dir})
-    else:
-        start = finetune.encoder_and_data(None, recipe, asdict(cfg))
-        folder.mkdir(parents=True, exist_ok=True)
-    tuned = finetune.finetune(*start, recipe)
-    cell |= {"finetune": tuned["test_top1"], "finetune_epochs": recipe.epochs, "finetune_seconds": tuned["seconds"]}
-    write_whole(folder / "cell.json", json.dumps(cell).encode())
+    if pretrained and found is None:
+        found = {"epochs": cfg.epochs} | pretrain(cfg, folder, grid.threads)
+        write_whole(folder / "cell.json", json.dumps(found).encode())
+    if grid.tuned:
+        if pretrained:
+            start = finetune.encoder_and_data(folder, recipe, {"data_dir": cfg.data_dir})
+        else:
+            found, start = {"epochs": 0, "seconds": 0.0}, finetune.encoder_and_data(None, recipe, asdict(cfg))
+            folder.mkdir(parents=True, exist_ok=True)
+        clock = clock_of(grid.threads)
+        began = clock()
+        found |= {"finetune": finetune.finetune(*start, recipe)["test_top1"], "finetune_epochs": recipe.epochs}
+        found["finetune_seconds"] = clock() - began
+        write_whole(folder / "cell.json", json.dumps(found).encode())
 
 
-def pretrain(cfg: Config, folder: Path) -> dict:
-    """Pretrain into a folder, or go on with what is there, and probe; returns the run's report."""
-    if not isinstance(cfg, UMAE):
-        return mlo_mae.reported_run(cfg, folder, resume=True)
-    baselines.check(cfg)
-    return mlo_mae.reported_run(cfg, folder, resume=True, prepare=baselines.prepare)
+def clock_of(threads: int) -> Callable[[], float]:
+    """What tells seconds: of this process alone, which other programs hardly change, where one thread does all the work."""
+    return time.process_time if threads == 1 and cli.choose_device("auto").type == "cpu" else time.perf_counter
 
 
-def run_dense(cfg: Config, recipe: transfer.DenseRecipe, method: str, name: str, seed: int, out: Path, threads: int) -> None:
+def pretrain(cfg: Config, folder: Path, threads: int) -> dict:
+    """Pretrain into a folder, or go on with what is there; returns what a cell has of it.
+
+    The seconds are those of the loop, T's and SemMAE's parts included. They are kept with each checkpoint, so that those of
+    a run that was interrupted add up, but for what it did in vain."""
+    clock, kept = clock_of(threads), folder / "seconds.json"
+
+    def prepare(net, splits, device, run):
+        if run.checkpoint is not None and not kept.exists():
+            raise UserError(f"{folder} holds a run that was not timed; move it away")
+        before, began, save = json.loads(kept.read_text()) if run.checkpoint is not None else 0.0, clock(), run.save
+
+        def save_with_seconds(content):
+            save(content)
+            write_whole(kept, json.dumps(before + clock() - began).encode())
+
+        run.save = save_with_seconds
+        if isinstance(cfg, UMAE):
+            baselines.prepare(net, splits, device, run)
+
+    if isinstance(cfg, UMAE):
+        baselines.check(cfg)
+    net, state, splits = mlo_mae.train(cfg, folder, resume=True, prepare=prepare)
+    show.draw_run(net, state, splits, folder)
+    last = read_metrics(folder / "metrics.jsonl")[-1]
+    accuracies = [probe(net, state, splits, pooling=pooling)["test_accuracy"] for pooling in ("mean", "cls")]
+    seen = {name: last[name] for name in OBJECTS if name in last}
+    return {"seconds": json.loads(kept.read_text())} | dict(zip(PROBES, accuracies)) | seen
+
+
+def run_dense(cfg: Config, recipe: transfer.DenseRecipe, cell: Cell, grid: Grid) -> None:
     """Train a dense task on the encoder of a finished cell, or on fresh weights."""
-    torch.set_num_threads(threads)
-    folder, task = folder_of(out, method, "steps", seed), transfer.TASKS[name]
+    torch.set_num_threads(grid.threads)
+    folder, task = folder_of(grid.out, cell), transfer.TASKS[cell.rule]
     if recipe.from_scratch:
         own = {setting: getattr(cfg, setting) for setting in transfer.SETTINGS}
         start = transfer.encoder_and_dense_data(task, None, recipe, own)
     else:
-        start = transfer.encoder_and_dense_data(task, folder, recipe, {})
-    finetune.finetune(*start, recipe, folder / name, resume=True, task=task)
-
-
-def pretraining_seconds(folder: Path, cfg: Config) -> float:
-    """Seconds of the loop itself, without evaluation and pictures; also of a run that was interrupted."""
-    seconds, before = 0.0, 0
-    for row in read_metrics(folder / "metrics.jsonl"):
-        seconds += (row["iteration"] - before) * cfg.level1_steps * cfg.batch_size / row["images_per_second"]
-        before = row["iteration"]
-    return seconds
+        start = transfer.encoder_and_dense_data(task, folder.parent, recipe, {})
+    finetune.finetune(*start, recipe, folder, resume=True, task=task)
 
 
 # -------------------------------------------------------------------------------------------------------------- grid
 
 
-def needed(method: str, rule: str) -> list[tuple[str, str]]:
-    """The cells (method, rule) of the same seed that must be finished before this one."""
-    if rule == "time":
-        return [("MLO-MAE", "steps"), (method, "steps")]
-    if rule in DENSE:
-        return [(method, "steps")]
-    return [("MAE", "steps")] if method == "SemMAE" else []
+def needed(cell: Cell, grid: Grid) -> list[Cell]:
+    """The cells whose pretraining must be finished before this one."""
+    if cell.rule == "time":
+        return [cell._replace(method="MLO-MAE", rule="steps"), cell._replace(rule="steps")]
+    if cell.rule in DENSE:
+        return [cell._replace(rule="steps")] if METHODS[cell.method].kind else []
+    lender = lender_of(cell, grid.seeds)
+    return [lender[1]] if lender else []
 
 
-def grid(
-    name: str, rules: Sequence[str], methods: list[str], seeds: range, out: Path, data_dir: str, workers: int, threads: int
-) -> None:
+def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
     """Run what is not finished, each cell in a process as soon as what it needs is there. Raises UserError."""
-
-    def finished(method, rule, seed):
-        return read_cell(out, method, rule, seed) is not None
-
-    cells = [
-        (method, rule, seed) for rule in rules for seed in seeds for method in methods if rule != "time" or method in TIMED
-    ]
-    todo, running = [cell for cell in cells if not finished(*cell)], {}
+    todo, running = [cell for cell in cells if not is_finished(cell, grid)], {}
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         while todo or running:
             for cell in list(todo):
-                method, rule, seed = cell
-                if all(finished(*before, seed) for before in needed(method, rule)):
-                    (cfg, recipe), work = settings(name, method, seed, out, data_dir), run_cell
-                    if rule in DENSE:
-                        scratch, work = METHODS[method] is None, run_dense
-                        recipe = transfer.DenseRecipe(seed=seed, from_scratch=scratch, **DENSE[rule].recipe)
-                    running[pool.submit(work, cfg, recipe, *cell, out, threads)] = cell
+                if all(read_cell(grid.out, other) for other in needed(cell, grid)):
+                    work = run_dense if cell.rule in DENSE else run_cell
+                    running[pool.submit(work, *settings(cell, grid), cell, grid)] = cell
                     todo.remove(cell)
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
                 future.result()
@@ -203,10 +295,11 @@ def t_quantile(freedom: int, share: float = 0.975) -> float:
     return float(np.sqrt(freedom) * np.tan(angle[np.searchsorted(below / below[-1], share)]))
 
 
-def spread(values: Iterable[float]) -> str:
-    """Mean ± standard deviation of shares, in per cent; of one value, that value."""
-    values = 100 * np.array(values)
-    return f"{values.mean():.1f} ± {values.std(ddof=1):.1f}" if len(values) > 1 else f"{values.mean():.1f}"
+def spread(values: Iterable[float], scale: float = 100, digits: int = 1) -> str:
+    """Mean ± standard deviation, of shares in per cent; of one value, that value."""
+    values = scale * np.array(values)
+    deviation = f" ± {values.std(ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}"
 
 
 def difference(ours: list[float], theirs: list[float]) -> str:
@@ -219,79 +312,132 @@ def difference(ours: list[float], theirs: list[float]) -> str:
     return f"{gaps.mean():+.1f} ± {half:.1f} ({(gaps > 1e-9).sum()}:{(gaps < -1e-9).sum()})"
 
 
-def compared(values: list[float], mae: list[float], method: str) -> list[str]:
-    """A measure over seeds, and its difference to MAE's."""
-    return [spread(values), difference(values, mae) if method != "MAE" else ""]
+def numbers(grid: Grid, data: str, method: str, rule: str) -> list[dict]:
+    """The numbers of a row's cells, of all seeds; none where one is missing."""
+    found = [read_cell(grid.out, Cell(data, method, rule, seed)) for seed in range(grid.seeds)]
+    return found if all(found) else []
 
 
-def table(methods: list[str], seeds: range, out: Path) -> tuple[list[str], list[dict]]:
+def compared(cells: list[dict], rivals: list[dict], measures: Iterable[str]) -> list[str]:
+    """Of each measure, the values over seeds and their difference to the rivals'; nothing where one is missing."""
+    columns = []
+    for measure in measures:
+        ours, theirs = ([cell.get(measure) for cell in some] for some in (cells, rivals))
+        columns.append("" if None in ours else spread(ours))
+        columns.append("" if None in ours + theirs or cells == rivals else difference(ours, theirs))
+    return columns
+
+
+def seconds_of(method: str, cells: list[dict]) -> str:
+    """The mean; `+ T` where a T was given, whose seconds are not among them."""
+    return f"{np.mean([cell['seconds'] for cell in cells]):.0f}{' + T' * bool(METHODS[method].given)}"
+
+
+def in_columns(cells: list[dict]) -> dict[str, list]:
+    """{name: values over seeds}, for JSON."""
+    return {name: [cell.get(name) for cell in cells] for name in dict.fromkeys(name for cell in cells for name in cell)}
+
+
+def markdown(titles: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """The lines of a table; `left` columns are aligned to the left."""
+    rule = "---|" * left + "--:|" * (len(titles) - left)
+    return [f"| {' | '.join(titles)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[dict]]:
     """The results as markdown lines, and as rows for JSON; a method that lacks a seed has no row."""
-    headings = " | against MAE | ".join(MEASURES.values())
-    lines = [f"| rule | method | epochs | seconds | {headings} | against MAE |", "|---|---|--:|--:|--:|--:|--:|--:|"]
-    rows = []
+    shown, rows = [], []
     for rule in ("steps", "time"):
         for method in methods:
-            same = "steps" if method == "MLO-MAE" else rule  # its own time is the rule
-            cells = [read_cell(out, method, same, seed) for seed in seeds]
-            mae = [read_cell(out, "MAE", rule, seed) for seed in seeds]
-            if not all(cells) or not all(mae):
+            cells = numbers(grid, data, method, "steps" if method == "MLO-MAE" else rule)  # its own time is the rule
+            rivals = numbers(grid, data, "MAE", rule)
+            if not cells or not rivals:
                 continue
-            row = [
-                f"equal {rule}",
-                method,
-                *(f"{np.mean([cell[name] for cell in cells]):.0f}" for name in ("epochs", "seconds")),
-            ]
-            for measure in MEASURES:
-                values = [cell.get(measure) for cell in cells]
-                row += compared(values, [cell[measure] for cell in mae], method) if None not in values else ["", ""]
-            lines.append(f"| {' | '.join(row)} |")
-            rows.append({"rule": rule, "method": method, **{key: [cell.get(key) for cell in cells] for key in cells[0]}})
-    return lines, rows
+            epochs = f"{np.mean([cell['epochs'] for cell in cells]):.0f}"
+            shown.append([f"equal {rule}", method, epochs, seconds_of(method, cells), *compared(cells, rivals, MEASURES)])
+            rows.append({"rule": rule, "method": method, **in_columns(cells)})
+    against = [title for heading in MEASURES.values() for title in (heading, "against MAE")]
+    lines = markdown(["rule", "method", "epochs", "seconds", *against], shown, left=2)
+    seen = [[method, *columns] for method in methods if (columns := sight(numbers(grid, data, method, "steps"), method))]
+    return lines + (["", *markdown(["method", *OBJECTS], seen)] if seen else []), rows
 
 
-def dense_table(methods: list[str], seeds: range, out: Path) -> tuple[list[str], list[dict]]:
+def learns(method: str) -> bool:
+    """Whether a T weighs patches."""
+    return METHODS[method].kind is Config and METHODS[method].changes.get("masking") != "random"
+
+
+def sight(cells: list[dict], method: str) -> list[str]:
+    """How T saw the objects in the end, where there is a T and the data knows its objects."""
+    if not cells or not learns(method) or any(name not in cell for cell in cells for name in OBJECTS):
+        return []
+    return [spread([cell[name] for cell in cells], scale=1, digits=2) for name in OBJECTS]
+
+
+def transfer_table(grid: Grid) -> tuple[list[str], list[dict]]:
+    """`table` for a T that another run has learned."""
+    shown, rows = [], []
+    for data in OTHER:
+        for method in TRANSFERRED:
+            cells, rivals = (numbers(grid, data, name, "steps") for name in (method, METHODS[method].rival))
+            if cells and rivals:
+                name = method.replace("the other data", OTHER[data])
+                shown.append([data, name, seconds_of(method, cells), *compared(cells, rivals, PROBES)])
+                rows.append({"data": data, "method": name, **in_columns(cells)})
+    against = [title for heading in PROBES.values() for title in (heading, "against MAE")]
+    return markdown(["data", "method", "seconds", *against], shown, left=2), rows
+
+
+def dense_table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[dict]]:
     """`table` for the dense tasks."""
-    headings = " | against MAE | ".join(dense.heading for dense in DENSE.values())
-    lines = [f"| method | {headings} | against MAE |", "|---|--:|--:|--:|--:|"]
-    rows = []
+    shown, rows = [], []
     for method in methods:
         row, found = [method], {}
         for task, dense in DENSE.items():
-            cells, mae = ([read_cell(out, name, task, seed) for seed in seeds] for name in (method, "MAE"))
-            if all(cells) and all(mae):
+            cells, rivals = (numbers(grid, data, name, task) for name in (method, "MAE"))
+            if cells and rivals:
                 found[task] = [cell[dense.measure] for cell in cells]
-                row += compared(found[task], [cell[dense.measure] for cell in mae], method)
+                row += compared(cells, rivals, [dense.measure])
         if len(found) == len(DENSE):
-            lines.append(f"| {' | '.join(row)} |")
+            shown.append(row)
             rows.append({"method": method, **found})
-    return lines, rows
+    titles = [title for dense in DENSE.values() for title in (dense.heading, "against MAE")]
+    return markdown(["method", *titles], shown), rows
 
 
-def figure(methods: list[str], seeds: range, out: Path, path: Path) -> None:
-    """How the masks stood over training: objects hidden and weighted, where the data knows its objects, else p's spread."""
+def figure(data: str, methods: list[str], grid: Grid, path: Path) -> bool:
+    """Draw how T stood over training: how it saw objects, where the data knows them, else p's spread. False where no row
+    with a T is whole."""
     from matplotlib.figure import Figure
 
-    pretrained = [method for method in methods if METHODS[method]]
-    whole = [method for method in pretrained if all(read_cell(out, method, "steps", seed) for seed in seeds)]
-    files = {method: [folder_of(out, method, "steps", seed) / "metrics.jsonl" for seed in seeds] for method in whole}
-    runs = {method: [read_metrics(file) for file in some] for method, some in files.items()}
-    panels = {
-        "object patches hidden, ratio to chance": "object_hidden",
-        "weight p of object patches, ratio to mean": "object_weight",
+    runs = {}
+    for method in filter(learns, methods):
+        if numbers(grid, data, method, "steps"):
+            folders = [folder_of(grid.out, Cell(data, method, "steps", seed)) for seed in range(grid.seeds)]
+            runs[method] = [read_metrics(folder / "metrics.jsonl") for folder in folders]
+    if not runs:
+        return False
+    panels = {  # {name in metrics.jsonl: (title, what it is by chance)}
+        "object_auc": ("object patches told from others by p (AUC)", 0.5),
+        "object_weight": ("weight p of objects, ratio to the rest", 1.0),
     }
-    if "object_hidden" not in runs["MAE"][0][-1]:
-        panels = {"standard deviation of p": "p_std", "hidden patches that two images have in common": "mask_overlap"}
+    if not any(name in row for curves in runs.values() for rows in curves for row in rows for name in panels):
+        panels = {"p_std": ("standard deviation of p", 0.0), "mask_overlap": ("hidden patches that two images share", None)}
     drawing = Figure(figsize=(10, 3.5), layout="constrained")
-    for axis, (title, name) in zip(drawing.subplots(1, len(panels)), panels.items()):
+    for axis, (name, (title, chance)) in zip(drawing.subplots(1, len(panels)), panels.items()):
         for method, curves in runs.items():
-            values = np.array([[row[name] for row in rows] for rows in curves])  # [seeds, lines]
-            epochs = [row["epoch"] for row in curves[0]]
-            (line,) = axis.plot(epochs, values.mean(0), label=method)
-            axis.fill_between(epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15)
+            kept = [rows for rows in zip(*curves) if all(name in row for row in rows)]  # a line may lack it
+            values = np.array([[row[name] for row in rows] for rows in kept]).reshape(len(kept), len(curves))  # [lines, seeds]
+            epochs = [rows[0]["epoch"] for rows in kept]
+            (line,) = axis.plot(epochs, values.mean(1), label=method)
+            axis.fill_between(epochs, values.min(1), values.max(1), color=line.get_color(), alpha=0.15)
+        if chance is not None:
+            axis.axhline(chance, color="grey", linestyle=":")
         axis.set(title=title, xlabel="epochs of level 1")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     save_figure(drawing, path)
+    return True
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -300,6 +446,17 @@ SPREAD_NOTE = """\
 Mean ± standard deviation over seeds, on the test split; "against MAE" is the mean paired difference in points with its
 95 % confidence interval (Student's t), and in how many seeds the method is better : worse."""
 NOTE = 'Epochs and seconds are pretraining\'s; "no pretraining" fine-tunes for as long instead.'
+CLOCKS = {
+    time.process_time: "Seconds: the loop's, with all that T costs, as CPU time of a process with one thread, which what else "
+    "the machine does hardly changes.",
+    time.perf_counter: "Seconds: the loop's, with all that T costs, by the clock on the wall.",
+}
+GIVEN_NOTE = (
+    "+ T: and what the T cost that was given: it is that of MLO-MAE with the next seed (of the last seed: with the first), as "
+    "it was in the end, and weighs from the first step on."
+)
+SEMMAE_NOTE = "SemMAE's seconds hold its part learning, and not the MAE whose encoder the parts are learned on."
+TRANSFER_NOTE = "T is another seed's throughout. Rows of width 96 are against MAE of width 96."
 DENSE_NOTE = (
     "All weights learn, with one linear layer on every patch's token; "
     f"segmentation {DENSE['segment'].recipe['epochs']} epochs, detection {DENSE['detect'].recipe['epochs']}."
@@ -309,54 +466,77 @@ DENSE_NOTE = (
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError."""
     parser = cli.Parser(prog="mlo_mae.py results", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=list(DATA), default="shapes")
+    parser.add_argument("--data", choices=list(DATA), help="default shapes")
     parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
+    parser.add_argument("--clutter", type=Path, default=Path("runs/clutter.npz"), help="clutter's file (default %(default)s)")
     rows = f"rows (default: {', '.join(MAIN)})"
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=MAIN, help=rows)
-    parser.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default 3)")
-    parser.add_argument("--out", type=Path, help="folder of the grid (default runs/results-<data>)")
+    parser.add_argument("--methods", nargs="+", choices=ROWS, help=rows)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default 5)")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
-    parser.add_argument("--dense", action="store_true", help="on shapes: segmentation and detection, at equal steps alone")
+    tuned = "leave fine-tuning out; a later call without this flag fills it in"
+    parser.add_argument("--no-finetune", dest="tuned", action="store_false", help=tuned)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dense", action="store_true", help="segmentation and detection, at equal steps alone")
+    what.add_argument("--transfer", action="store_true", help="T of one run used by another, on shapes and on clutter")
     parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
     parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
     options = parser.parse_args(argv)
+    if options.transfer and (options.data or options.methods):
+        raise UserError("--transfer has its own rows, on shapes and on clutter; leave out --data and --methods")
+    options.data, options.methods = options.data or "shapes", options.methods or (TRANSFERRED if options.transfer else MAIN)
     if "MAE" not in options.methods or "MLO-MAE" not in options.methods:
         raise UserError("--methods needs MLO-MAE, whose time is the rule, and MAE, which it is compared with")
     if min(options.seeds, options.workers, options.threads) < 1:
         raise UserError("--seeds, --workers and --threads must be at least 1")
-    if options.dense and options.data != "shapes":
+    if options.seeds < 2 and any(METHODS[method].given for method in options.methods):
+        raise UserError("a T is given to another seed: --seeds must be at least 2, or name other --methods")
+    if options.dense and options.data not in OTHER:
         raise UserError("--dense needs images whose objects are known; leave out --data")
+    if "clutter" in (options.data, *(OTHER if options.transfer else ())) and not (options.table or options.clutter.is_file()):
+        made = f"python mlo_mae.py clutter {options.clutter} --data-dir DIR"
+        raise UserError(f"{options.clutter} does not exist; make it with {made}, or name another with --clutter")
     return options
 
 
 def run_command(argv: list[str]) -> dict:
     """Run `results` with these flags; prints the table, and returns what its last line reports."""
     options = parse(argv)
-    out, seeds = options.out or Path("runs") / f"results-{options.data}", range(options.seeds)
+    out, data, methods = options.out, options.data, options.methods
+    tuned = options.tuned and not options.transfer
+    grid = Grid(out, options.data_dir, options.clutter, options.seeds, options.threads, tuned)
     if not options.table:
         out.mkdir(parents=True, exist_ok=True)
-        rules = ("steps", *DENSE) if options.dense else ("steps", "time")
-        grid(options.data, rules, options.methods, seeds, out, options.data_dir, options.workers, options.threads)
-    lines, rows = (dense_table if options.dense else table)(options.methods, seeds, out)
+        rules = ("steps",) if options.transfer else ("steps", *DENSE) if options.dense else ("steps", "time")
+        cells = [cell for name in (OTHER if options.transfer else [data]) for cell in grid.cells(name, rules, methods)]
+        run_grid(cells, grid, options.workers)
+    notes = [SPREAD_NOTE]
+    if options.transfer:
+        (lines, rows), name = transfer_table(grid), "transfer"
+        notes += [CLOCKS[clock_of(grid.threads)], GIVEN_NOTE, TRANSFER_NOTE]
+    elif options.dense:
+        (lines, rows), name = dense_table(data, methods, grid), f"{data}-dense"
+        notes.append(DENSE_NOTE)
+    else:
+        (lines, rows), name = table(data, methods, grid), data
+        notes += [NOTE, CLOCKS[clock_of(grid.threads)]]
+        notes += [GIVEN_NOTE] * any(METHODS[method].given for method in methods) + [SEMMAE_NOTE] * ("SemMAE" in methods)
     if not rows:
         raise UserError(f"{out} holds no finished rows; run without --table")
     facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
     facts["threads"] = options.threads
     heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    notes = [SPREAD_NOTE, DENSE_NOTE if options.dense else NOTE]
     text = "\n".join([f"`python mlo_mae.py {shlex.join(['results', *argv])}`", "", heading, "", *lines, "", *notes])
     print(text)
     pictures = {}
-    if not options.dense:
-        figure(options.methods, seeds, out, out / "results.png")
-        masks = folder_of(out, "MLO-MAE", "steps", 0) / "masks-over-training.png"
-        pictures = {"": out / "results.png", "-masks": masks}
+    if name == data and figure(data, methods, grid, out / data / "results.png"):
+        masks = folder_of(out, Cell(data, "MLO-MAE", "steps", 0)) / "masks-over-training.png"
+        pictures = {"": out / data / "results.png", "-masks": masks}
     if options.save:
-        name = f"results-{options.data}{'-dense' if options.dense else ''}"
-        write_whole(BENCHMARKS / f"{name}.md", (text + "\n").encode())
+        write_whole(BENCHMARKS / f"results-{name}.md", (text + "\n").encode())
         for suffix, picture in pictures.items():
-            write_whole(BENCHMARKS / f"{name}{suffix}.png", picture.read_bytes())
+            write_whole(BENCHMARKS / f"results-{name}{suffix}.png", picture.read_bytes())
     return {"verb": "results", "machine": facts, "rows": rows}
 
 

@@ -2,7 +2,8 @@
 
     python mlo_mae.py show RUN
 
-A run of SemMAE (baselines.py), which has a parts.pt, shows its parts in place of p.
+Reconstructions are of normalised patches: they are shown with the mean and contrast of each true patch, which the decoder
+does not know. A run of SemMAE (baselines.py), which has a parts.pt, shows its parts in place of p.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from kernels import gather_patches
 def draw_run(net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, out: Path) -> list[Path]:
     """Write all pictures of the run in the folder `out` into it; returns their paths. Raises UserError.
 
-    The decoder predicts normalised patches; they are un-normalised here with each patch's own mean and deviation."""
+    The decoder predicts normalised patches; they are un-normalised here with each true patch's own mean and deviation."""
     images, size = splits.watched(mlo_mae.SHOWN)[0], net.cfg.patch_size
     parts = read_parts(net.cfg, splits, out / "parts.pt", images.device) if (out / "parts.pt").exists() else None
     if parts:
@@ -42,13 +43,17 @@ def draw_run(net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, out: P
     def shown(patches):
         return as_images(patches, size, splits.mean, splits.std)
 
-    chosen_by = ("p(hide)", prob, PROBABILITY)
-    if parts:
-        chosen_by = ("part", part_ids(net, parts, images) / parts.learner.parts, PARTS)
     original = ("image", shown(target), PIXELS)
+    chosen_by = []  # nothing, where every patch counts alike
+    if parts:
+        chosen_by = [("part", part_ids(net, parts, images) / parts.learner.parts, PARTS)]
+    elif not (prob == 1).all():
+        relative = prob / prob.max().clamp_min(1e-9)  # AdamW makes level 1 blind to a common factor of p
+        lit = original[1] * as_images(relative[..., None].expand_as(target), size, [0.0], [1.0])
+        chosen_by = [("weight p", prob, PROBABILITY), ("image lit by p", lit, PIXELS)]
     rows = [
         original,
-        chosen_by,
+        *chosen_by,
         ("visible", shown(target * (1 - hidden)), PIXELS),  # hidden patches in the data set's mean colour
         ("reconstruction", shown(pred), PIXELS),
         ("with visible", shown(target * (1 - hidden) + pred * hidden), PIXELS),

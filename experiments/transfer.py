@@ -1,6 +1,6 @@
 """Dense tasks on a pretrained encoder: the class of every pixel (segmentation), and boxes around objects (detection).
 
-    python mlo_mae.py transfer segment RUN                  # on shapes: the object's pixels, by class
+    python mlo_mae.py transfer segment RUN                  # on images whose objects are known: their pixels, by class
     python mlo_mae.py transfer detect RUN
     python mlo_mae.py transfer segment RUN --frozen         # the encoder is held as it is: how much do its tokens tell?
     python mlo_mae.py transfer segment --from-scratch       # fresh weights: no pretraining
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo_mae
-from data import Batch, Splits
+from data import DRAWN, Batch, Splits
 from experiments import config_of, finetune, first_weights
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest
@@ -327,7 +327,8 @@ def encoder_and_dense_data(
         base = {"preset": preset, "seed": recipe.seed} | PRESETS[preset]
     cfg = Config(**base | settings | {"init": str(run or "")})
     mlo_mae.check(cfg)
-    if cfg.data != "shapes" and "data" not in settings:
+    known = cfg.data in DRAWN or Path(cfg.data).is_file()  # of a file, `load_dense` says whether it knows its objects
+    if not known and "data" not in settings:
         where = "give --data DIR, a folder that has (transfer --help), or --data shapes"
         raise UserError(f"{cfg.data} has no {task.labels}; {where}")
     same = {name: getattr(cfg, name) for name in ("image_size", "val_fraction", "seed")}
@@ -356,8 +357,8 @@ def parse(argv: list[str] | None) -> dict:
         command = commands.add_parser(name, help=PURPOSES[name])
         settings = tuple(setting for setting in SETTINGS if setting != "data")
         group = finetune.add_training_flags(command, DenseRecipe, settings, f"{name}-<seed>")
-        where = f"shapes, or a folder with {LAYOUTS[name]} for the splits train and val, or test as well"
-        where += " (default: the run's, if that is shapes)"
+        where = f"{', '.join(DRAWN)}, an .npz file with objects, or a folder with {LAYOUTS[name]} for the splits train and "
+        where += "val, or test as well (default: the run's, if its objects are known)"
         group.add_argument("--data", default=argparse.SUPPRESS, metavar="str", help=where)
         if name == "segment":
             none = "value in a folder's masks that is no class, beside 255 (ADE20K: 0)"
@@ -375,7 +376,7 @@ def run_command(argv: list[str] | None) -> dict:
     check(recipe)
     net, theta, splits = encoder_and_dense_data(task, run, recipe, settings, ignored)
     kind = f"scratch-{name}" if recipe.from_scratch else f"{name}-frozen" if recipe.frozen else name
-    out = out or finetune.default_folder(run, f"{kind}-{recipe.seed}", net.cfg.preset)
+    out = out or finetune.default_folder(run, f"{kind}-{recipe.seed}", net.cfg)
     return {"verb": name, "run": str(out), **finetune.finetune(net, theta, splits, recipe, out, resume, task)}
 
 

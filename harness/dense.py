@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import IMAGENET_MEAN, IMAGENET_STD, MAX_SIZE, SHAPES, Device, Images, Splits, choose, load, moved, split_parts
+from data import DRAWN, IMAGENET_MEAN, IMAGENET_STD, MAX_SIZE, Device, Images, Splits, choose, load, moved, split_parts
 from harness import UserError
 from harness.readers import FORMATS, MAX_CLASSES, MAX_RESIDENT, SUFFIXES, Parts, blaming, check_room, decode, read_file
 
@@ -58,12 +58,13 @@ class Boxed(Images):
 
 
 def tightest_boxes(objects: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The tightest box around each object: [N, H, W] bool and labels [N] -> [N, 1, 5]."""
+    """The tightest box around each object: [N, H, W] bool and labels [N] -> [N, 1, 5]; class -1 where there is no object."""
 
     def ends(lines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # [N, H] -> first that is true, and behind the last
         return lines.argmax(1), lines.shape[1] - lines[:, ::-1].argmax(1)
 
     (left, right), (top, bottom) = ends(objects.any(1)), ends(objects.any(2))
+    labels = np.where(objects.any((1, 2)), labels, -1)
     return np.stack([left, top, right, bottom, labels], axis=1)[:, None]
 
 
@@ -237,8 +238,9 @@ def load_dense(
 ) -> Splits:
     """As `data.load`, where images have masks or boxes for labels: Splits of Masked or Boxed.
 
-    name     "shapes", or a folder: for masks as `masked_folder` reads it, for boxes as `coco_folder` does; its images are
-             squashed into squares. With val/ alone, that is the test split, and val is held out of train.
+    name     "shapes", "shapes-stripes", an .npz file with objects, or a folder: for masks as `masked_folder` reads it, for
+             boxes as `coco_folder` does; its images are squashed into squares. With val/ alone, that is the test split, and
+             val is held out of train.
     ignored  value in a folder's masks that is no class, beside 255
 
     Raises UserError for data that is absent, damaged, hostile or does not fit together.
@@ -247,16 +249,20 @@ def load_dense(
         sizes = f"--image-size {image_size} (0 to {MAX_SIZE}), --images {limit}"
         raise UserError(f"{sizes}, --val-fraction {val_fraction} (0 to 1) or --ignore {ignored} (0 to 255) is out of range")
     split_class, name = {"masks": Masked, "boxes": Boxed}[kind], str(name)
-    if name == "shapes":
+    if name in DRAWN or os.path.isfile(name):
         plain = load(name, "", image_size=image_size, limit=limit, val_fraction=val_fraction, seed=seed)
-        splits, names = [], ["background", *SHAPES] if kind == "masks" else list(SHAPES)
+        splits, names = [], ["background", *plain.class_names] if kind == "masks" else plain.class_names
+        if plain.train.objects is None:
+            raise UserError(f"{name} does not say where its objects are: it needs train_objects and test_objects")
+        if kind == "masks" and len(names) > IGNORED:
+            raise UserError(f"{name} has {len(names)} classes with the background's; masks hold {IGNORED}")
         for split in (plain.train, plain.val, plain.test):
             objects, labels = split.objects.numpy(), split.labels.numpy()
             labels = objects * (1 + labels[:, None, None]) if kind == "masks" else tightest_boxes(objects, labels)
             splits.append(split_class(split.images, labels, plain.mean, plain.std, device=device))
         return Splits(*splits, names, plain.channels, plain.image_size, plain.mean, plain.std)
     if not os.path.isdir(name):
-        raise UserError(f"--data {name}: neither shapes nor a folder of images with {kind}")
+        raise UserError(f"--data {name}: neither shapes nor a folder of images with {kind}, nor an .npz file with objects")
     size, root = image_size or 224, Path(name)
     parts, names = masked_folder(root, size, ignored) if kind == "masks" else coco_folder(root, size)
     kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)

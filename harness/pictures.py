@@ -1,6 +1,7 @@
 """Pictures, of arrays. matplotlib is needed here alone, and only once there is something to draw."""
 
 import io
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,8 +26,14 @@ PARTS = {"cmap": "nipy_spectral", "vmin": 0, "vmax": 1}  # of a part's number as
 CURVES = {  # panels of `curves`, and which of a metrics row's numbers each one shows
     "losses": ("level1_loss", "reconstruction_error", "level2_loss", "level3_loss"),
     "masks": ("p_mean", "p_std", "p_entropy", "mask_churn", "mask_overlap"),
-    "object patches: hidden and weighted, ratio to chance": ("object_hidden", "object_weight"),
+    "object patches": ("object_hidden", "object_weight", "object_auc"),
 }
+LABELS = {  # of lines whose names do not say enough
+    "object_hidden": "hidden, as a ratio to chance",
+    "object_weight": "weight p, as a ratio to the rest",
+    "object_auc": "AUC of p against object patches",
+}
+CELL = 1.25  # inches of one image in a `grid`
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -50,14 +57,18 @@ def grid(
     annotate: Callable[[np.ndarray], object] | None = None,
 ) -> None:
     """Write a PNG of rows of small images: (title, values, style), values as images [N, H, W] or [N, H, W, C], or one for
-    each patch of a square image [N, L]; style as PIXELS is. annotate(axes [rows, N]) may draw on the images.
+    each patch of a square image [N, L]; style as PIXELS is. annotate(axes [rows, N]) may draw on the images. A colour bar
+    stands beside rows of PROBABILITY.
 
     Raises UserError where it cannot be written."""
     from matplotlib.figure import Figure
 
-    columns = len(rows[0][1])
-    figure = Figure(figsize=(1.25 * columns + 0.5, 1.3 * len(rows)), layout="constrained")
-    axes = figure.subplots(len(rows), columns, squeeze=False)
+    columns, bars = len(rows[0][1]), any(style == PROBABILITY for *_, style in rows)
+    left = 0.15 + 0.075 * max(len(title) for title, *_ in rows)  # inches, of the titles
+    width, height = left + CELL * columns + (0.6 if bars else 0.05), CELL * len(rows) + 0.2
+    figure = Figure(figsize=(width, height))
+    place = {"left": left / width, "right": (left + CELL * columns) / width, "bottom": 0.1 / height, "top": 1 - 0.1 / height}
+    axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw=place | {"wspace": 0.04, "hspace": 0.04})
     for line, (title, images, style) in zip(axes, rows):
         images = torch.as_tensor(images).cpu()
         if images.ndim == 2:
@@ -65,7 +76,13 @@ def grid(
         for axis, pixels in zip(line, images.numpy()):
             axis.imshow(pixels, **style)
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(title)
+        line[0].set_ylabel(title, rotation=0, ha="right", va="center")
+    for with_bar, group in itertools.groupby(zip(axes[:, -1], rows), lambda pair: pair[1][2] == PROBABILITY):
+        if with_bar:  # one for rows that follow each other
+            ends = [axis for axis, _ in group]
+            bottom, top = ends[-1].get_position().y0, ends[0].get_position().y1
+            beside = figure.add_axes((place["right"] + 0.08 / width, bottom, 0.12 / width, top - bottom))
+            figure.colorbar(ends[0].images[0], cax=beside, ticks=[0, 0.5, 1])
     if annotate:
         annotate(axes)
     save_figure(figure, path)
@@ -82,18 +99,20 @@ def is_number(value: object) -> bool:
 def curves(path: Path, rows: Sequence[dict[str, float]]) -> None:
     """Write a PNG of metrics rows over their "epoch": the losses, how the masks stand, and how often objects are hidden.
 
-    A number that the last row lacks is not drawn, nor is a panel of none; one that comes later starts there. Raises
-    UserError where there is nothing to draw, or something else than numbers."""
+    A number is drawn where rows have it, and a panel of none is not drawn. Raises UserError where there is nothing to draw,
+    or something else than numbers."""
     from matplotlib.figure import Figure
 
-    panels = {title: [name for name in names if rows and name in rows[-1]] for title, names in CURVES.items()}
+    panels = {title: [name for name in names if any(name in row for row in rows)] for title, names in CURVES.items()}
     panels = {title: names for title, names in panels.items() if names}
     if not panels or not all("epoch" in row and all(map(is_number, row.values())) for row in rows):
         raise UserError(f"{path} cannot be drawn: metrics.jsonl is empty or damaged; move it away")
     figure = Figure(figsize=(5 * len(panels), 3.5), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for name in names:
-            axis.plot([row["epoch"] for row in rows if name in row], [row[name] for row in rows if name in row], label=name)
+            points = [(row["epoch"], row[name]) for row in rows if name in row]
+            marker = "o" if len(points) == 1 else ""  # a line of one point shows nothing
+            axis.plot(*zip(*points), marker=marker, label=LABELS.get(name, name))
         axis.set(title=title, xlabel="epochs of level 1")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

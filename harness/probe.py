@@ -107,8 +107,10 @@ def mask_statistics(
     p_mean, p_std, p_entropy (bits): a saturated T has entropy 0. mask_churn: share of hidden patches that were visible
     at the last evaluation; a frozen T has 0. mask_overlap: share of hidden patches that two images have in common; by
     chance it is the mask ratio, and 1 where T ignores the image. object_hidden: how often a pixel of the object is
-    hidden, as a ratio to chance (1 = T does not see objects); object_weight: p there, as a ratio to the mean of p. All
-    dimensionless but the entropy."""
+    hidden, as a ratio to chance (1 = T does not see objects); object_weight: the mean of p over pixels of objects, as a
+    ratio to that over all others; object_auc: the chance that p is higher in a patch that an object covers by more than
+    half than in another patch, ties counting half (the area under the ROC curve; 0.5 = T does not see objects). What has
+    nothing to compare is left out. All dimensionless but the entropy."""
     p, (count, patches), hidden = prob.double(), mask.shape, int(mask[0].sum())
     entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)) / math.log(2)
     statistics = {"p_mean": p.mean(), "p_std": p.std(), "p_entropy": entropy.mean()}
@@ -120,6 +122,19 @@ def mask_statistics(
     if objects is not None:
         pixels = rearrange(objects.cpu().float(), "b (h p) (w q) -> b (h w) (p q)", p=patch_size, q=patch_size)
         covered = pixels.mean(-1)  # [B, L]
-        statistics["object_hidden"] = (mask * covered).sum() / covered.sum() / (hidden / patches)
-        statistics["object_weight"] = (prob * covered).sum() / covered.sum() / prob.mean()
+        rest, inside = 1 - covered, covered > 0.5
+        if covered.any():
+            statistics["object_hidden"] = (mask * covered).sum() / covered.sum() / (hidden / patches)
+        if covered.any() and rest.any():
+            weight, other = (p * covered).sum() / covered.sum(), (p * rest).sum() / rest.sum()
+            statistics["object_weight"] = weight / other.clamp_min(1e-9)  # a saturated T must not make it infinite
+        if inside.any() and not inside.all():
+            statistics["object_auc"] = area_under_roc(p[inside], p[~inside])
     return {name: float(value) for name, value in statistics.items()}
+
+
+def area_under_roc(positive: Tensor, negative: Tensor) -> float:
+    """The chance that one of the scores `positive` [M] is higher than one of `negative` [N], ties counting half."""
+    negative = negative.sort().values
+    below, not_above = (torch.searchsorted(negative, positive, right=right).double() for right in (False, True))
+    return float((below + not_above).mean() / (2 * len(negative)))

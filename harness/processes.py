@@ -132,6 +132,15 @@ def from_first(tensors: Iterable[Tensor]) -> None:
                 dist.broadcast(tensor, 0)
 
 
+def told(value):
+    """What process 0 has, of plain types, in every process."""
+    values = [value]
+    if world() > 1:
+        with exchange():
+            dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def as_first(tree: Result) -> Result:
     """A tree (of tuples and the like) of whole numbers and tensors as process 0 has it, tensors in place."""
     leaves, shape = tree_flatten(tree)

@@ -542,7 +542,8 @@ def unpack(archive: Path, layout: Layout) -> None:
 
 
 def read_npz(path: Path) -> tuple[Parts, list[str]]:
-    """{"train": (images [N, C, H, W] uint8, labels [N] int64), "val" where it is there, "test"}, class names.
+    """{"train": (images [N, C, H, W] uint8, labels [N] int64), "val" where it is there, "test"}, class names. Where the
+    file says where objects are, each part has that as well, [N, H, W] bool.
 
     Raises UserError."""
     with blaming(path, "make the file again (train_images, train_labels, val_..., test_... as MedMNIST has them)"):
@@ -556,10 +557,15 @@ def read_npz(path: Path) -> tuple[Parts, list[str]]:
                 if absent:
                     raise UserError(f"it has no {absent[0]}")
                 parts[part] = npz_part(part, *(npz_array(archive, f"{part}_{what}") for what in ("images", "labels")))
+            known = [part for part in ("train", "val", "test") if f"{part}_objects.npy" in there]
+            if known and known != list(parts):
+                raise UserError(f"objects of {', '.join(known)}, but images of {', '.join(parts)}; give both, or no objects")
+            for part in known:
+                parts[part] += (npz_objects(part, npz_array(archive, f"{part}_objects"), parts[part][0]),)
         shape, classes = parts["train"][0].shape, int(parts["train"][1].max()) + 1
         if not 2 <= classes <= min(MAX_CLASSES, shape[0]):
             raise UserError(f"train_labels go up to {classes - 1} for {shape[0]} images; number the classes 0, 1, 2...")
-        for part, (images, labels) in parts.items():
+        for part, (images, labels, *_) in parts.items():
             if images.shape[1:] != shape[1:]:
                 raise UserError(f"{part}_images are {list(images.shape[1:])}, train_images {list(shape[1:])}; make them alike")
             if labels.max() >= classes:
@@ -603,3 +609,16 @@ def npz_part(part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
     if labels.min() < 0 or labels.max() >= MAX_CLASSES:
         raise UserError(f"{part}_labels go from {labels.min()} to {labels.max()}; number the classes 0, 1, 2...")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.reshape(-1).astype(np.int64)
+
+
+def npz_objects(part: str, objects: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """Check bool, or uint8 of 0 and 1, of the size of images [N, C, H, W]; -> [N, H, W] bool. Raises UserError."""
+    if objects.dtype not in (np.bool_, np.uint8):
+        raise UserError(f"{part}_objects are {objects.dtype}; save them as bool, or as uint8 of 0 and 1")
+    expected = [len(images), *images.shape[2:]]
+    if list(objects.shape) != expected:
+        raise UserError(f"{part}_objects are {list(objects.shape)}; expected {expected}, a value for each pixel")
+    values = objects.view(np.uint8)  # a damaged file may hold other bytes for bool
+    if values.max() > 1:
+        raise UserError(f"{part}_objects has the value {values.max()}; 1 is for an object's pixels, 0 for all others")
+    return values == 1

@@ -157,9 +157,9 @@ class Run:
         self.saved = now if due else self.saved
         return due
 
-    def is_tenth(self, iteration: int) -> bool:
-        """Whether this iteration ends a tenth of the run: then `record_masks` may follow, which read_masks reads."""
-        return iteration * SNAPSHOTS // self.total > (iteration - 1) * SNAPSHOTS // self.total
+    def is_tenth(self, done: int, count: int) -> bool:
+        """Whether `done` of `count` iterations end a tenth of them: then `record_masks` may follow, which read_masks reads."""
+        return 0 < done <= count and done * SNAPSHOTS // count > (done - 1) * SNAPSHOTS // count
 
     def record_masks(self, iteration: int, epoch: float, p: Tensor) -> None:
         """Add p [images, N] to masks.jsonl, for the picture of masks over training."""
@@ -241,19 +241,27 @@ def read_settings(path: Path, kind: type) -> dict:
 def add_run_flags(parser: argparse.ArgumentParser, kind: type, name: str) -> None:
     """A flag for each field of the dataclass `kind`, and those that say where its runs go; `name` as in `settings_of`."""
     add_flags(parser, dataclasses.fields(kind))
-    parser.add_argument("--out", type=Path, help=f"folder of the run (default runs/<preset>-{name}-<seed>)")
+    where = f"folder of the run (default runs/<preset>-{name}-<seed>; with --data, its name in place of the preset's)"
+    parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
 
 
 def settings_of(flags: dict, kind: type, presets: dict[str, dict], name: str) -> tuple[Any, Path, bool]:
     """(settings of the dataclass `kind`, folder, whether to resume) of parsed flags: the preset's values, over them those of
-    a run that is resumed, over them the flags'. `name` stands in the default folder's. Raises UserError."""
+    a run that is resumed, over them the flags'. `name` stands in the default folder's, and before it that of the preset,
+    or of data that are not the preset's. Raises UserError."""
     out, resume = flags.pop("out"), flags.pop("resume")
     if resume and out and (out / "config.json").exists():
         flags = read_settings(out / "config.json", kind) | flags
     preset = flags.get("preset", kind.preset)
     cfg = kind(**{"preset": preset} | presets[preset] | flags)
-    return cfg, out or Path("runs") / f"{cfg.preset}-{name.replace('<masking>', cfg.masking)}-{cfg.seed}", resume
+    return cfg, out or Path("runs") / f"{first_name(cfg, presets)}-{name.replace('<masking>', cfg.masking)}-{cfg.seed}", resume
+
+
+def first_name(cfg: Any, presets: dict[str, dict]) -> str:
+    """What the name of a default folder begins with: the preset, or the name of data that are not the preset's."""
+    own = cfg.data == presets[cfg.preset].get("data", type(cfg).data)
+    return cfg.preset if own else Path(os.path.abspath(cfg.data)).stem or cfg.preset  # the root folder has no name
 
 
 def refuse_taken(out: Path) -> None:

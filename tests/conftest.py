@@ -50,7 +50,7 @@ def no_hang():
 
 @pytest.fixture(scope="session")
 def drawn_once():
-    """Drawing 8,000 shapes takes two seconds; from here on, each size of them is drawn once."""
+    """Drawing 8,000 shapes takes two seconds or three; from here on, each kind and size of them is drawn once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "shapes", functools.cache(data.shapes))
         yield

@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,20 +174,24 @@ def memory_is_bounded() -> None:
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 SCRIPT = Path(mlo_mae.__file__)
-SMALL = {  # flags of a run that takes a second
-    **{"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2},
+SMALL = {  # flags of a run that takes a second, and in which T learns throughout
+    **{"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "masking_blocks": 1},
     **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 8},
-    **{"batch_size": 16, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
-    **{"mask_start": 0, "log_every": 2, "device": "cpu"},
+    **{"batch_size": 16, "labelled_batch_size": 8, "level1_steps": 2, "mask_batches": 2, "head_steps": 1},
+    **{"mask_start": 0, "mask_until": 1, "mask_lr": 1, "log_every": 2, "device": "cpu"},
 }
+AS_STEPS = {"level2": "steps", "pooling": "cls", "mask_batches": 1}  # levels 2 and 3, and (9), as published
 
 
-TINY = mlo_mae.Config(  # for the method without a run
-    **{"patch_size": 4, "width": 16, "depth": 2, "heads": 2},
+TINY = mlo_mae.Config(  # for the method without a run, with a head that makes steps
+    **{"patch_size": 4, "width": 16, "depth": 2, "heads": 2, "masking_blocks": 1},
     **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 12},
     **{"batch_size": 12, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
-    **{"head_norm": "layer", "dropout": 0.3, "mask_start": 0.0},
+    **{"head_norm": "layer", "dropout": 0.3, "mask_start": 0.0, "mask_until": 1.0, "mask_restart": False, "mask_lr": 1.0},
+    **{"masking_network": "shared", "mask_choice": "odds"} | AS_STEPS,
 )
+# The method as it is by default, where `changes` of TINY are asked for.
+DEFAULT = {name: getattr(mlo_mae.Config(), name) for name in ("masking_network", "mask_choice", "level2", "pooling")}
 
 
 def noise_batches(cfg: mlo_mae.Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Iterator[data.Batch]]:
@@ -202,11 +207,22 @@ def noise_batches(cfg: mlo_mae.Config, dtype: torch.dtype = torch.float32, seed:
     return [stream(size, seed) for seed, size in enumerate((cfg.batch_size, *2 * [cfg.labelled_batch_size]))]
 
 
+def remembered(net: mlo_mae.Networks, encoder_params: Tensor, count: int = 2) -> mlo_mae.Level:
+    """A ridge head after so many batches of 12 images: second moments of real features."""
+    random, dtype = torch.Generator().manual_seed(9), encoder_params.dtype
+    head = mlo_mae.fresh_level(torch.zeros(net.head.moments.numel(), dtype=dtype), "cpu")
+    for _ in range(count):
+        images = torch.randn(12, 3, 16, 16, generator=random, dtype=torch.float64).to(dtype)
+        features = mlo_mae.encode(net, encoder_params, images).detach()
+        head = mlo_mae.solved_head(net, head, features, torch.arange(12) % 5)
+    return head
+
+
 @functools.cache
 def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
-    """All parameters and moments after two outer iterations from moments as training leaves them, the losses, and T's
-    first gradient (a tenth of it). `changes` are of TINY."""
-    settings = {"warmup": 0.0, "masking_network": "mlp", "mask_noise": 0.0} | changes
+    """All parameters and moments after two of ten outer iterations from moments as training leaves them, the losses, T's
+    first gradient (a tenth of it), and the encoder that T reads, if it is kept. `changes` are of TINY."""
+    settings = {"warmup": 0.0, "masking_network": "mlp", "mask_choice": "highest"} | changes
     cfg = dataclasses.replace(TINY, **settings)
     net, params = mlo_mae.build(cfg, 16, 3, 5)
     random = torch.Generator().manual_seed(0)
@@ -217,24 +233,43 @@ def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
         return mlo_mae.Level(vector.to(dtype), mu.to(dtype), nu.to(dtype), t)
 
     theta, head, psi = (warm(vector, t) for vector, t in zip(params, (7, 4, 3)))
+    if cfg.masking_network == "tokens":  # its weights start at 0, and all p are equal then
+        psi = psi._replace(params=0.3 * torch.randn(len(psi.params), generator=random, dtype=torch.float64).to(dtype))
     psi = psi._replace(mu=torch.zeros_like(psi.mu))  # so that after one step it is T's gradient
+    head = remembered(net, theta.params[: net.encoder_size]) if cfg.level2 == "ridge" else head
     state, batches, rows, gradient = mlo_mae.State(0, theta, head, psi), noise_batches(cfg, dtype), [], None
     decay = [weight_decays(modules, cfg.weight_decay).to(dtype) for modules in mlo_mae.modules_of(net).values()]
     for _ in range(2):
         rate = inverse_fan_in(net.masking).to(dtype)
+        state = mlo_mae.with_kept_masks(net, state, params[0].to(dtype), 10)
         state, losses = mlo_mae.outer_iteration(net, state, batches, 10, decay, rate)
         gradient = state.psi.mu if gradient is None else gradient
         rows.append(average(torch.stack([value.to(dtype) for value in losses.values()])))
     levels = {"theta": state.theta, "head": state.head, "psi": state.psi}
     moved = {f"{name} {part}": getattr(level, part) for name, level in levels.items() for part in ("params", "mu", "nu")}
-    return {"T's gradient": gradient, "losses": torch.stack(rows)} | moved
+    kept = {} if state.eyes is None else {"eyes": state.eyes}
+    return {"T's gradient": gradient, "losses": torch.cat(rows)} | moved | kept
 
 
-def hypergradient_problem(warm: bool = True, count: int = 1, seed: int = 0, **changes: object) -> tuple:
+def other_sight(channels: int = 3, **changes: object) -> mlo_mae.Sight:
+    """How a T of images of 24 pixels, of other colours, and of another encoder sees normalised images of 16 pixels."""
+    facts = {"image_size": 24, "patch_size": 4, "width": 24, "depth": 3, "heads": 3, "masking_blocks": 2, "channels": channels}
+    facts |= {"mean": [0.3, 0.4, 0.6][:channels], "std": [0.2, 0.3, 0.15][:channels]} | changes
+    here = {"channels": channels, "mean": [0.5] * channels, "std": [0.25] * channels}
+    content = {"eyes": {"facts": facts}, "config": {"masking": "learned", "masking_network": "tokens"}}
+    return mlo_mae.sight_of(content, here, torch.device("cpu"))
+
+
+def hypergradient_problem(
+    warm: bool = True, count: int = 1, seed: int = 0, join: bool = False, eyes: str = "", **changes: object
+) -> tuple:
     """Networks, and the arguments of a hypergradient function after them, in float64, of a tiny run in which `count`
-    level-1 steps were really made; `changes` are of TINY."""
+    level-1 steps were really made; `changes` are of TINY.
+
+    join: the last step with the batches of all. eyes: what T reads, "" (the encoder as it is), "kept" (another one of its
+    size), or "other" (one of another run)."""
     cfg = dataclasses.replace(TINY, **{"batch_size": 6, "dropout": 0.5} | changes)
-    net, params = mlo_mae.build(cfg, 16, 3, 5)
+    net, params = mlo_mae.build(cfg, 16, 3, 5, other_sight() if eyes == "other" else None)
     random = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -248,16 +283,22 @@ def hypergradient_problem(warm: bool = True, count: int = 1, seed: int = 0, **ch
         return mlo_mae.Level(moved, mu, nu, t if warm else 0)
 
     theta, head, psi = (level(vector, t) for vector, t in zip(params, (7, 4, 3)))
+    if cfg.level2 == "ridge":
+        head = remembered(net, theta.params[: net.encoder_size], 2 if warm else 0)
+    kept = None
+    if eyes:
+        read = net.sight.encoder if net.sight else net.encoder
+        kept = 0.2 * normal(sum(parameter.numel() for parameter in read.parameters()))
     decay = [weight_decays(modules, cfg.weight_decay).double() for modules in mlo_mae.modules_of(net).values()]
     steps = []
     for number in range(count):
         images, rates = normal(cfg.batch_size, 3, 16, 16), mlo_mae.Rates(1e-2, decay[0])
-        theta, step, _, _ = mlo_mae.level1_step(net, theta, psi.params, images, rates, 0, number)
+        theta, step, _, _ = mlo_mae.level1_step(net, theta, psi.params, images, rates, 0, number, eyes=kept)
         steps.append(step)
     pairs = [(normal(cfg.batch_size, 3, 16, 16), torch.arange(cfg.batch_size) % 5) for _ in (2, 3)]
     dropout = draw_dropout(cfg.dropout, (cfg.head_steps, cfg.batch_size, cfg.width), seed, 1).double()
     labelled = mlo_mae.Labelled(*pairs[0], *pairs[1], dropout, mlo_mae.Rates(3e-2, decay[1]))
-    return net, (theta, psi.params, head, labelled, steps)
+    return net, (theta, psi.params, head, labelled, [mlo_mae.joined(steps)] if join else steps)
 
 
 def error_of_form(form: Callable[..., mlo_mae.Result], **settings: object) -> float:
@@ -267,7 +308,8 @@ def error_of_form(form: Callable[..., mlo_mae.Result], **settings: object) -> fl
     assert judge.hypergradient.norm() > 1e-9  # a zero would agree with anything
     assert all(piece.any() for piece in unflatten(net.masking, judge.hypergradient).values())  # in any layer of T
     assert relative_error(found.head.params, judge.head.params) < 1e-13
-    assert relative_error(found.level3_loss, judge.level3_loss) < 1e-13
+    # Second moments become covariances by a difference, which costs digits where images have almost the same features.
+    assert relative_error(found.level3_loss, judge.level3_loss) < (1e-13 if net.cfg.level2 == "steps" else 1e-11)
     return relative_error(found.hypergradient, judge.hypergradient)
 
 
@@ -333,6 +375,23 @@ def bare() -> Iterator[None]:
         for name in ("probe", "show"):
             patch.setattr(cli.command(name), "after_training", lambda *arguments: None)
         yield
+
+
+def stopped(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, lines: int, *more: object) -> dict:
+    """A run that a signal stops after this many lines of metrics; returns its checkpoint."""
+    real, calls = mlo_mae.mask_statistics, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == lines:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(mlo_mae, "mask_statistics", interrupted)
+        mlo_mae.main(arguments(source, out, *more))
+    assert stop.value.code == 130
+    return checkpoint_of(out)
 
 
 def copied(source: Path, target: Path) -> Path:

@@ -18,13 +18,17 @@ TIMES = {"seconds", "seconds_q1", "seconds_q3"}
 KERNELS = ["gather_patches", "select_patches", "scatter_tokens", "patch_loss", "attention"]
 PEAK = 1e9  # operations a second, so low that attention is bound by it
 NETWORKS = {"width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 8}
-NANO = (8, NETWORKS | {"level1_steps": 2, "mask_start": 0.25, "batch_size": 4, "labelled_batch_size": 4})
+NANO = NETWORKS | {"level1_steps": 2, "mask_batches": 2, "mask_start": 0.25, "batch_size": 4, "labelled_batch_size": 4}
+PIXELS = 8
 
 
 @pytest.fixture(autouse=True)
 def nano(monkeypatch):
-    monkeypatch.setitem(bench.SIZES, "tiny", NANO)
-    monkeypatch.setitem(mlo_mae.PRESETS, "shapes", NANO[1] | {"image_size": NANO[0]})
+    monkeypatch.setitem(
+        bench.SIZES, "tiny", (PIXELS, bench.PUBLISHED | NETWORKS | {"batch_size": 4, "labelled_batch_size": 4})
+    )
+    monkeypatch.setitem(bench.SIZES, "solved", (PIXELS, NANO))
+    monkeypatch.setitem(mlo_mae.PRESETS, "shapes", NANO | {"image_size": PIXELS})
     monkeypatch.setitem(GEOMETRY, "cifar", (8, 2))
     monkeypatch.setattr(bench, "product_rate", lambda device, *dtypes: PEAK)
 
@@ -66,12 +70,41 @@ def test_hypergradient(capsys):
     assert rows["redrawn"]["error_float64"] > 10 * rows["finite-difference"]["error_float64"]
 
 
-def test_masks_are_learned_from_the_first():
-    size, settings = NANO
-    cfg = mlo_mae.Config(**settings)
-    net, (_, psi, head, _, steps) = bench.problem(cfg, size, CPU, warm=1)
-    assert cfg.mask_start > 0 and mlo_mae.learned_by(net.cfg, 0.0) and head.t == cfg.head_steps and len(steps) == 2
-    assert not torch.equal(psi, mlo_mae.build(cfg, size, 3, 10)[1][2])
+@pytest.mark.slow
+def test_hypergradient_of_the_default_run(capsys):
+    """Level 2 solved, on the mean token, T on tokens: what finite differences and Betty have no part in."""
+    status, report, out = run(capsys, "hypergradient", "--sizes", "solved", "tiny")
+    assert status == 0 and "head solved on the mean token, T tokens" in out and "1 head step on the CLS token, T mlp" in out
+    rows = {size: {r["method"]: r for r in report["rows"] if r["size"] == size} for size in ("solved", "tiny")}
+    without = {"finite-difference", "redrawn", "published", "finite-difference-bf16"}
+    assert rows["tiny"].keys() - rows["solved"].keys() == without and rows["tiny"].keys() == bench.METHODS.keys()
+    solved = rows["solved"]
+    for name in ("exact", "exact-2"):
+        assert solved[name]["verdict"] == "exact" and solved[name]["error_float64"] < 1e-12
+    assert all(solved[name]["error_float64"] > 1e-3 for name in ("identity", "first-order", "last-of-2"))
+    assert solved["exact-bf16"]["error_float64"] < 1e-12 and 1e-4 < solved["exact-bf16"]["error_float32"] < 0.5
+    assert "of unrolled autograd." in out and "of unrolled autograd; " in out  # and of finite differences, where there are
+
+
+def test_t_learns_from_the_first_and_the_head_is_a_warm_one():
+    cfg = mlo_mae.Config(**NANO)
+    net, (theta, psi, head, _, steps) = bench.problem(cfg, PIXELS, CPU, warm=3)
+    assert cfg.mask_start > 0 and mlo_mae.learns_at(net.cfg, 0.0) and mlo_mae.weighed_by(net.cfg, 0.0) and len(steps) == 2
+    assert psi.any() and not mlo_mae.build(cfg, PIXELS, 3, 10)[1][2].any()  # its weights start at 0
+    assert head.t == 3 and head.params[0] == pytest.approx(1)  # moments of three batches, the first of them mean(1 * 1)
+    cfg = mlo_mae.Config(**bench.SIZES["tiny"][1] | {"head_steps": 2})
+    _, (_, psi, head, _, _) = bench.problem(cfg, PIXELS, CPU, warm=3)
+    assert head.t == 3 * 2 and not torch.equal(psi, mlo_mae.build(cfg, PIXELS, 3, 10)[1][2])
+
+
+def test_the_problem_in_float64_is_the_same_one():
+    net, single = bench.problem(mlo_mae.Config(**NANO), PIXELS, CPU)
+    double = bench.in_double(net, single)
+    for before, after in zip(single[4], double[4]):
+        assert after.theta.params.dtype == after.gradient.dtype == after.eyes.dtype == torch.float64
+        assert torch.equal(after.eyes, after.theta.params[: net.encoder_size])  # what T reads is the encoder of that step
+        assert measure.relative_error(before.gradient, after.gradient) < 1e-4
+    assert torch.equal(double[3].images2, single[3].images2.double())
 
 
 def test_hypergradient_fails_where_exact_is_wrong(capsys, monkeypatch, few):
@@ -165,6 +198,7 @@ def test_step(capsys, tmp_path):
     parts = [row for row in rows.values() if row["times"]]
     assert sum(row["share_of_flops"] for row in parts) == pytest.approx(1)
     # The parts are the whole: encoder pass, jvp and T make the mask update; only T's look at p comes on top of MAE's step.
+    assert "head solved on the mean token, T tokens" in out
     update = sum(rows[name]["flops"] for name in ("levels 2 and 3: encoder", "jvp of the autoencoder", "T: backward and step"))
     assert rows["mask update"]["flops"] == update
     assert rows["level-1 step"]["flops"] > rows["plain MAE step"]["flops"]
@@ -172,13 +206,38 @@ def test_step(capsys, tmp_path):
     assert summary["batch_size"] == summary["labelled_batch_size"] == 6
     cfg = mlo_mae.Config()  # what is not a size
     assert summary["updates"] == math.ceil(cfg.epochs * bench.TRAINING_IMAGES["shapes"] * (1 - cfg.val_fraction) / (6 * 2))
-    plain, whole = (rows[name]["seconds"] for name in ("plain MAE step", "outer iteration"))
-    pace = 0.25 * 2 * plain + 0.75 * whole  # of NANO's mask_start
+    plain, weighed, whole = (rows[name]["seconds"] for name in ("plain MAE step", "level-1 step", "outer iteration"))
+    until = mlo_mae.Config.mask_until
+    pace = 0.25 * 2 * plain + (until - 0.25) * whole + (1 - until) * 2 * weighed  # 0.25: NANO's mask_start
     assert summary["hours"] == pytest.approx(summary["updates"] * pace / 3600) and "the first 25 % of them plain MAE" in out
+    assert f"the last {100 * (1 - until):.0f} % level-1 steps under the T that was learned" in out
+    assert summary["images_per_second"] == pytest.approx(6 * 2 / pace)
     assert summary["input_images_per_second"] > summary["needed_images_per_second"]  # from memory
-    assert summary["needed_images_per_second"] == pytest.approx((6 * 2 + 2 * 6) / whole)
+    needs = 6 / plain, (6 * 2 + 2 * 6) / whole, 6 / weighed
+    assert summary["needed_images_per_second"] == pytest.approx(max(needs))
     assert summary["overhead"] == pytest.approx(summary["time_ratio"] / summary["operation_ratio"])
     assert json.loads(trace.read_text())["traceEvents"]
+
+
+def test_a_published_preset_has_one_part_alone(capsys, monkeypatch):
+    monkeypatch.setitem(mlo_mae.PRESETS, "cifar100", mlo_mae.CIFAR | NETWORKS | {"data": "cifar100", "image_size": PIXELS})
+    status, report, out = run(capsys, "step", "--preset", "cifar100", "--batch-size", "4")
+    (whole,) = (row["seconds"] for row in report["rows"] if row["part"] == "outer iteration")
+    assert status == 0 and "plain MAE steps" not in out and "T that was learned" not in out and "T mlp" in out
+    summary = report["summary"]
+    assert summary["images_per_second"] == pytest.approx(4 * 2 / whole)
+    assert summary["hours"] == pytest.approx(summary["updates"] * whole / 3600)
+    assert summary["needed_images_per_second"] == pytest.approx((4 * 2 + 2 * 4) / whole)
+
+
+def test_the_mask_updates_parts_see_the_batches_that_it_joins():
+    cfg = mlo_mae.Config(**NANO)
+    net, arguments = bench.problem(cfg, PIXELS, CPU, cfg.mask_batches)
+    parts = bench.parts_of(net, arguments)
+    assert len(parts["jvp of the autoencoder"]()) == 2 * cfg.batch_size
+    theta, psi, head, labelled, steps = arguments
+    gradient = mlo_mae.exact(net, theta, psi, head, labelled, [mlo_mae.joined(steps)]).hypergradient
+    assert torch.equal(parts["mask update"]().mu, 0.9 * gradient + 0.1 * gradient)
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, error_of_form, hypergradient_problem, relative_error
+import torch.nn.functional as F
+from helpers import DEFAULT, TINY, error_of_form, hypergradient_problem, relative_error
 
 import kernels
 import mlo_mae
@@ -35,6 +36,60 @@ def test_exact_equals_unrolled_over_several_steps(jacobian, warm, count, masking
     assert error_of_form(mlo_mae.exact, warm=warm, update_jacobian=jacobian, count=count, **settings) < 1e-9
 
 
+@pytest.mark.parametrize("jacobian", ["adamw", "identity"])
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])  # with remembered moments, and without
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("masking_network", ["tokens", "shared", "mlp"])
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_exact_equals_unrolled_where_the_head_is_solved(jacobian, warm, count, masking_network, pooling):
+    settings = {"masking_network": masking_network, "pooling": pooling, "mask_choice": "random", "level2": "ridge"}
+    assert error_of_form(mlo_mae.exact, warm=warm, count=count, update_jacobian=jacobian, **settings) < 1e-9
+
+
+@pytest.mark.parametrize("jacobian", ["adamw", "identity"])
+@pytest.mark.parametrize("eyes", ["", "kept", "other"])
+@pytest.mark.parametrize("how", [{"count": 1}, {"count": 3}, {"count": 3, "join": True}, {"count": 4, "join": True}], ids=str)
+def test_exact_equals_unrolled_whatever_t_reads_and_over_joined_batches(jacobian, eyes, how):
+    assert error_of_form(mlo_mae.exact, eyes=eyes, update_jacobian=jacobian, **how | DEFAULT) < 1e-9
+
+
+@pytest.mark.parametrize("level2", ["ridge", "steps"])
+@pytest.mark.parametrize("masking_network, choice", [("mlp", "highest"), ("shared", "odds"), ("tokens", "odds")])
+def test_exact_equals_unrolled_over_joined_batches_however_masks_are_chosen(level2, masking_network, choice):
+    settings = {"masking_network": masking_network, "mask_choice": choice, "level2": level2}
+    assert error_of_form(mlo_mae.exact, count=3, join=True, **settings) < 1e-9
+
+
+def test_joined_batches_are_those_of_all_steps_at_the_last():
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=3, **DEFAULT)
+    together = mlo_mae.joined(steps)
+    assert together.theta is steps[-1].theta and together.gradient is steps[-1].gradient and together.eyes is steps[-1].eyes
+    for name in ("images", "keep", "restore", "mask"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(step, name) for step in steps]))
+    # (10) is linear in the batches: the mean over steps that are the last with another batch.
+    batches = [{name: getattr(step, name) for name in ("images", "keep", "restore", "mask")} for step in steps]
+    alone = [mlo_mae.exact(net, theta, psi, head, labelled, [steps[-1]._replace(**batch)]) for batch in batches]
+    expected = torch.stack([result.hypergradient for result in alone]).mean(0)
+    found = mlo_mae.exact(net, theta, psi, head, labelled, [together]).hypergradient
+    assert relative_error(found, expected) < 1e-12 and relative_error(alone[-1].hypergradient, expected) > 1e-2
+
+
+def test_eyes_and_the_sight_of_another_t_matter():
+    """So that the agreements above do test them."""
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(eyes="other", **DEFAULT)
+    (step,) = steps
+    prob = mlo_mae.masking_probability(net, psi, step.images, step.eyes)
+    assert prob.shape == (6, 16) and prob.std() > 1e-2
+    for changes in ({"scale": torch.ones(3, 1, 1)}, {"shift": torch.zeros(3, 1, 1)}):
+        other = dataclasses.replace(net, sight=net.sight._replace(**changes))
+        assert not torch.allclose(mlo_mae.masking_probability(other, psi, step.images, step.eyes), prob, atol=1e-4)
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(eyes="kept", **DEFAULT)
+    (step,) = steps
+    own = step._replace(eyes=step.theta.params[: net.encoder_size])
+    found = [mlo_mae.exact(net, theta, psi, head, labelled, [made]).hypergradient for made in (step, own)]
+    assert relative_error(*found) > 1e-2
+
+
 def test_several_steps_differ_from_the_last_alone():
     net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=3)
     full = mlo_mae.exact(net, theta, psi, head, labelled, steps).hypergradient
@@ -42,7 +97,25 @@ def test_several_steps_differ_from_the_last_alone():
     assert relative_error(last, full) > 1e-2
 
 
-def test_first_order_is_exact_less_the_path_through_the_head():
+def test_first_order_is_exact_less_the_path_through_the_solution():
+    """A head that stays as it is solved leaves the direct path alone."""
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(**DEFAULT)
+    exact = mlo_mae.exact(net, theta, psi, head, labelled, steps)
+    first = mlo_mae.first_order(net, theta, psi, head, labelled, steps)
+    assert torch.equal(first.head.params, exact.head.params) and first.head.t == exact.head.t == head.t + 1
+    assert relative_error(first.hypergradient, exact.hypergradient) > 1e-2
+    leaf, split = theta.params[: net.encoder_size].clone().requires_grad_(), net.encoder_size
+    loss = mlo_mae.head_loss(net, exact.head.params, mlo_mae.encode(net, leaf, labelled.images3), labelled.labels3)
+    a = mlo_mae.params_only(torch.autograd.grad(loss, leaf)[0])
+    (step,) = steps
+    d = mlo_mae.directional_errors(net, step, adamw_pullback(step.theta, step.gradient, step.rates, "adamw", a)[1])
+    moving = psi.clone().requires_grad_()
+    prob = mlo_mae.masking_probability(net, moving, step.images, step.theta.params[:split])
+    direct = torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, d), moving)[0]
+    assert relative_error(first.hypergradient, direct) < 1e-12
+
+
+def test_first_order_is_exact_less_the_path_through_the_heads_steps():
     net, (theta, psi, head, labelled, steps) = hypergradient_problem()
     exact = mlo_mae.exact(net, theta, psi, head, labelled, steps)
     first = mlo_mae.first_order(net, theta, psi, head, labelled, steps)
@@ -54,16 +127,19 @@ def test_first_order_is_exact_less_the_path_through_the_head():
     assert relative_error(first.hypergradient, direct) < 1e-12
 
 
-def test_hypergradient_predicts_the_change_of_level_3():
+@pytest.mark.parametrize(
+    "settings", [{}, DEFAULT, DEFAULT | {"eyes": "kept"}, DEFAULT | {"eyes": "other", "pooling": "cls"}], ids=str
+)
+def test_hypergradient_predicts_the_change_of_level_3(settings):
     """No autograd of ours in this one: move psi, make all the steps again, and read L3."""
-    net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=1)
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=1, **settings)
     gradient = mlo_mae.exact(net, theta, psi, head, labelled, steps).hypergradient
     direction = gradient / gradient.norm()
 
     def level3(moved):
         step = steps[0]
         split = net.encoder_size
-        prob = mlo_mae.masking_probability(net, moved, step.images, step.theta.params[:split])
+        prob = mlo_mae.masking_probability(net, moved, step.images, step.eyes)
         params = step.theta.params.clone().requires_grad_()
         errors = mlo_mae.patch_errors(net, params[:split], params[split:], step)
         (g,) = torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, errors), params)
@@ -73,6 +149,145 @@ def test_hypergradient_predicts_the_change_of_level_3():
     width = 1e-4
     measured = (level3(psi + width * direction) - level3(psi - width * direction)) / (2 * width)
     assert measured.item() == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------- level 2 solved, by other means
+
+
+def ridge_by_hand(features, labels, penalty, weights=None):
+    """Mean and deviation of features [B, D], and W [D, C], b [C] of sum_i w_i |W' s_i + b - y_i|^2 + penalty |W|^2 at its
+    least, with s = (z - mean) / deviation and weights w of the images that sum to 1 (None: equal): numpy, from the definition,
+    with b as one more unknown."""
+    features, labels = np.asarray(features.detach()), np.asarray(F.one_hot(labels, 5).double())
+    weights = np.full(len(features), 1 / len(features)) if weights is None else np.asarray(weights)
+    mean = weights @ features
+    deviation = np.sqrt(weights @ (features - mean) ** 2 + 1e-6)
+    standard = np.concatenate([(features - mean) / deviation, np.ones((len(features), 1))], axis=1)
+    penalties = np.diag([penalty] * features.shape[1] + [0.0])  # the bias has none
+    solution = np.linalg.solve(
+        standard.T @ (weights[:, None] * standard) + penalties, standard.T @ (weights[:, None] * labels)
+    )
+    return mean, deviation, solution[:-1], solution[-1]
+
+
+def solved(memory=0.8, penalty=0.3, batches=3):
+    """Networks, features [12, D] and labels of some batches, the head after them, and the weight that each image has."""
+    cfg = dataclasses.replace(TINY, level2_memory=memory, ridge=penalty, **DEFAULT)
+    net, (_, phi, _) = build(cfg, 16, 3, 5)
+    random = torch.Generator().manual_seed(3)
+    scale = torch.logspace(-3, 2, cfg.width, dtype=torch.float64)  # features of very different sizes, far from 0
+    drawn = [scale * (torch.randn(12, cfg.width, generator=random).double() + 5) for _ in range(batches)]
+    labels = [torch.randint(0, 5, (12,), generator=random) for _ in range(batches)]
+    head = mlo_mae.fresh_level(phi.double(), "cpu")
+    for pair in zip(drawn, labels):
+        head = mlo_mae.solved_head(net, head, *pair)
+    weights = [1.0]
+    for number in range(1, batches):
+        kept = min(memory, number / (number + 1))
+        weights = [kept * weight for weight in weights] + [1 - kept]
+    return net, drawn, labels, head, torch.tensor(weights, dtype=torch.float64).repeat_interleave(12) / 12
+
+
+@pytest.mark.parametrize("memory, batches", [(0.8, 1), (0.0, 3), (0.8, 3), (0.8, 7), (0.4, 3)])
+def test_the_solved_head_is_ridge_regression(memory, batches):
+    """The numbers of phi' are moments; what they mean is C, here by normal equations on the images themselves."""
+    net, drawn, labels, head, weights = solved(memory, batches=batches)
+    assert head.t == batches and weights.sum().item() == pytest.approx(1)
+    assert memory != 0.8 or (weights.std() < 1e-12) == (batches <= 5)  # up to so many, each batch counts the same
+    features, answers = torch.cat(drawn), torch.cat(labels)
+    mean, deviation, matrix, bias = ridge_by_hand(features, answers, 0.3, weights)
+    fresh = 50 + 30 * torch.randn(9, 16, dtype=torch.float64)
+    expected = torch.from_numpy((np.asarray(fresh) - mean) / deviation @ matrix + bias)
+    assert relative_error(mlo_mae.call(net.head, head.params, fresh), expected) < 1e-9
+    answered = torch.arange(9) % 5
+    squared = (expected - F.one_hot(answered, 5)).square().sum(1).mean()
+    assert mlo_mae.head_loss(net, head.params, fresh, answered).item() == pytest.approx(squared.item(), rel=1e-9)
+
+
+def test_the_solved_head_is_where_the_gradient_of_level_2_is_0():
+    net, drawn, labels, head, weights = solved()
+    features, answers = torch.cat(drawn), torch.cat(labels)
+    mean = weights @ features
+    standard = (features - mean) / (weights @ (features - mean).square() + 1e-6).sqrt()
+    # What C computes is affine: its matrix and bias are read off at the standardised unit vectors and at 0.
+    points = torch.cat([torch.eye(16), torch.zeros(1, 16)]).double()
+    found = mlo_mae.call(net.head, head.params, points * (weights @ (features - mean).square() + 1e-6).sqrt() + mean)
+    matrix, bias = (found[:-1] - found[-1]).requires_grad_(), found[-1].clone().requires_grad_()
+    errors = (standard @ matrix + bias - F.one_hot(answers, 5)).square().sum(1)
+    gradients = torch.autograd.grad((weights * errors).sum() + 0.3 * matrix.square().sum(), (matrix, bias))
+    assert all(gradient.abs().max() < 1e-10 for gradient in gradients) and matrix.abs().max() > 1e-2
+    assert relative_error(bias, torch.stack([weights[answers == label].sum() for label in range(5)])) < 1e-9
+
+
+@pytest.mark.parametrize("batches", [2, 3, 5])
+def test_batches_of_one_weight_are_as_one_batch(batches):
+    net, drawn, labels, head, _ = solved(batches=batches)
+    fresh = mlo_mae.fresh_level(torch.zeros_like(head.params), "cpu")
+    together = mlo_mae.solved_head(net, fresh, torch.cat(drawn), torch.cat(labels))
+    assert relative_error(head.params, together.params) < 1e-12 and (head.t, together.t) == (batches, 1)
+
+
+def test_features_that_hardly_differ_between_images_do_no_harm():
+    """In float32: some are the same for all images, some almost, and all far from 0."""
+    net, *_ = solved(penalty=1.0)
+    for seed in range(20):
+        random = torch.Generator().manual_seed(seed)
+        features = torch.randn(128, 16, generator=random)
+        labels = (features[:, 0] > 0).long()
+        features[:, 8:12] = 7.3 + 0.1 * seed
+        features[:, 12:] = 20 + 1e-4 * torch.randn(128, 4, generator=random)
+        head = mlo_mae.fresh_level(torch.zeros(net.head.moments.numel()), "cpu")
+        found = mlo_mae.call(net.head, mlo_mae.solved_head(net, head, features, labels).params, features)
+        mean, deviation, matrix, bias = ridge_by_hand(features.double(), labels, 1.0)
+        expected = (np.asarray(features.double()) - mean) / deviation @ matrix + bias
+        assert relative_error(found, torch.from_numpy(expected)) < 1e-2
+
+
+def test_level_2_and_3_are_of_the_solved_head():
+    """phi', L2 and L3 of a Result, from the features of the images and of those that were remembered."""
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(warm=False, ridge=0.2, **DEFAULT)
+    encoder = theta.params[: net.encoder_size]
+    tokens = [mlo_mae.call(net.encoder, encoder, images) for images in (labelled.images2, labelled.images3)]
+    features2, features3 = (each[:, 1:].mean(1).detach() for each in tokens)
+    mean, deviation, matrix, bias = ridge_by_hand(features2, labelled.labels2, 0.2)
+    found = mlo_mae.exact(net, theta, psi, head, labelled, steps)
+    assert found.head.t == 1 and not any(tensor.requires_grad for tensor in found.head[:3])
+    for loss, features, labels in (
+        (found.level2_loss, features2, labelled.labels2),
+        (found.level3_loss, features3, labelled.labels3),
+    ):
+        errors = (np.asarray(features) - mean) / deviation @ matrix + bias - np.eye(5)[np.asarray(labels)]
+        assert loss.item() == pytest.approx((errors**2).sum(1).mean(), rel=1e-10)
+
+
+def test_remembered_moments_are_constant_and_new_ones_are_not():
+    net, drawn, labels, head, _ = solved()
+    head = head._replace(params=head.params.requires_grad_())
+    assert not mlo_mae.solved_head(net, head, drawn[0], labels[0]).params.requires_grad
+    assert mlo_mae.solved_head(net, head, drawn[0].requires_grad_(), labels[0]).params.requires_grad
+
+
+@pytest.mark.parametrize("settings", [DEFAULT, DEFAULT | {"level2": "steps"}], ids=str)
+def test_in_bfloat16_the_hypergradient_errs_by_little(settings):
+    """Encoder and decoder in bfloat16, T, the head and the losses in float32: within 10 % (most seeds: 5 %), cosine 0.99."""
+    for seed in range(5):
+        net, (theta, psi, head, labelled, (step,)) = hypergradient_problem(
+            seed=seed, count=3, join=True, batch_size=24, **settings
+        )
+        judge = mlo_mae.exact(net, theta, psi, head, labelled, [step]).hypergradient
+        low = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, precision="bf16"))
+        single = [torch.utils._pytree.tree_map(as_float32, part) for part in (theta, psi, head, labelled, [step])]
+        found = mlo_mae.exact(low, *single).hypergradient
+        assert found.dtype == torch.float32 and relative_error(found, judge) < 0.1
+        assert torch.cosine_similarity(found.double(), judge, dim=0) > 0.99
+        assert relative_error(mlo_mae.exact(net, *single).hypergradient, judge) < 5e-4
+
+
+def as_float32(value):
+    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.float64 else value
+
+
+# ------------------------------------------------------------------------------------------------ level 2 in steps
 
 
 def test_levels_2_and_3_by_modules_and_torchs_adamw():
@@ -154,11 +369,13 @@ def test_level1_loss_is_linear_in_the_errors():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision, iterations", [("fp32", 2), ("bf16", 1)])
-def test_kernels_forced_on_give_the_same_run(precision, iterations, bfloat16_as_on_a_chip):
+@pytest.mark.parametrize("settings", [{}, DEFAULT | {"mask_batches": 2}], ids=str)
+def test_kernels_forced_on_give_the_same_run(precision, iterations, settings, bfloat16_as_on_a_chip):
     """Outer iterations through the Triton kernels (interpreted without a GPU) and through the references."""
     if kernels.backend.triton is None:
         pytest.skip("triton is not installed")
     cfg = dataclasses.replace(TINY, patch_size=8, depth=1, batch_size=6, labelled_batch_size=4, dropout=0.1, warmup=0.0)
+    cfg = dataclasses.replace(cfg, **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(0)).to(device)
     labels, sizes = torch.arange(40, device=device) % 5, (cfg.batch_size, *2 * [cfg.labelled_batch_size])
@@ -178,11 +395,11 @@ def test_kernels_forced_on_give_the_same_run(precision, iterations, bfloat16_as_
     (ours, state), (exact, judge) = run("triton", precision), run("reference", "fp32")
 
     def errors(state):  # of the moments, which hold the gradients: a weight whose gradient is rounding may step either way
-        return np.array([relative_error(found.mu, level.mu) for found, level in zip(state[1:], judge[1:])])
+        return np.array([relative_error(found.mu, level.mu) for found, level in zip(state[1:4], judge[1:4])])
 
     if precision == "fp32":
         assert torch.allclose(ours, exact, rtol=1e-3)  # losses, and the norm of the hypergradient
         assert (errors(state) < 1e-3).all(), errors(state)
     else:
         theirs = errors(run("reference", precision)[1])
-        assert (errors(state) < 1.5 * theirs).all(), (errors(state), theirs)
+        assert (errors(state) <= 1.5 * theirs).all(), (errors(state), theirs)

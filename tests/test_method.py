@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TINY, noise_batches
+from helpers import DEFAULT, TINY, noise_batches, other_sight
 
 import mlo_mae
 from harness import UserError
 from harness.probe import mask_statistics
+from harness.schedule import schedule
 from harness.vectors import inverse_fan_in, weight_decays
 from mlo_mae import CIFAR, IMAGENET, PRESETS, Config, build, call, unflatten
 
@@ -80,7 +81,7 @@ def test_forward_equals_the_published_equations():
     cfg = Config(
         **{"patch_size": 4, "width": 24, "depth": 2, "heads": 3},
         **{"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2},
-        **{"masking_network": "mlp", "mask_noise": 0.0},
+        **{"masking_network": "mlp", "mask_choice": "highest"},
     )
     net, (theta, _, psi) = build(cfg, 20, 3, 7)
     torch.manual_seed(1)
@@ -108,8 +109,11 @@ def test_whole_images_give_the_features_of_all_patches_in_order():
     everything = torch.arange(16).expand(2, -1)
     tokens = call(net.encoder, params, images, everything)
     assert torch.allclose(call(net.encoder, params, images), tokens, atol=1e-6)
-    assert torch.allclose(mlo_mae.encode(net, params, images), tokens[:, 0], atol=1e-6)
-    assert torch.allclose(mlo_mae.encode(net, params, images, "mean"), tokens[:, 1:].mean(1), atol=1e-6)
+    pooled = {"cls": tokens[:, 0], "mean": tokens[:, 1:].mean(1)}
+    for own in pooled:
+        net.cfg = dataclasses.replace(net.cfg, pooling=own)
+        for asked in ("", *pooled):
+            assert torch.allclose(mlo_mae.encode(net, params, images, asked), pooled[asked or own], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,9 @@ def test_preset_sizes_and_public_names(preset, image_size, encoder_millions, dec
 def test_every_preset_is_a_configuration_that_runs(preset):
     cfg = Config(**{"preset": preset} | PRESETS[preset])
     mlo_mae.check(cfg)
-    assert preset == "shapes" or cfg.mask_noise == cfg.mask_start == 0 and cfg.masking_network == "mlp"  # as published
+    published = {"mask_choice": "highest", "mask_start": 0, "mask_until": 1, "mask_restart": False, "masking_network": "mlp"}
+    published |= {"level2": "steps", "pooling": "cls", "mask_batches": 1, "head_norm": "layer", "head_steps": 1}
+    assert preset == "shapes" or dataclasses.asdict(cfg).items() >= published.items()
 
 
 def test_positions_are_sin_cos_of_column_then_row():
@@ -175,17 +181,129 @@ def test_random_masks_are_uniform_and_p_is_one():
     assert torch.equal(mask, again) and not torch.equal(mask, other)
 
 
-def test_before_its_start_t_is_not_asked():
+@pytest.mark.parametrize("choice", ["random", "odds"])
+def test_before_its_start_t_is_not_asked(choice):
     """Learned masks are then those of --masking random, draw by draw."""
     images, masks = torch.randn(50, 3, 32, 32), {}
     for masking in ("learned", "random"):
-        net, (_, _, psi) = build(Config(masking=masking, mask_start=0.5), 32, 3, 8)
-        psi = torch.ones_like(psi).cumsum(0).sin()  # T has preferences
+        net, (theta, _, psi) = build(Config(masking=masking, mask_start=0.5, mask_until=1.0, mask_choice=choice), 32, 3, 8)
+        psi, eyes = torch.ones_like(psi).cumsum(0).sin(), theta[: net.encoder_size]  # T has preferences
         for progress in (0.0, 0.49, 0.5, 1.0):
-            prob, _, _, masks[masking, progress] = mlo_mae.draw_masks(net, psi, images, None, 0, 1, progress=progress)
+            prob, _, _, masks[masking, progress] = mlo_mae.draw_masks(net, psi, images, eyes, 0, 1, progress=progress)
             assert prob.eq(1).all() == (masking == "random" or progress < 0.5)
     for progress in (0.0, 0.49, 0.5, 1.0):
-        assert torch.equal(masks["learned", progress], masks["random", progress]) == (progress < 0.5)
+        same = torch.equal(masks["learned", progress], masks["random", progress])
+        assert same == (progress < 0.5 or choice == "random")
+
+
+def test_masks_that_are_drawn_at_random_do_not_depend_on_t():
+    """p then weighs, and does not choose."""
+    net, (theta, _, psi) = build(Config(mask_start=0.0), 32, 3, 8)
+    images, eyes = torch.randn(20, 3, 32, 32), theta[: net.encoder_size]
+    probs, choices = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        prob, *choice = mlo_mae.draw_masks(net, psi + torch.randn(len(psi)), images, eyes, 0, 1)
+        probs.append(prob)
+        choices.append(choice)
+    assert all(torch.equal(*pair) for choice in choices[1:] for pair in zip(choices[0], choice))
+    assert (probs[0] - probs[1]).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize("masking_from", ["", "a run"])
+@pytest.mark.parametrize("learns", [False, True])
+def test_when_t_weighs_and_when_it_learns(masking_from, learns):
+    cfg = Config(mask_start=0.25, mask_until=0.5, masking_from=masking_from, masking_learns=learns)
+    for progress in (0.0, 0.2499, 0.25, 0.4999, 0.5, 1.0):
+        assert mlo_mae.weighed_by(cfg, progress) == (progress >= 0.25 or masking_from != "")
+        assert mlo_mae.learns_at(cfg, progress) == (0.25 <= progress < 0.5 and (learns or not masking_from))
+        plain = dataclasses.replace(cfg, masking="random")
+        assert not mlo_mae.weighed_by(plain, progress) and not mlo_mae.learns_at(plain, progress)
+    assert mlo_mae.learns_at(Config(mask_start=0.0, mask_until=1.0), 0.999)
+
+
+@pytest.mark.parametrize("total", [1, 2, 7, 10, 100, 1130])
+@pytest.mark.parametrize("until", [0.07, 0.25, 0.3, 0.57, 0.9, 1.0])
+def test_the_learning_rate_follows_a_part_of_the_run(total, until):
+    cfg = Config(mask_start=0.0, mask_until=until)
+    parts = [mlo_mae.within(cfg, iteration, total) for iteration in range(total)]
+    restart = math.ceil(round(until * total, 6))
+    assert parts == [(0, total)] * restart + [(restart, total - restart)] * (total - restart)
+    for other in ({"mask_restart": False}, {"masking": "random"}, {"masking_from": "a run"}):
+        whole = dataclasses.replace(cfg, **other)
+        assert all(mlo_mae.within(whole, iteration, total) == (0, total) for iteration in range(total))
+
+
+def test_t_learns_in_the_window_that_its_learning_rate_follows():
+    for total in range(1, 121):
+        for start in (0.0, 0.07, 0.1, 0.2, 0.29, 0.3, 0.57):
+            for until in (0.075, 0.1, 0.3, 0.57, 0.58, 0.7, 0.9, 1.0):
+                cfg = Config(mask_start=start, mask_until=until)
+                first, end = mlo_mae.window(cfg, total)
+                found = [n for n in range(total) if mlo_mae.learns_at(cfg, n / total)]
+                assert found == list(range(first, end)), (total, start, until)
+                assert [mlo_mae.weighed_by(cfg, n / total) for n in range(total)] == [n >= first for n in range(total)]
+
+
+def test_the_t_of_tokens_is_one_linear_layer_on_each_token_by_itself():
+    net, (theta, _, psi) = build(Config(width=16, heads=2, depth=3, masking_blocks=2), 32, 3, 8)
+    assert psi.shape == (16,) and not psi.any()
+    torch.manual_seed(0)
+    images, eyes = torch.randn(5, 3, 32, 32).double(), (theta + 0.1 * torch.randn(len(theta))).double()[: net.encoder_size]
+    start = mlo_mae.masking_probability(net, psi.double(), images, eyes)
+    assert torch.allclose(start, torch.full((5, 64), 1 / (1 + math.exp(2))).double(), atol=1e-12)  # without a preference
+    weight = torch.randn(16).double()
+    tokens = call(net.encoder.patch_embed, eyes[16 + 65 * 16 :][: 16 * 49], mlo_mae.gather_patches(images, None, 4))
+    named = unflatten(net.encoder, eyes)
+    assert torch.equal(named["patch_embed.proj.bias"], eyes[16 + 65 * 16 :][: 16 * 49][-16:])
+    x = torch.cat([named["cls_token"].expand(5, -1, -1), tokens], dim=1) + named["pos_embed"]
+    for number in range(2):  # of three blocks, and no last norm
+        own = {name.removeprefix(f"blocks.{number}."): part for name, part in named.items() if f"blocks.{number}." in name}
+        x = torch.func.functional_call(net.encoder.blocks[number], own, (x,))
+    x = x[:, 1:]
+    x = (x - x.mean(2, keepdim=True)) / (x.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    logits = x @ weight
+    found = mlo_mae.masking_probability(net, weight, images, eyes)
+    assert torch.allclose(found, (logits - logits.mean(1, keepdim=True) - 2).sigmoid(), atol=1e-12)
+    alone = torch.cat([mlo_mae.masking_probability(net, weight, image[None], eyes) for image in images])
+    assert torch.allclose(found, alone, atol=1e-12)  # whatever images are beside it
+    net.cfg = dataclasses.replace(net.cfg, masking_blocks=9)  # more than there are: all of them
+    every = mlo_mae.masking_probability(net, weight, images, eyes)
+    net.cfg = dataclasses.replace(net.cfg, masking_blocks=3)
+    assert torch.equal(every, mlo_mae.masking_probability(net, weight, images, eyes)) and not torch.allclose(every, found)
+
+
+def test_what_t_reads_is_constant():
+    net, (theta, _, psi) = build(Config(width=16, heads=2, depth=1), 32, 3, 8)
+    eyes, psi = theta[: net.encoder_size].requires_grad_(), torch.randn(16).requires_grad_()
+    prob = mlo_mae.masking_probability(net, psi, torch.randn(2, 3, 32, 32), eyes)
+    assert torch.autograd.grad(prob.square().sum(), (psi, eyes), allow_unused=True)[1] is None
+
+
+@pytest.mark.parametrize("image_size, patch", [(16, 4), (32, 8), (24, 4), (16, 2)])
+def test_the_t_of_another_run_sees_images_as_it_knows_them(image_size, patch):
+    """Normalised, and of the size, as in its run; its logits come back on this run's patches."""
+    sight = other_sight(masking_blocks=2)
+    assert not any(parameter.is_cuda or parameter.device.type != "meta" for parameter in sight.encoder.parameters())
+    cfg = dataclasses.replace(TINY, patch_size=patch, masking_blocks=0, **DEFAULT)
+    net, (_, _, psi) = build(cfg, image_size, 3, 5, sight)
+    theirs, (theta, _, _) = build(Config(width=24, depth=3, heads=3, patch_size=4, masking_blocks=2), 24, 3, 5)
+    assert psi.shape == (24,) and net.patches == (image_size // patch) ** 2
+    torch.manual_seed(0)
+    eyes, psi = theta[: theirs.encoder_size] + 0.1 * torch.randn(theirs.encoder_size), torch.randn(24)
+    bright = torch.rand(4, 3, 6, 6)  # in [0, 1], smooth
+    pixels = F.interpolate(bright, (image_size, image_size), mode="bilinear")
+    found = mlo_mae.masking_probability(net, psi, (pixels - 0.5) / 0.25, eyes)
+    mean, std = (torch.tensor(three)[:, None, None] for three in ([0.3, 0.4, 0.6], [0.2, 0.3, 0.15]))
+    there = (pixels - mean) / std
+    if image_size != 24:
+        there = F.interpolate(there, (24, 24), mode="bicubic", antialias=True)
+    logits = mlo_mae.masking_probability(theirs, psi, there, eyes).logit().unflatten(1, (1, 6, 6))
+    if image_size != 6 * patch:
+        logits = F.interpolate(logits, [image_size // patch] * 2, mode="bilinear", antialias=True)
+    logits = logits.flatten(1)
+    assert torch.allclose(found, (logits - logits.mean(1, keepdim=True) - 2).sigmoid(), atol=1e-5)
+    assert found.std() > 0.02
 
 
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
@@ -220,16 +338,15 @@ def test_the_shared_t_sees_a_patch_and_its_neighbours_wherever_they_lie():
     assert torch.equal(moved, near.expand(2, -1, -1))
 
 
-@pytest.mark.parametrize("noise", [1.0, 2.5])
 @pytest.mark.parametrize("hidden", [1, 2])
-def test_noisy_masks_are_drawn_by_their_odds_without_replacement(monkeypatch, noise, hidden):
-    net, _ = build(Config(patch_size=8, mask_ratio=hidden / 4, mask_noise=noise, mask_start=0.0), 16, 3, 8)
+def test_masks_are_drawn_by_their_odds_without_replacement(monkeypatch, hidden):
+    net, _ = build(Config(patch_size=8, mask_ratio=hidden / 4, mask_choice="odds", mask_start=0.0), 16, 3, 8)
     logits = torch.tensor([2.0, -1.0, 0.5, -0.5])
     monkeypatch.setattr(mlo_mae, "masking_probability", lambda _net, _psi, x, _params: logits.sigmoid().expand(len(x), -1))
     images = torch.zeros(40_000, 3, 16, 16)
     prob, _, _, mask = mlo_mae.draw_masks(net, None, images, None, 0, 1)
     assert torch.equal(prob[7], logits.sigmoid())  # the noise has no part in L1's weights
-    odds = (logits / noise).exp().tolist()
+    odds = logits.exp().tolist()
     total = sum(odds)
     if hidden == 1:
         expected = {(i,): odds[i] / total for i in range(4)}
@@ -244,8 +361,9 @@ def test_noisy_masks_are_drawn_by_their_odds_without_replacement(monkeypatch, no
     assert not torch.equal(mask, mlo_mae.draw_masks(net, None, images, None, 0, 2)[3])
 
 
-def test_without_noise_the_highest_p_are_hidden(monkeypatch):
-    net, _ = build(Config(patch_size=8, mask_ratio=0.5, masking_network="mlp", mask_noise=0.0, mask_start=0.0), 16, 3, 8)
+def test_as_published_the_highest_p_are_hidden(monkeypatch):
+    cfg = Config(patch_size=8, mask_ratio=0.5, masking_network="mlp", mask_choice="highest", mask_start=0.0)
+    net, _ = build(cfg, 16, 3, 8)
     prob = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.51, 0.5, 0.49, 0.52]])
     monkeypatch.setattr(mlo_mae, "masking_probability", lambda *arguments: prob)
     mask = mlo_mae.draw_masks(net, None, torch.zeros(2, 3, 16, 16), None, 0, 1)[3]
@@ -273,7 +391,7 @@ def test_a_score_of_a_baseline_hides_the_highest_and_p_is_one():
 @pytest.mark.parametrize("masking_input", ["pixels", "embeddings"])
 @pytest.mark.parametrize("image_size, patch", [(32, 4), (96, 8)])
 def test_first_masks_are_neither_saturated_nor_the_same(masking_input, image_size, patch):
-    cfg = Config(masking_network="mlp", masking_input=masking_input, mask_noise=0.0, patch_size=patch)
+    cfg = Config(masking_network="mlp", masking_input=masking_input, mask_choice="highest", patch_size=patch)
     net, params = build(cfg, image_size, 3, 8)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, "cpu") for vector in params))
     torch.manual_seed(0)
@@ -289,7 +407,8 @@ def test_first_masks_are_neither_saturated_nor_the_same(masking_input, image_siz
 
 
 @pytest.mark.parametrize(
-    "network, layers, biases", [("mlp", ("fc1", "fc2"), ("fc1", "fc2")), ("shared", ("window", "fc"), ("window",))]
+    "network, layers, biases",
+    [("mlp", ("fc1", "fc2"), ("fc1", "fc2")), ("shared", ("window", "fc"), ("window",)), ("tokens", ("fc",), ())],
 )
 def test_one_step_moves_a_unit_of_t_by_mask_lr_at_most(network, layers, biases):
     net, (_, _, psi) = build(Config(masking_network=network), 32, 3, 8)
@@ -322,6 +441,124 @@ def fresh_state(**settings):
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, "cpu") for vector in params))
     decay = [weight_decays(modules, cfg.weight_decay) for modules in mlo_mae.modules_of(net).values()]
     return net, state, (noise_batches(cfg), 4, decay, inverse_fan_in(net.masking))
+
+
+def run_through(net, state, rest, total=8):
+    """States before the first iteration and after each of `total`, with what `train` does in between, and their losses."""
+    batches, _, *constant = rest
+    fresh, states, rows = state.theta.params, [state], []
+    for _ in range(total):
+        state = mlo_mae.with_kept_masks(net, state, fresh, total)
+        state, losses = mlo_mae.outer_iteration(net, state, batches, total, *constant)
+        states.append(state)
+        rows.append(losses)
+    return states, rows
+
+
+THREE_PARTS = {"mask_start": 0.25, "mask_until": 0.5, "mask_batches": 2, "warmup": 0.25}  # of 8 iterations: 2, 2, 4
+
+
+@pytest.mark.parametrize("network", ["tokens", "shared", "mlp"])
+@pytest.mark.parametrize("restart", [True, False])
+def test_from_its_end_on_t_and_what_it_reads_stay_as_they_are(network, restart):
+    settings = DEFAULT | THREE_PARTS | {"masking_network": network, "masking_input": "embeddings", "mask_restart": restart}
+    net, state, rest = fresh_state(**settings)
+    states, rows = run_through(net, state, rest)
+    assert [state.psi.t for state in states] == [0, 0, 0, 1, 2, 2, 2, 2, 2] == [state.head.t for state in states]
+    assert [state.theta.t for state in states] == [0, 2, 4, 6, 8, *([2, 4, 6, 8] if restart else [10, 12, 14, 16])]
+    assert [state.eyes is None for state in states] == [True] * 5 + [False] * 4
+    labelled = ["level3_loss" in row for row in rows]
+    assert labelled == [False] * 2 + [True] * 2 + [False] * 4
+    images, before = torch.randn(4, 3, 16, 16), states[4]
+    kept = mlo_mae.eyes_of(net, before)
+    assert torch.equal(kept, before.theta.params[: net.encoder_size])
+    p = mlo_mae.masking_probability(net, before.psi.params, images, kept)
+    assert p.std(1).min() > 1e-5  # T has learned something
+    for state in states[5:]:
+        assert torch.equal(state.eyes, kept) and all(map(torch.equal, state.psi[:3], before.psi[:3]))
+        assert all(map(torch.equal, state.head[:3], before.head[:3]))
+        assert torch.equal(mlo_mae.masking_probability(net, state.psi.params, images, mlo_mae.eyes_of(net, state)), p)
+        assert not torch.equal(state.theta.params[: net.encoder_size], kept)  # E goes on
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_encoder_and_decoder_start_anew_where_asked(restart):
+    net, state, _ = fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": restart})
+    fresh, random = state.theta.params, torch.Generator().manual_seed(1)
+    moved = [torch.randn(len(fresh), generator=random) for _ in range(3)]
+    learned = state._replace(theta=mlo_mae.Level(*moved, 9), psi=state.psi._replace(params=state.psi.params + 1))
+    for iteration in (0, 2, 3):
+        assert mlo_mae.with_kept_masks(net, learned._replace(iteration=iteration), fresh, 8).eyes is None
+    for iteration in (4, 5, 7):  # later than the first chance: a run that was resumed
+        state = mlo_mae.with_kept_masks(net, learned._replace(iteration=iteration), fresh, 8)
+        assert torch.equal(state.eyes, learned.theta.params[: net.encoder_size])
+        assert state.psi is learned.psi and state.head is learned.head and state.iteration == iteration
+        if restart:
+            assert torch.equal(state.theta.params, fresh) and state.theta.t == 0
+            assert not state.theta.mu.any() and not state.theta.nu.any()
+        else:
+            assert state.theta is learned.theta
+        again = mlo_mae.with_kept_masks(net, state._replace(theta=learned.theta), fresh, 8)
+        assert again.theta is learned.theta and again.eyes is state.eyes  # once
+    net.cfg = dataclasses.replace(net.cfg, masking="random")
+    assert mlo_mae.with_kept_masks(net, learned._replace(iteration=7), fresh, 8).eyes is None
+
+
+def test_an_encoder_that_starts_anew_learns_as_in_a_run_of_its_own(monkeypatch):
+    """Learning rates begin again with it, and are those of the remaining iterations."""
+    rates, real = [], mlo_mae.level1_step
+
+    def watched(net, theta, psi, images, rate, *keys, **how):
+        rates.append(rate.lr)
+        return real(net, theta, psi, images, rate, *keys, **how)
+
+    monkeypatch.setattr(mlo_mae, "level1_step", watched)
+    run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": True}))
+    lr, steps = TINY.lr, 8
+    whole = [lr * schedule(n, 2 * steps, 0.25 * 2 * steps) for n in range(2 * steps)]
+    anew = [lr * schedule(n, steps, 0.25 * steps) for n in range(steps)]
+    assert rates == pytest.approx(whole[:steps] + anew) and rates[-1] < 0.1 * lr
+    rates.clear()
+    run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": False}))
+    assert rates == pytest.approx(whole)
+
+
+def test_ts_learning_rate_has_its_own_part_of_the_run():
+    net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_until": 1.0, "warmup": 0.0, "weight_decay": 0.0})
+    states, _ = run_through(net, state, rest)
+    for number in range(2, 8):
+        level, before = states[number + 1].psi, states[number].psi
+        move = mlo_mae.adamw(before, (level.mu - 0.9 * before.mu) / 0.1, mlo_mae.Rates(1.0, 0 * level.mu, 1e-18))
+        wanted = (move.params - before.params) * TINY.mask_lr * inverse_fan_in(net.masking) * schedule(number - 2, 6, 0.0)
+        assert torch.allclose(level.params - before.params, wanted, rtol=1e-2, atol=1e-5)
+
+
+def test_a_solved_head_is_told_of_the_batches_that_level_2_saw():
+    net, state, rest = fresh_state(**DEFAULT | {"mask_batches": 2})
+    after, losses = mlo_mae.outer_iteration(net, state, *rest)
+    level2 = next(noise_batches(net.cfg)[1])
+    features = mlo_mae.encode(net, after.theta.params[: net.encoder_size], level2.images)
+    expected = mlo_mae.solved_head(net, state.head, features, level2.labels)
+    assert torch.allclose(after.head.params, expected.params, atol=1e-6) and after.head.t == 1
+    assert not after.head.mu.any() and not after.head.nu.any()
+    loss = mlo_mae.head_loss(net, expected.params, features, level2.labels)
+    assert losses["level2_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_t_is_moved_by_the_latest_batches(batches):
+    net, state, rest = fresh_state(**DEFAULT | {"mask_batches": batches, "level1_steps": 3})
+    asked, drawn = [], noise_batches(net.cfg)[0]
+
+    def form(net, theta, psi, head, labelled, steps):
+        asked.extend(steps)
+        return mlo_mae.exact(net, theta, psi, head, labelled, steps)
+
+    mlo_mae.outer_iteration(net, state, *rest, hypergradient=form)
+    (step,) = asked
+    images = [next(drawn).images for _ in range(3)]
+    assert torch.equal(step.images, torch.cat(images[-batches:])) and step.theta.t == 2
+    assert len(step.mask) == len(step.keep) == len(step.restore) == 12 * batches
 
 
 def test_an_outer_iteration_steps_each_level_as_often_as_asked():

@@ -49,6 +49,7 @@ def run(npz, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     decoder = {name: getattr(TINY, name) for name in ("decoder_width", "decoder_depth", "decoder_heads", "masking_width")}
     sizes = SIZES | decoder | {"batch_size": 16, "labelled_batch_size": 8, "epochs": 1, "checkpoint_minutes": 0}
+    sizes |= {"mask_start": 0}
     with bare():
         assert main(["pretrain", "--data", str(npz), "--out", str(out), *as_flags(sizes)]) == 0
     return out
@@ -377,6 +378,16 @@ def test_bf16_trains_with_float32_weights(given):
     model = finetune.start(net, theta, splits, Recipe(precision="bf16"))
     logits = model(splits.val.pick(torch.arange(3)).images)
     assert logits.dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_the_default_folder_is_in_the_run_or_named_by_weights_or_data(tmp_path):
+    shapes, own = mlo_mae.Config(), mlo_mae.Config(data=str(tmp_path / "mine.npz"))
+    assert finetune.default_folder(tmp_path, "finetune-short-0", own) == tmp_path / "finetune-short-0"
+    assert finetune.default_folder(Path("vit.pth"), "finetune-mae-0", own) == Path("runs/vit-finetune-mae-0")
+    assert finetune.default_folder(None, "scratch-short-0", shapes) == Path("runs/shapes-scratch-short-0")
+    assert finetune.default_folder(None, "scratch-short-0", own) == Path("runs/mine-scratch-short-0")
+    cifar = mlo_mae.Config(**mlo_mae.PRESETS["cifar100"] | {"preset": "cifar100"})
+    assert finetune.default_folder(None, "scratch-cifar-1", cifar) == Path("runs/cifar100-scratch-cifar-1")
 
 
 @pytest.mark.slow

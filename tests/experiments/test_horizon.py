@@ -9,9 +9,9 @@ import torch
 from einops import reduce
 
 import mlo_mae
+from data import load
 from experiments import horizon
 from harness.schedule import schedule
-from harness.vectors import call
 
 SIZES = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2}
 TINY = replace(horizon.CONFIG, **SIZES, images=240, batch_size=8, labelled_batch_size=16, head_steps=2)
@@ -23,26 +23,51 @@ def training(monkeypatch, drawn_once):
     return horizon.begin(0, 6, 40)
 
 
-def test_its_masking_network_knows_the_objects(training):
-    images = next(iter(training.splits.val.ordered(48))).images
-    found = horizon.ObjectWeights(4)
-    with torch.no_grad():
-        found.logits.copy_(torch.tensor([50.0, -50.0]))
-    share = reduce(training.splits.val.objects[:48].float(), "b (h p) (w q) -> b (h w)", "mean", p=4, q=4)
-    clear = (share == 0) | (share > 0.2)  # at the edges it may differ
-    assert 0.2 < share.mean() < 0.5
-    assert ((found(images) > 0.5) == (share > 0))[clear].double().mean() > 0.98
+def test_its_masking_network_is_told_the_objects_as_they_lie_in_the_moved_images(training):
+    """An object's pixels, painted into the images before these are cropped and flipped, are where T has it that they are."""
+    masked, plain = training.masked, load("shapes", "", limit=240, seed=0).train
+    assert torch.equal(masked.images, plain.images) and torch.equal(masked.labels > 0, plain.objects)
+    painted = plain.objects[:, None].expand(-1, 3, -1, -1) * torch.tensor(255, dtype=torch.uint8)
+    masked.images = painted
+    _, steps = horizon.go_on(training, "background", 4)
+    known = training.net.masking.covered
+    for step in steps:
+        share = reduce(step.images, "b c (h p) (w q) -> b (h w)", "mean", p=8, q=8)
+        share = (share + (masked.mean / masked.std).mean()) / (255 / masked.std).mean()  # black is 0, white 1
+        assert 0.1 < share.mean() < 0.4 and torch.allclose(known[step.images], share, atol=1e-4)
+        prob = mlo_mae.masking_probability(training.net, torch.tensor([0.2, 1.0]), step.images, step.eyes)
+        assert torch.allclose(prob, 1 - 0.8 * share, atol=1e-4)
 
 
-def test_the_derivative_is_that_of_the_steps_it_names(training):
-    ahead, look = 2, 3
-    theta, steps = horizon.go_on(training, "all alike", ahead, order=1 + look)
-    labelled = horizon.labelled(training, 100 + look)
-    of_a, of_b = mlo_mae.unrolled(training.net, theta, torch.zeros(2), training.head, labelled, steps).hypergradient
-    objects = np.mean([call(training.net.masking, torch.tensor([50.0, -50.0]), step.images).mean() for step in steps])
-    expected = (of_a / objects - of_b / (1 - objects)) / ahead
-    assert horizon.derivative(training, ahead, look) == pytest.approx(float(expected), rel=1e-3)
-    assert horizon.derivative(training, ahead, look + 1) != pytest.approx(float(expected), rel=1e-3)
+@pytest.mark.parametrize("ahead, made", [(2, 2), (1, TINY.mask_batches)])
+def test_the_derivative_is_that_of_the_steps_it_names(training, ahead, made):
+    """Through two steps; through one, over the latest batches."""
+    look = 3
+    theta, steps = horizon.go_on(training, "all alike", made, order=1 + look)
+    covered = training.net.masking.covered
+    objects = np.mean([covered[step.images].mean() for step in steps])
+    if ahead == 1:
+        steps, each = [mlo_mae.joined(steps)], steps
+        covered[steps[0].images] = torch.cat([covered[step.images] for step in each])
+        assert made == 4 and len(steps[0].images) == 4 * TINY.batch_size
+    found, others = (horizon.derivatives(training, ahead, number) for number in (look, look + 1))
+    assert list(found) == list(horizon.QUESTIONS) == ["closed form, mean token", "ten head steps, CLS token"]
+    for question, net in training.asked.items():
+        labelled, head = horizon.labelled(training, question, 100 + look), training.heads[question]
+        of_a, of_b = mlo_mae.unrolled(net, theta, torch.ones(2), head, labelled, steps).hypergradient
+        expected = (of_a / objects - of_b / (1 - objects)) / ahead
+        assert found[question] == pytest.approx(float(expected), rel=1e-3)
+        assert others[question] != pytest.approx(float(expected), rel=1e-3)
+
+
+def test_the_questions_differ_in_their_heads_alone(training):
+    (new, old), default = training.asked.values(), mlo_mae.Config()
+    assert (new.cfg.level2, new.cfg.pooling) == ("ridge", "mean") == (default.level2, default.pooling)
+    assert (old.cfg.level2, old.cfg.pooling) == ("steps", "cls") and default.head_steps == 10
+    assert replace(new.cfg, level2="steps", pooling="cls") == old.cfg and new.masking is old.masking
+    heads = training.heads.values()
+    assert [head.t for head in heads] == [horizon.HEAD_LOOKS, horizon.HEAD_LOOKS * TINY.head_steps]
+    assert all(head.params.isfinite().all() and head.params.any() for head in heads)
 
 
 def test_ways_part_only_by_their_weights(training):
@@ -50,6 +75,7 @@ def test_ways_part_only_by_their_weights(training):
     (alike, made), (again, _), (objects, others) = (horizon.go_on(training, way, 3) for way in ways)
     assert torch.equal(alike.params, again.params) and not torch.equal(alike.params, objects.params)
     assert all(torch.equal(a.images, b.images) and torch.equal(a.mask, b.mask) for a, b in zip(made, others))
+    assert (objects.params - alike.params).abs().max() > 1e-4
     stream = training.splits.train.stream(TINY.batch_size, TINY.seed)
     whole = [next(stream).images for _ in range(9)]  # the way goes on where the six steps before it ended
     assert all(torch.equal(step.images, images) for step, images in zip(made, whole[6:]))
@@ -57,15 +83,28 @@ def test_ways_part_only_by_their_weights(training):
 
 
 def test_the_table(training, monkeypatch, capsys):
-    monkeypatch.setattr(horizon, "LOOKS", {1: 2, 3: 1})
+    monkeypatch.setattr(horizon, "LOOKS", {1: 2, 3: 1, 4: 0})
     assert mlo_mae.main(["horizon", "--seeds", "2", "--after", "4", "--of", "20"]) == 0
     *printed, last = capsys.readouterr().out.splitlines()
     assert printed[0] == "`python mlo_mae.py horizon --seeds 2 --after 4 --of 20`"
     rows = json.loads(last)["rows"]
-    assert [row["steps_ahead"] for row in rows] == [1, 3] and [len(row["derivatives"]) for row in rows] == [4, 2]
+    assert [row["steps_ahead"] for row in rows] == [1, 3, 4]
+    assert [[len(row["derivatives"][question]) for question in horizon.QUESTIONS] for row in rows] == [[4, 4], [2, 2], [0, 0]]
     assert np.array(rows[0]["loss3"]).shape == (2, 3) and np.isfinite(rows[0]["loss3"]).all()
     line = next(line for line in printed if line.startswith("| 3 |"))
     assert f"{np.mean([losses[0] - losses[1] for losses in rows[1]['loss3']]):+.3f}" in line and "(2 looks)" in line
+    first, second = rows[1]["derivatives"]["closed form, mean token"]
+    assert f"t {(first + second) / abs(first - second):+.1f} (2 looks)" in line
+
+
+def test_a_way_is_the_same_whether_it_is_looked_at_on_the_way_or_not(training, monkeypatch):
+    monkeypatch.setattr(horizon, "begin", lambda *arguments: training)
+    monkeypatch.setattr(horizon, "fitted_loss3", lambda there: float(there.theta.params.double().sum()))
+    monkeypatch.setattr(horizon, "LOOKS", {1: 0, 3: 0})
+    losses, _ = horizon.measure(0, training.number, 40)[3]
+    for way in horizon.WEIGHTED:
+        theta, _ = horizon.go_on(training, way, 3, order=1)
+        assert losses[way] == float(theta.params.double().sum())
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--after", "9", "--of", "9"], ["--steps", "3"]])

@@ -19,8 +19,8 @@ def test_probe_repeats_and_beats_chance(whole_run, capsys):
     out, summary, _ = whole_run
     assert main(["probe", str(out), "--device", "cpu"]) == 0
     again = report_of(capsys)
-    assert again == {"verb": "probe", "run": str(out), "recipe": "lbfgs", "pooling": "cls", **summary["probe"]}
-    assert again["test_accuracy"] > 0.8  # two classes that differ in brightness left and right
+    assert again == {"verb": "probe", "run": str(out), "recipe": "lbfgs", "pooling": "mean", **summary["probe"]}
+    assert again["test_accuracy"] >= 0.8  # two classes that differ in brightness left and right; by chance 1 time in 170
     assert summary["probe"] == json.loads((out / "probe.json").read_text())
 
 

@@ -24,7 +24,8 @@ from mlo_mae import Config, main
 def arguments(source, out, *more):
     """The command line of a small run with the published code's choices."""
     flags = SMALL | {"preset": "cifar100-paper", "data": source, "out": out, "epochs": 2}
-    return ["published", *as_flags({n: value for n, value in flags.items() if n != "head_steps"}), *map(str, more)]
+    own = {name: value for name, value in flags.items() if name not in ("head_steps", "mask_batches")}  # the preset's count
+    return ["published", *as_flags(own), *map(str, more)]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,9 @@ def test_a_run_records_the_published_choices(run):
     config = json.loads((run / "config.json").read_text())
     choices = {"preset": "cifar100-paper", "masking_input": "embeddings", "update_jacobian": "identity", "unroll": "last"}
     choices |= {"hypergradient": "finite-difference", "redraw_dropout": True, "head_steps": 1, "mask_start": 0}
-    assert config.items() >= choices.items() and config["masking_network"] == "mlp" and config["mask_noise"] == 0
+    choices |= {"level2": "steps", "pooling": "cls", "masking_network": "mlp", "mask_choice": "highest"}
+    assert config.items() >= choices.items() and (config["mask_until"], config["mask_batches"]) == (1, 1)
+    assert not config["mask_restart"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(row["hypergradient_norm"] > 0 and row["level3_loss"] > 0 for row in rows)
 
@@ -46,7 +49,7 @@ def test_a_run_records_the_published_choices(run):
 def test_the_presets_are_the_methods_and_the_papers():
     assert PRESETS.items() >= mlo_mae.PRESETS.items() and len(PRESETS) == len(mlo_mae.PRESETS) + 1
     published.check(Published(**{"preset": "cifar100-paper"} | PRESETS["cifar100-paper"]))
-    changed = {"hypergradient", "redraw_dropout", "unroll", "head_steps", "preset"}
+    changed = {"hypergradient", "redraw_dropout", "unroll", "level2", "head_steps", "preset"}
     fields = {field.name: field for field in dataclasses.fields(Published)}
     for field in dataclasses.fields(Config):
         if field.name not in changed:
@@ -131,6 +134,7 @@ def test_the_form_is_finite_differences(jacobian):
     "flags, words",
     [
         (["--unroll", "full"], ["--unroll", "last"]),
+        (["--level2", "ridge"], ["--level2", "steps"]),
         (["--head-steps", "2"], ["--head-steps 2", "at most 1"]),
         (["--accumulate", "2"], ["one process", "--accumulate 1"]),
         (["--checkpoint-activations"], ["--checkpoint-activations"]),
@@ -158,7 +162,7 @@ def test_it_goes_with_one_process(monkeypatch):
 def small_table(monkeypatch):
     machine = ("image_size", "device", "log_every", "head_steps")
     sizes = {name: value for name, value in SMALL.items() if name not in machine}
-    monkeypatch.setitem(bench.SIZES, "tiny", (8, sizes | {"batch_size": 4, "labelled_batch_size": 4}))
+    monkeypatch.setitem(bench.SIZES, "tiny", (8, bench.PUBLISHED | sizes | {"batch_size": 4, "labelled_batch_size": 4}))
     names = ("exact", "unrolled", "finite-difference")
     monkeypatch.setattr(bench, "GROWTH", {"depth": (1,)})
     monkeypatch.setattr(bench, "METHODS", {name: bench.METHODS[name] for name in names})
@@ -209,8 +213,10 @@ def test_betty_is_driven_to_the_derivative_that_it_approximates(monkeypatch):
     monkeypatch.setattr(configs, "Config", functools.partial(configs.Config, darts_alpha=1e-4))
     networks = {"width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2}
     sizes = {"masking_width": 8, "level1_steps": 2, "mask_start": 0.25, "batch_size": 4, "labelled_batch_size": 4}
-    steps = {"head_norm": "layer", "head_steps": 1, "lr": 1e-7, "head_lr": 1e-7, "update_jacobian": "identity"}
-    net, arguments = bench.problem(Config(**networks | sizes | steps), 8, torch.device("cpu"), count=1)
+    shared = {"masking_network": "shared", "mask_choice": "odds"}
+    steps = {"lr": 1e-7, "head_lr": 1e-7, "update_jacobian": "identity"}
+    cfg = Config(**bench.PUBLISHED | networks | sizes | shared | steps)
+    net, arguments = bench.problem(cfg, 8, torch.device("cpu"), count=1)
     arguments = bench.in_double(net, arguments)
     before = [x.clone() for x in tree_leaves(arguments) if torch.is_tensor(x)]
     found, exact = (form(net, *arguments).hypergradient for form in (published.by_betty, mlo_mae.exact))

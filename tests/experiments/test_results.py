@@ -1,29 +1,59 @@
 """The grid of methods x seeds: its statistics against known values, its rules, and that finished cells stay."""
 
 import json
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import mlo_mae
-from experiments import results
+from experiments import clutter, results
+from experiments.results import Cell, Grid
+from harness import UserError
 
 SIZES = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2, "masking_width": 8}
-TINY = (
-    SIZES | {"images": 240, "epochs": 1, "mask_start": 0.0, "level1_steps": 2, "log_every": 1},
-    {"epochs": 2, "warmup_epochs": 0.0},
-)
+TINY = SIZES | {
+    "images": 240,
+    "epochs": 1,
+    "mask_start": 0.1,
+    "mask_until": 0.6,
+    "level1_steps": 2,
+    "mask_batches": 2,
+    "log_every": 1,
+}
+SHORT = {"epochs": 2, "warmup_epochs": 0.0}
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The default grid, at sizes that take seconds."""
-    monkeypatch.setitem(results.DATA, "shapes", TINY)
-    kind, changes = results.METHODS["SemMAE"]
-    monkeypatch.setitem(results.METHODS, "SemMAE", (kind, changes | {"parts_steps": 2}))
+    """The grid of shapes and clutter, at sizes that take seconds."""
+    monkeypatch.setitem(results.DATA, "shapes", (TINY, SHORT))
+    monkeypatch.setitem(results.DATA, "clutter", (TINY | {"data": "{clutter}"}, SHORT))
+    semantic = results.METHODS["SemMAE"]
+    monkeypatch.setitem(results.METHODS, "SemMAE", semantic._replace(changes={"parts_steps": 2}))
+
+
+@pytest.fixture(scope="module")
+def clutter_file(tmp_path_factory):
+    """Objects on noise, in the layout of clutter's file, of 300 + 60 images."""
+    path, rng = tmp_path_factory.mktemp("clutter") / "clutter.npz", np.random.default_rng(0)
+    pools = {part: rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8) for part, count in clutter.COUNTS.items()}
+    few = {
+        part: tuple(array[:count] for array in arrays)
+        for (part, arrays), count in zip(clutter.on_photographs(pools, 0).items(), (300, 60))
+    }
+    np.savez(path, **clutter.arrays_of(few))
+    return path
+
+
+def at(out, seeds=1, **settings):
+    return Grid(out, "there", Path("file.npz"), seeds, **settings)
 
 
 @pytest.mark.parametrize("freedom, value", [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622)])  # any table of Student's t
@@ -39,62 +69,176 @@ def test_spread_and_paired_difference():
     assert results.difference([0.5], [0.6]) == "-10.0"
 
 
-def cell(out, method, rule, seed, **numbers):
-    folder = results.folder_of(out, method, rule, seed)
+def cell(out, method, rule, seed, data="shapes", **numbers):
+    folder = results.folder_of(out, Cell(data, method, rule, seed))
     folder.mkdir(parents=True)
     (folder / "cell.json").write_text(json.dumps({"epochs": 1, "seconds": 1.0} | numbers))
 
 
 def test_the_table_pairs_seeds_and_leaves_out_what_is_not_finished(tmp_path):
     for seed, (ours, mae) in enumerate([(0.5, 0.4), (0.9, 0.7)]):
-        cell(tmp_path, "MLO-MAE", "steps", seed, probe=ours, finetune=ours)
-        cell(tmp_path, "MAE", "steps", seed, probe=mae, finetune=mae)
+        cell(tmp_path, "MLO-MAE", "steps", seed, probe=ours, probe_cls=mae, finetune=ours, object_auc=ours, object_weight=3)
+        cell(tmp_path, "MLO-MAE, T given", "steps", seed, probe=ours, probe_cls=mae, object_auc=ours, object_weight=3)
+        cell(tmp_path, "MAE", "steps", seed, probe=mae, probe_cls=mae, finetune=mae, object_auc=0.5, object_weight=1)
     cell(tmp_path, "no pretraining", "steps", 0, finetune=0.3)  # seed 1 is missing
-    lines, rows = results.table(results.MAIN, range(2), tmp_path)
-    assert [(row["rule"], row["method"]) for row in rows] == [("steps", "MLO-MAE"), ("steps", "MAE")]
-    assert "+15.0 ± 63.5 (2:0)" in lines[2]  # gaps 10 and 20: deviation 7.07, times 12.7 / sqrt(2)
-    assert "70.0 ± 28.3" in lines[2]
+    lines, rows = results.table("shapes", results.MAIN, at(tmp_path, 2))
+    assert [(row["rule"], row["method"]) for row in rows] == [("steps", name) for name in results.MAIN[:3]]
+    # gaps 10 and 20: deviation 7.07, times 12.7 / sqrt(2)
+    ours = "| equal steps | MLO-MAE | 1 | 1 | 70.0 ± 28.3 | +15.0 ± 63.5 (2:0) | 55.0 ± 21.2 | +0.0 ± 0.0 (0:0) "
+    assert lines[2] == f"{ours}| 70.0 ± 28.3 | +15.0 ± 63.5 (2:0) |"
+    given = lines[3].split(" | ")  # not fine-tuned yet, and its seconds are not all
+    assert given[3:5] == ["1 + T", "70.0 ± 28.3"] and given[-2:] == ["", " |"]
+    assert lines[4].split(" | ")[1:6] == ["MAE", "1", "1", "55.0 ± 21.2", ""]  # against itself: nothing
+    assert lines[6:8] == ["| method | object_auc | object_weight |", "|---|--:|--:|"]
+    assert lines[8:] == [f"| {name} | 0.70 ± 0.28 | 3.00 ± 0.00 |" for name in ("MLO-MAE", "MLO-MAE, T given")]
+    assert rows[0]["probe"] == [0.5, 0.9] and "finetune" not in rows[1]
 
 
 def test_methods_differ_in_their_settings_alone(tmp_path):
     """Everything that a cell's run depends on, against the command lines that would make it."""
-    found = {name: results.settings("shapes", name, 3, tmp_path, "there")[0] for name in results.METHODS}
-    plain = mlo_mae.Config(epochs=8, seed=3, data_dir="there")
+    both = {name: results.settings(Cell("shapes", name, "steps", 3), at(tmp_path, 4)) for name in results.METHODS}
+    found = {name: cfg for name, (cfg, _) in both.items()}
+    plain = mlo_mae.Config(**results.DATA["shapes"][0], seed=3, data_dir="there")
     assert found["MLO-MAE"] == found["no pretraining"] == plain and found["MAE"].masking == "random"
-    assert found["SemMAE"].parts_from == str(tmp_path / "MAE-steps-3") and found["SemMAE"].uniformity == 0
+    for cfg in found.values():
+        mlo_mae.check(cfg)
+    assert found["SemMAE"].parts_from == str(tmp_path / "shapes/MAE-steps-3") and found["SemMAE"].uniformity == 0
     assert (found["U-MAE"].uniformity, found["U-MAE"].masking, found["SemMAE"].masking) == (0.01, "random", "random")
+    for name, lender in (
+        ("MLO-MAE, T given", "shapes"),
+        ("T of the other data", "clutter"),
+        ("T of width 64, width 96", "shapes"),
+    ):
+        assert found[name].masking_from == str(tmp_path / lender / "MLO-MAE-steps-0")  # of four seeds the one after 3
+        assert not mlo_mae.restarts(found[name]) and not found[name].masking_learns
     changed = {
         name: {key for key, value in vars(cfg).items() if vars(plain).get(key, value) != value} for name, cfg in found.items()
     }
-    assert [changed[name] for name in results.METHODS if name.startswith("MLO-MAE, ")] == [
-        {"mask_noise"},
-        {"hypergradient"},
-        {"update_jacobian"},
-        {"mask_lr"},
-    ]
-    scratch = {name: results.settings("shapes", name, 3, tmp_path, "there")[1].from_scratch for name in results.METHODS}
-    assert [name for name in scratch if scratch[name]] == ["no pretraining"]
+    names = [name for name in results.METHODS if name.startswith("MLO-MAE, ")]
+    given = {"masking_from"}
+    settings = ["mask_restart", "level2", "pooling", "masking_network", "mask_choice", "hypergradient", "update_jacobian"]
+    assert [changed[name] for name in names] == [given, *({name} for name in settings)]
+    assert changed["MAE, width 96"] == {"masking", "width"} and changed["T of width 64, width 96"] == given | {"width"}
+    assert [name for name, (_, recipe) in both.items() if recipe.from_scratch] == ["no pretraining"]
+    assert results.settings(Cell("clutter", "MLO-MAE", "steps", 3), at(tmp_path, 4))[0].data == "file.npz"
+
+
+def test_what_a_cell_waits_for(tmp_path):
+    def before(*cell, seeds=3):
+        return results.needed(Cell(*cell), at(tmp_path, seeds))
+
+    ours = Cell("clutter", "MLO-MAE", "steps", 2)
+    assert before(*ours) == before("clutter", "no pretraining", "segment", 2) == []
+    assert before("clutter", "MAE", "time", 2) == [ours, Cell("clutter", "MAE", "steps", 2)]
+    assert before("clutter", "MLO-MAE", "detect", 2) == [ours]
+    assert before("clutter", "MLO-MAE, T given", "steps", 1) == before("shapes", "T of the other data", "steps", 1) == [ours]
+    assert before("clutter", "T of width 64, width 96", "steps", 2) == [ours._replace(seed=0)]
+    assert before("shapes", "SemMAE", "steps", 1) == [Cell("shapes", "MAE", "steps", 1)]
+
+
+def test_without_fine_tuning_there_is_nothing_to_do_without_pretraining(tmp_path):
+    methods = ["MLO-MAE", "MAE", "no pretraining"]
+    plain, bare = (at(tmp_path, 2, tuned=tuned) for tuned in (True, False))
+    assert len(plain.cells("shapes", ("steps", "time"), methods)) == 2 * 5
+    cells = bare.cells("shapes", ("steps", "time"), methods)
+    assert {(cell.method, cell.rule) for cell in cells} == {("MLO-MAE", "steps"), ("MAE", "steps"), ("MAE", "time")}
+    assert Cell("shapes", "no pretraining", "segment", 1) in bare.cells("shapes", ("steps", "segment"), methods)
+    cell(tmp_path, "MAE", "steps", 0, probe=0.5)
+    cell(tmp_path, "MAE", "steps", 1, probe=0.5, finetune=0.5)
+    cells = [Cell("shapes", "MAE", "steps", seed) for seed in range(3)]
+    assert [results.is_finished(each, plain) for each in cells] == [False, True, False]
+    assert [results.is_finished(each, bare) for each in cells] == [True, True, False]
+
+
+# --------------------------------------------------------------------------------------------------------- seconds
+
+
+def cfg_of(**changes):
+    return mlo_mae.Config(**TINY | {"device": "cpu", "checkpoint_minutes": 0} | changes)
+
+
+def later(now, seconds, value):
+    now[0] += seconds
+    return value
+
+
+def test_seconds_are_the_loops_alone_and_add_up_over_interruptions(tmp_path, monkeypatch, drawn_once):
+    """Loading, probes and pictures do not count; of an update that a crash ended, the one that is made again does."""
+    now, cfg, loop, load = [0.0], cfg_of(epochs=2), mlo_mae.outer_iteration, mlo_mae.load_data
+    monkeypatch.setattr(results, "clock_of", lambda threads: lambda: now[0])
+    monkeypatch.setattr(mlo_mae, "load_data", lambda *arguments: later(now, 1000, load(*arguments)))
+    monkeypatch.setattr(results, "probe", lambda *arguments, pooling: later(now, 1000, {"test_accuracy": len(pooling) / 8}))
+    monkeypatch.setattr(results.show, "draw_run", lambda *arguments: later(now, 1000, []))
+    stops = {1: lambda: signal.raise_signal(signal.SIGTERM), 3: lambda: 1 / 0}
+
+    def working(net, state, *rest):
+        later(now, 1, None)
+        stops.pop(state.iteration, lambda: None)()
+        return loop(net, state, *rest)
+
+    monkeypatch.setattr(mlo_mae, "outer_iteration", working)
+    kept = tmp_path / "run/seconds.json"
+    for seconds, end in ((2, SystemExit), (3, ZeroDivisionError)):
+        with pytest.raises(end):
+            results.pretrain(cfg, tmp_path / "run", 1)
+        assert json.loads(kept.read_text()) == seconds
+    found = results.pretrain(cfg, tmp_path / "run", 1)
+    assert found["seconds"] == 6 and (found["probe"], found["probe_cls"]) == (4 / 8, 3 / 8)
+    assert found.keys() == {"seconds", "probe", "probe_cls", "object_auc", "object_weight"}
+    assert results.pretrain(cfg, tmp_path / "run", 1) == found  # a run that has ended is only looked at
+    kept.unlink()
+    with pytest.raises(UserError, match="not timed"):
+        results.pretrain(cfg, tmp_path / "run", 1)
+
+
+def test_the_clock_is_the_process_own_where_one_thread_does_the_work(monkeypatch):
+    monkeypatch.setattr(results.cli, "choose_device", lambda name: torch.device("cpu"))
+    assert results.clock_of(1) is time.process_time and results.clock_of(2) is time.perf_counter
+    monkeypatch.setattr(results.cli, "choose_device", lambda name: torch.device("cuda"))
+    assert results.clock_of(1) is time.perf_counter
+
+
+# ------------------------------------------------------------------------------------------------------ whole grids
 
 
 @pytest.mark.slow
 def test_a_grid_of_tiny_runs_and_its_rules(tiny, tmp_path, monkeypatch, capsys):
-    arguments = ["--seeds", "1", "--workers", "1", "--out", str(tmp_path / "grid")]
+    methods = ["MLO-MAE", "MLO-MAE, T given", "MAE", "no pretraining", "SemMAE"]
+    arguments = ["--seeds", "2", "--workers", "1", "--out", str(tmp_path / "grid"), "--methods", *methods]
+    assert results.main([*arguments, "--no-finetune"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    before = {(row["rule"], row["method"]): row for row in report["rows"]}
+    pretrained = [method for method in methods if method != "no pretraining"]
+    assert list(before) == [*(("steps", method) for method in pretrained), ("time", "MLO-MAE"), ("time", "MAE")]
+    assert all(len(row["probe"]) == len(row["probe_cls"]) == 2 and "finetune" not in row for row in before.values())
+    checkpoints = {path: path.read_bytes() for path in (tmp_path / "grid").rglob("checkpoint.pt")}
+    assert len(checkpoints) == 2 * 5 and all(min(row["seconds"]) > 0 for row in before.values())
+
     assert results.main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == f"`python mlo_mae.py results {' '.join(arguments)}`"
+    assert printed[0] == f"`python mlo_mae.py {shlex.join(['results', *arguments])}`"
+    assert all(path.read_bytes() == content for path, content in checkpoints.items())  # nothing was pretrained again
     report = json.loads(printed[-1])
     rows = {(row["rule"], row["method"]): row for row in report["rows"]}
     timed = {("time", method) for method in ["MLO-MAE", *results.TIMED]}
-    assert set(rows) == {("steps", method) for method in results.MAIN} | timed
+    assert set(rows) == {("steps", method) for method in methods} | timed
+    assert all(row.items() <= rows[key].items() and len(rows[key]["finetune"]) == 2 for key, row in before.items())
     ours, mae, longer = rows["steps", "MLO-MAE"], rows["steps", "MAE"], rows["time", "MAE"]
-    assert longer["epochs"] == [max(1, round(mae["epochs"][0] * ours["seconds"][0] / mae["seconds"][0]))]
+    shares = zip(mae["epochs"], ours["seconds"], mae["seconds"])
+    assert longer["epochs"] == [max(1, round(epochs * ours / mae)) for epochs, ours, mae in shares]
     scratch, tuned = rows["steps", "no pretraining"], rows["time", "no pretraining"]
-    more = scratch["finetune_epochs"][0] * ours["seconds"][0] / scratch["finetune_seconds"][0]
-    assert tuned["finetune_epochs"] == [scratch["finetune_epochs"][0] + round(more)] and tuned["epochs"] == [0]
-    config = json.loads((tmp_path / "grid/SemMAE-steps-0/config.json").read_text())
-    assert config["parts_from"] == str(tmp_path / "grid/MAE-steps-0")
-    assert (tmp_path / "grid/SemMAE-steps-0/parts.pt").exists()
-    assert (tmp_path / "grid/results.png").stat().st_size > 10_000
+    shares = zip(scratch["finetune_epochs"], ours["seconds"], scratch["finetune_seconds"])
+    more = [epochs + round(epochs * ours / pace) for epochs, ours, pace in shares]
+    assert tuned["finetune_epochs"] == more and tuned["epochs"] == [0, 0]
+    folder = tmp_path / "grid/shapes"
+    config = json.loads((folder / "SemMAE-steps-0/config.json").read_text())
+    assert config["parts_from"] == str(folder / "MAE-steps-0") and (folder / "SemMAE-steps-0/parts.pt").exists()
+    lent, given = (torch.load(folder / f"MLO-MAE{name}-steps-1/checkpoint.pt") for name in ("", "-T-given"))
+    lent = torch.load(folder / "MLO-MAE-steps-0/checkpoint.pt")
+    assert torch.equal(lent["masking"]["fc.weight"], given["masking"]["fc.weight"]) and lent["masking"]["fc.weight"].any()
+    eyes = given["eyes"]["weights"]
+    assert all(torch.equal(eyes[name], tensor) for name, tensor in lent["eyes"]["weights"].items())
+    assert (folder / "results.png").stat().st_size > 10_000 and (folder / "MLO-MAE-steps-0/masks-over-training.png").exists()
 
     def forbidden(*arguments):
         raise AssertionError("a finished cell ran again")
@@ -105,16 +249,38 @@ def test_a_grid_of_tiny_runs_and_its_rules(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_dense_tasks_on_the_encoders_of_a_grid(tiny, tmp_path, monkeypatch, capsys):
+def test_a_t_is_used_by_runs_of_another_seed_width_and_data(tiny, clutter_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(results.DATA, "shapes", results.DATA["clutter"])  # drawing shapes takes seconds a cell
+    out = tmp_path / "grid"
+    arguments = ["--transfer", "--seeds", "2", "--workers", "1", "--out", str(out), "--clutter", str(clutter_file)]
+    assert results.main(arguments) == 0
+    printed = capsys.readouterr().out.splitlines()
+    rows = {(row["data"], row["method"]): row for row in json.loads(printed[-1])["rows"]}
+    own = ["MAE", "MLO-MAE", "MLO-MAE, T given", "T of {}", "MAE, width 96", "T of width 64, width 96"]
+    assert list(rows) == [(data, name.format(results.OTHER[data])) for data in results.OTHER for name in own]
+    wide, rival = (rows["shapes", name] for name in ("T of width 64, width 96", "MAE, width 96"))
+    (line,) = (line for line in printed if line.startswith("| shapes | T of width 64, width 96 | "))
+    assert line.split(" | ")[4] == results.difference(wide["probe"], rival["probe"])
+    for data, other in results.OTHER.items():
+        config = json.loads((out / data / "T-of-the-other-data-steps-0/config.json").read_text())
+        assert config["masking_from"] == str(out / other / "MLO-MAE-steps-1")
+    assert not list(out.rglob("finetune*")) and not (out / "shapes/results.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("images", ["shapes", "clutter"])
+def test_dense_tasks_on_the_encoders_of_a_grid(tiny, clutter_file, tmp_path, monkeypatch, capsys, images):
     for task, dense in results.DENSE.items():
         monkeypatch.setitem(results.DENSE, task, dense._replace(recipe={"epochs": 1, "warmup_epochs": 0.0}))
     out, methods = tmp_path / "grid", ["MLO-MAE", "MAE", "no pretraining"]
-    assert results.main(["--seeds", "1", "--workers", "1", "--out", str(out), "--dense", "--methods", *methods]) == 0
+    given = ["--data", images, "--clutter", clutter_file, "--no-finetune", "--methods", *methods]
+    assert results.main([*map(str, ["--seeds", 1, "--workers", 1, "--out", out, "--dense", *given])]) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = {row["method"]: row for row in json.loads(printed[-1])["rows"]}
-    assert list(rows) == methods and not (out / "MAE-time-0").exists()
+    assert list(rows) == methods and not (out / images / "MAE-time-0").exists()
     for method, row in rows.items():
-        folder = results.folder_of(out, method, "steps", 0)
+        folder = results.folder_of(out, Cell(images, method, "steps", 0))
+        assert (folder / "cell.json").exists() == (method != "no pretraining")
         for task, measure in (("segment", "test_miou"), ("detect", "test_ap")):
             result = json.loads((folder / task / "result.json").read_text())
             assert row[task] == [result[measure]] and result["train_labels"] == 192
@@ -130,7 +296,7 @@ def test_cells_run_however_the_program_was_started(command, tmp_path):
     """All cells are finished but one, whose run is damaged: the one line that says so comes from the cell's process."""
     for method in ("MLO-MAE", "MAE"):
         cell(tmp_path, method, "steps", 0, probe=0.5, finetune=0.5, finetune_seconds=1.0)
-    longer = results.folder_of(tmp_path, "MAE", "time", 0)
+    longer = results.folder_of(tmp_path, Cell("shapes", "MAE", "time", 0))
     longer.mkdir()
     (longer / "checkpoint.pt").write_bytes(b"no checkpoint")
     arguments = ["--seeds", "1", "--methods", "MLO-MAE", "MAE", "--out", str(tmp_path)]
@@ -145,6 +311,13 @@ def test_cells_run_however_the_program_was_started(command, tmp_path):
     [
         (["--methods", "MAE"], "--methods needs MLO-MAE"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--seeds", "1"], "--seeds must be at least 2"),
+        (["--transfer", "--seeds", "1"], "--seeds must be at least 2"),
+        (["--transfer", "--data", "shapes"], "leave out --data"),
+        (["--transfer", "--dense"], "not allowed with"),
+        (["--methods", "MLO-MAE", "MAE", "MAE, width 96"], "--methods"),
+        (["--data", "clutter"], "make it with python mlo_mae.py clutter runs/clutter.npz --data-dir DIR"),
+        (["--transfer", "--clutter", "mine.npz"], "mine.npz does not exist"),
         (["--table", "--out", "nowhere"], "run without --table"),
         (["--table", "--out", "nowhere", "--dense"], "run without --table"),
         (["--dense", "--data", "cifar100"], "--dense needs images"),

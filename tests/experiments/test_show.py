@@ -38,8 +38,8 @@ def test_the_rows_are_what_they_say(whole_run, grids):
     net, state, splits = open_run(whole_run[0], "cpu")
     show.draw_run(net, state, splits, whole_run[0])
     titles, values, _ = zip(*grids["masks.png"])
-    assert titles == ("image", "p(hide)", "visible", "reconstruction", "with visible")
-    original, p, visible, reconstruction, both = map(np.asarray, values)
+    assert titles == ("image", "weight p", "image lit by p", "visible", "reconstruction", "with visible")
+    original, p, lit, visible, reconstruction, both = map(np.asarray, values)
     assert original.shape == visible.shape == reconstruction.shape == both.shape == (8, 16, 16, 3) and p.shape == (8, 16)
 
     batch = splits.watched(8)[0]
@@ -47,6 +47,8 @@ def test_the_rows_are_what_they_say(whole_run, grids):
     prob, _, _, mask = mlo_mae.masks_now(net, state, batch, 1.0)
     hidden = mask.unflatten(1, (4, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2).bool().numpy()  # [8, 16, 16]
     assert np.array_equal(p, prob) and hidden.sum() == 8 * 256 * 0.75
+    weight = (prob / prob.max()).unflatten(1, (4, 4)).repeat_interleave(4, 1).repeat_interleave(4, 2).numpy()  # [8, 16, 16]
+    assert np.allclose(lit, original * weight[..., None], atol=1e-6) and lit.std() > 0
     assert np.array_equal(visible[~hidden], original[~hidden]) and np.array_equal(both[~hidden], original[~hidden])
     assert np.array_equal(both[hidden], reconstruction[hidden])
     assert np.allclose(visible[hidden], splits.mean, atol=1e-6)  # the data set's mean colour
@@ -67,8 +69,9 @@ def test_before_t_takes_over_masks_are_drawn_at_random(whole_run, grids):
     net.cfg = mlo_mae.dataclasses.replace(net.cfg, mask_start=0.5)
     for iteration, learned in ((14, False), (15, True)):  # of 30
         show.draw_run(net, state._replace(iteration=iteration), splits, whole_run[0])
-        p = torch.as_tensor(grids["masks.png"][1][1])
-        assert bool((p == 1).all()) != learned
+        titles = [title for title, *_ in grids["masks.png"]]
+        assert ("weight p" in titles) == ("image lit by p" in titles) == learned  # p = 1 would show nothing
+        assert len(titles) == (6 if learned else 4)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "masks.jsonl"])

@@ -31,7 +31,7 @@ def run(drawn_once, tmp_path_factory):
     """A run on a few shapes."""
     out = tmp_path_factory.mktemp("runs") / "run"
     settings = {name: getattr(TINY, name) for name in SIZES} | {"batch_size": 16, "labelled_batch_size": 8, "epochs": 1}
-    settings |= {"images": 200, "device": "cpu", "checkpoint_minutes": 0}
+    settings |= {"images": 200, "device": "cpu", "checkpoint_minutes": 0, "mask_start": 0}
     with bare():
         assert mlo_mae.main(["pretrain", "--data", "shapes", "--out", str(out), *as_flags(settings)]) == 0
     return out
@@ -386,6 +386,60 @@ def test_other_data_than_the_runs(run, tmp_path, capsys):
     assert json.loads(printed.out.splitlines()[-1])["verb"] == "segment" and "interpolated" in printed.err
     root, sizes = write_coco(tmp_path / "boxes"), ["--image-size", "32", "--patch-size", "8"]
     assert command("detect", "--from-scratch", "--data", root, *sizes, *few, "--out", tmp_path / "b") == 0
+
+
+@pytest.fixture(scope="module")
+def with_objects(tmp_path_factory):
+    """An .npz of 60 + 12 images of two classes whose objects are known: rectangles, none in the first image of each part."""
+    path, rng, arrays = tmp_path_factory.mktemp("data") / "objects.npz", np.random.default_rng(0), {}
+    for part, count in (("train", 60), ("test", 12)):
+        objects, labels = np.zeros((count, 16, 16), bool), np.arange(count) % 2
+        for i in range(1, count):
+            objects[i, 2 + i % 5 : 12, 3 : 9 + i % 4] = True
+        images = (
+            rng.integers(0, 60, (count, 16, 16, 3)) + 150 * objects[..., None] * np.eye(3, dtype=int)[labels][:, None, None]
+        )
+        arrays |= {f"{part}_images": images.astype(np.uint8), f"{part}_labels": labels, f"{part}_objects": objects}
+    np.savez(path, **arrays)
+    return path, arrays
+
+
+def test_objects_of_a_file_are_masks_and_boxes(with_objects):
+    path, arrays = with_objects
+    objects, labels = arrays["test_objects"], arrays["test_labels"]
+    masks, boxes = (load_dense(path, kind) for kind in ("masks", "boxes"))
+    assert masks.class_names == ["background", "0", "1"] and boxes.class_names == ["0", "1"]
+    assert torch.equal(masks.test.labels, torch.from_numpy(objects * (1 + labels[:, None, None])).byte())
+    assert boxes.test.labels[0, 0, 4] == -1 and not masks.test.labels[0].any()  # no object, no box
+    assert boxes.test.labels[3, 0].tolist() == [3, 5, 12, 12, 1]  # left, top, right, bottom, class
+    plain = data.load(path, "")
+    for split in ("train", "val", "test"):
+        assert torch.equal(getattr(masks, split).images, getattr(plain, split).images)
+        assert torch.equal(getattr(masks, split).labels > 0, getattr(plain, split).objects)
+    assert len(load_dense(path, "boxes", limit=30, val_fraction=0.5).train) == 15
+
+
+def test_a_run_on_such_a_file_is_transferred_on_it(with_objects, tmp_path, capsys):
+    path, sizes = with_objects[0], {name: getattr(TINY, name) for name in SIZES}
+    settings = sizes | {"batch_size": 16, "labelled_batch_size": 8, "epochs": 1, "mask_start": 0, "device": "cpu"}
+    with bare():
+        assert mlo_mae.main(["pretrain", "--data", str(path), "--out", str(tmp_path / "run"), *as_flags(settings)]) == 0
+    few = ["--batch-size", "12", "--epochs", "2", "--device", "cpu"]
+    for task in transfer.TASKS:
+        assert command(task, tmp_path / "run", *few) == 0
+        result = json.loads((tmp_path / "run" / f"{task}-0" / "result.json").read_text())
+        assert (result["train_labels"], result["val_labels"]) == (48, 12)
+
+
+def test_a_file_without_objects_is_refused(with_objects, run, tmp_path, capsys):
+    blind = {name: array for name, array in with_objects[1].items() if "objects" not in name}
+    np.savez(tmp_path / "blind.npz", **blind)
+    refused(capsys, ["segment", run, "--data", tmp_path / "blind.npz"], "blind.npz does not say where its objects are")
+    many = {f"train_{name}": np.zeros((255, 16, 16), np.uint8) for name in ("images", "objects")}
+    many["train_labels"] = np.arange(255)
+    many |= {name: many[name.replace("test", "train")][:9] for name in ("test_images", "test_objects", "test_labels")}
+    np.savez(tmp_path / "many.npz", **many)
+    refused(capsys, ["segment", run, "--data", tmp_path / "many.npz"], "many.npz has 256 classes")
 
 
 @pytest.mark.slow

@@ -183,11 +183,33 @@ def test_several_processes_have_a_gpu_each_or_none(monkeypatch):
         (["--device", "abacus"], ["abacus", "cpu"]),
         (["--redraw-dropout"], ["--redraw-dropout"]),
         (["--hypergradient", "finite-difference"], ["--hypergradient", "exact", "unrolled", "first-order"]),
-        (["--masking-network", "shared", "--mask-noise", "0"], ["--masking-network shared", "--mask-noise above 0"]),
+        (["--mask-choice", "highest"], ["--mask-choice highest", "--masking-network mlp"]),
+        (["--masking-network", "shared", "--mask-choice", "highest"], ["--mask-choice highest", "--masking-network mlp"]),
+        (["--mask-choice", "lowest"], ["--mask-choice", "random", "odds", "highest"]),
+        (["--mask-noise", "1"], ["--mask-noise"]),
+        (["--mask-until", "0"], ["--mask-until 0.0: must be at most 1 and above 0"]),
+        (["--mask-until", "1.5"], ["--mask-until 1.5: must be at most 1 and above 0"]),
+        (["--mask-start", "0.5", "--mask-until", "0.4"], ["--mask-start 0.5 must be below --mask-until 0.4"]),
+        (["--mask-start", "0.5", "--mask-until", "0.5"], ["--mask-start 0.5 must be below --mask-until 0.5"]),
+        (["--mask-start", "0.1", "--mask-until", "0.11", "--epochs", "4"], ["T would learn in none of 6 mask updates"]),
+        (["--mask-batches", "3"], ["--mask-batches 3", "--level1-steps"]),
+        (["--mask-batches", "2", "--unroll", "full"], ["--mask-batches 2", "--unroll last"]),
+        (["--mask-batches", "0"], ["--mask-batches 0: must be at least 1"]),
+        (["--masking-learns"], ["--masking-learns", "--masking-from"]),
+        (["--masking-from", "RUN", "--masking", "random"], ["--masking-from", "--masking learned"]),
+        (["--masking-from", "RUN", "--masking-network", "mlp"], ["--masking-from", "tokens"]),
+        (["--masking-from", "no/such"], ["no/such", "does not exist"]),
+        (["--ridge", "0"], ["--ridge 0.0: must be above 0"]),
+        (["--level2-memory", "1"], ["--level2-memory 1.0: must be at least 0 and below 1"]),
+        (["--level2", "exact"], ["--level2", "ridge", "steps"]),
+        (["--pooling", "max"], ["--pooling", "mean", "cls"]),
+        (["--masking-blocks", "-1"], ["--masking-blocks -1: must be at least 0"]),
         (["--mask-start", "1"], ["--mask-start 1.0: must be at least 0 and below 1"]),
-        (["--mask-noise", "-1"], ["--mask-noise -1.0: must be at least 0"]),
         (["--hypergradient", "unrolled", "--accumulate", "2"], ["--hypergradient unrolled", "--accumulate 1"]),
-        (["--checkpoint-activations", "--unroll", "full"], ["--checkpoint-activations", "--unroll last"]),
+        (
+            ["--checkpoint-activations", "--unroll", "full", "--mask-batches", "1"],
+            ["--checkpoint-activations", "--unroll last"],
+        ),
         (["--checkpoint-activations", "--hypergradient", "unrolled"], ["--checkpoint-activations", "exact"]),
         (["--accumulate", "3"], ["--batch-size 16", "multiple of 3"]),
         (["--data", "no/such.npz"], ["no/such.npz"]),
@@ -234,5 +256,5 @@ def test_the_script_ends_with_its_status_and_one_line(tmp_path):
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "mlo_mae: --lr -1.0: must be at least 0\n"
     ended = script("--help")
-    assert ended.returncode == 0 and "--mask-noise" in ended.stdout and "probe" in ended.stdout
+    assert ended.returncode == 0 and "--mask-choice" in ended.stdout and "probe" in ended.stdout
     assert not list(tmp_path.iterdir())

@@ -23,9 +23,10 @@ pytestmark = pytest.mark.usefixtures("no_hang", "drawn_once")
 # ------------------------------------------------------------------------------------------------- labels follow images
 
 
+@pytest.mark.parametrize("name", data.DRAWN)
 @pytest.mark.parametrize("kind", ["masks", "boxes"])
-def test_shapes_are_split_as_for_pretraining(kind):
-    plain, dense = data.load("shapes", "", limit=300, seed=3), load_dense("shapes", kind, limit=300, seed=3)
+def test_shapes_are_split_as_for_pretraining(name, kind):
+    plain, dense = data.load(name, "", limit=300, seed=3), load_dense(name, kind, limit=300, seed=3)
     for part in ("train", "val", "test"):
         a, b = getattr(plain, part), getattr(dense, part)
         assert torch.equal(a.images, b.images) and torch.equal(a.mean, b.mean) and torch.equal(a.std, b.std)

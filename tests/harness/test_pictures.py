@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness import UserError, pictures
-from harness.pictures import PROBABILITY, as_images, curves, grid
+from harness.pictures import PIXELS, PROBABILITY, as_images, curves, grid
 
 PNG = b"\x89PNG"
 
@@ -23,11 +23,12 @@ def figures(monkeypatch):
 EARLY = {"epoch": 1, "iteration": 1, "level1_loss": 0.9, "reconstruction_error": 0.9, "p_mean": 1.0}
 
 
-def test_curves_hold_losses_from_their_first_row_on(tmp_path, figures):
-    rows = [EARLY, EARLY | {"epoch": 2}, EARLY | {"epoch": 3, "level2_loss": 0.7, "level3_loss": 0.8}]
+def test_curves_hold_losses_where_rows_have_them(tmp_path, figures):
+    later = {"level2_loss": 0.7, "level3_loss": 0.8}
+    rows = [EARLY, *(EARLY | {"epoch": epoch} | later for epoch in (2, 3)), EARLY | {"epoch": 4}]
     curves(tmp_path / "curves.png", rows)
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figures[0].axes[0].lines}
-    assert lines["level1_loss"] == ([1, 2, 3], [0.9] * 3) and lines["level2_loss"] == ([3], [0.7])
+    assert lines["level1_loss"] == ([1, 2, 3, 4], [0.9] * 4) and lines["level2_loss"] == ([2, 3], [0.7] * 2)
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
     assert [axis.get_title() for axis in figures[0].axes] == ["losses", "masks"]  # no objects, no panel
 
@@ -53,7 +54,7 @@ def test_a_grid_has_a_row_for_each_title(tmp_path, figures):
     colour, maps = random.random((3, 8, 8, 3)), random.random((3, 4, 4))
     rows, given = [("image", colour, {}), ("p", torch.tensor(maps).flatten(1), PROBABILITY)], []
     grid(tmp_path / "grid.png", rows, given.append)
-    axes = np.array(figures[0].axes).reshape(2, 3)
+    axes = np.array(figures[0].axes[:6]).reshape(2, 3)
     assert len(given) == 1 and np.array_equal(given[0], axes)  # what may be drawn on the images
     assert [line[0].get_ylabel() for line in axes] == ["image", "p"]
     for line, images in zip(axes, (colour, maps)):
@@ -61,6 +62,50 @@ def test_a_grid_has_a_row_for_each_title(tmp_path, figures):
             assert np.array_equal(axis.images[0].get_array(), image) and not len(axis.get_xticks())
     assert axes[1, 2].images[0].get_clim() == (0, 1) and axes[1, 2].images[0].get_cmap().name == "magma"
     assert (tmp_path / "grid.png").read_bytes().startswith(PNG)
+
+
+def bars(figure, images):
+    """Top and bottom of each colour bar, in rows of images from the top, and its range."""
+    height = figure.axes[0].get_position().height
+    top = figure.axes[0].get_position().y1
+    found = []
+    for axis in figure.axes[images:]:
+        box = axis.get_position()
+        assert box.x0 > max(other.get_position().x1 for other in figure.axes[:images])
+        found.append((round((top - box.y1) / height, 1), round((top - box.y0) / height, 1), axis.get_ylim()))
+    return found
+
+
+def test_rows_of_probabilities_have_a_colour_bar(tmp_path, figures):
+    p, pixels = np.random.default_rng(0).random((3, 4)), np.zeros((3, 8, 8, 3))
+    rows = [("image", pixels, PIXELS), ("p", p, PROBABILITY), ("lit", pixels, PIXELS), *(("p", p, PROBABILITY),) * 2]
+    grid(tmp_path / "grid.png", rows)
+    assert bars(figures[0], 15) == [(1.0, 2.0, (0, 1)), (3.1, 5.2, (0, 1))]  # rows stand a little apart
+    grid(tmp_path / "none.png", rows[:1])
+    assert bars(figures[1], 3) == []
+
+
+def test_a_grid_wastes_no_space(tmp_path, figures):
+    """Images are square and fill the picture, titles stand left of them, and nothing is cut off."""
+    rows = [("image", np.zeros((5, 8, 8, 3)), PIXELS), ("a title that is long", np.zeros((5, 4)), PROBABILITY)]
+    grid(tmp_path / "grid.png", rows)
+    width, height = figures[0].get_size_inches()
+    boxes = [axis.get_position() for axis in figures[0].axes[:10]]
+    assert all(box.width * width == pytest.approx(box.height * height, rel=0.02) for box in boxes)
+    assert sum(box.width * box.height for box in boxes) > 0.6
+    drawn = figures[0].get_tightbbox()  # inches
+    assert (
+        0 <= drawn.x0 < 0.5 and 0 <= drawn.y0 < 0.2 and width - 0.2 < drawn.x1 <= width and height - 0.2 < drawn.y1 <= height
+    )
+
+
+def test_a_line_of_one_point_is_seen(tmp_path, figures):
+    rows = [EARLY | {"object_auc": 0.5}, EARLY | {"epoch": 2, "level2_loss": 0.7, "object_auc": 0.6}]
+    for some in (rows, rows[:1]):
+        curves(tmp_path / "curves.png", some)
+    two, one = ({line.get_label(): line.get_marker() for axis in figure.axes for line in axis.lines} for figure in figures)
+    assert two["level1_loss"] == "" and two["level2_loss"] == "o" and set(one.values()) == {"o"}
+    assert "AUC of p against object patches" in two and len(figures[0].axes) == 3
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from data import index_batches
-from harness.probe import PROBES, lbfgs_probes, linear_probe, mask_statistics, sgd_probes
+from harness.probe import PROBES, area_under_roc, lbfgs_probes, linear_probe, mask_statistics, sgd_probes
 from harness.schedule import schedule
 
 # ------------------------------------------------------------------------------------------------------- probes
@@ -93,13 +93,35 @@ def test_mask_statistics_of_known_masks():
     assert found["mask_churn"] == pytest.approx(1 / 6)
     assert found["mask_overlap"] == pytest.approx(2 / 3)
     assert found["object_hidden"] == pytest.approx(32 / 96 / 0.75)
-    assert found["object_weight"] == pytest.approx((64 * 0.5 + 32 * 1.0) / 96 / (5 / 8))
+    inside, rest = (64 * 0.5 + 32 * 1.0) / 96, (192 * 0.5 + 128 * 1.0 + 32 * 1.0) / (192 + 224)
+    assert found["object_weight"] == pytest.approx(inside / rest)
+    assert found["object_auc"] == pytest.approx((0 + 3 / 2 + 1) / 7)  # p = 0.5, against 0.5 x 3, 1 x 3 and 0
+
+
+def test_area_under_roc_is_the_share_of_pairs_in_order():
+    random = torch.Generator().manual_seed(0)
+    positive, negative = (torch.randint(0, 9, (n,), generator=random).double() for n in (40, 70))
+    pairs = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative)
+    assert area_under_roc(positive, negative) == pytest.approx(pairs.mean().item())
+    assert area_under_roc(torch.ones(3), torch.zeros(2)) == 1 and area_under_roc(torch.zeros(3), torch.zeros(2)) == 0.5
 
 
 def test_statistics_that_need_more_are_left_out():
     found = mask_statistics(torch.full((1, 4), 0.5), torch.tensor([[0, 1, 1, 1.0]]), None, None, 8)
     assert found.keys() == {"p_mean", "p_std", "p_entropy"} and found["p_entropy"] == 1
     assert all(type(value) is float for value in found.values())
+    objects = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask, prob = torch.tensor([[0, 1, 1, 1], [1, 0, 1, 1.0]]), torch.rand(2, 4)
+    none = mask_statistics(prob, mask, None, objects, 8)
+    assert not {"object_hidden", "object_weight", "object_auc"} & none.keys()
+    whole = mask_statistics(prob, mask, None, ~objects, 8)
+    assert whole["object_hidden"] == pytest.approx(1) and not {"object_weight", "object_auc"} & whole.keys()
+    objects[:, :3, :3] = True  # of which no patch is half full
+    some = mask_statistics(prob, mask, None, objects, 8)
+    assert {"object_hidden", "object_weight"} <= some.keys() and "object_auc" not in some
+    objects[:, :8, :8] = True
+    saturated = mask_statistics(objects[:, ::8, ::8].flatten(1).float(), mask, None, objects, 8)
+    assert saturated["object_auc"] == 1 and 1 < saturated["object_weight"] < math.inf
 
 
 def test_random_masks_overlap_by_the_mask_ratio_and_see_no_objects():

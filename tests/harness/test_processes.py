@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is a script as well
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from helpers import arguments, relative_error, same, some_iterations, weights, write_sides
+from helpers import DEFAULT, arguments, checkpoint_of, copied, relative_error, same, some_iterations, weights, write_sides
 
 import mlo_mae
 from harness import UserError, cli, processes, run
@@ -35,9 +35,14 @@ CASES = {
         **{"head_norm": "batch", "head_steps": 2, "accumulate": 3, "masking_input": "embeddings"},
     },
     "all steps, parts": {"unroll": "full", "accumulate": 2},
-    "shared T, drawn masks": {"masking_network": "shared", "mask_noise": 1.0},
+    "shared T, drawn masks": {"masking_network": "shared", "mask_choice": "odds"},
+    "tokens, ridge": DEFAULT | {"mask_batches": 2},
+    "tokens, ridge, drawn masks, parts": DEFAULT | {"mask_batches": 2, "mask_choice": "odds", "accumulate": 3},
+    "tokens, ridge, all steps": DEFAULT | {"unroll": "full"},
+    "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": True},
 }
 FLAGS = ["--epochs", 10, "--checkpoint-minutes", 0, "--mask-start", 0.2]  # 15 updates, T from the 3rd on
+PARTS = [*FLAGS, "--mask-until", 0.6]  # and to the 9th, where E starts anew
 
 # -------------------------------------------------------------------------------------- what each process runs
 
@@ -78,15 +83,15 @@ def end_together():
     leave()
 
 
-def stop_in_the_middle(number):
-    """SIGTERM to process 1 alone, after the processes have agreed that no checkpoint is due at iteration 4."""
+def stop_in_the_middle(number, iteration=4):
+    """SIGTERM to process 1 alone, after the processes have agreed that no checkpoint is due at this iteration."""
     real = run.agree
     agreed = []
 
     def interrupted(*flags):
         found = real(*flags)
         agreed.append(1)
-        if len(agreed) == 4 and number == 1:
+        if len(agreed) == iteration and number == 1:
             signal.raise_signal(signal.SIGTERM)
         return found
 
@@ -118,6 +123,26 @@ def everything(folder):
     (folder / f"runs-{number}.json").write_text(json.dumps(outcomes))
 
 
+def in_three_parts(folder):
+    """Runs that go past T's part, by each of the two processes; process 1 alone cannot see folders that are deleted."""
+    npz, number = folder / "sides.npz", int(os.environ["RANK"])
+    for name in ("probe", "show"):
+        cli.command(name).after_training = lambda *arguments: None
+    first = ["--init", folder / "given", "--seed", 5]
+    given = ["--masking-from", folder / "taken"]
+    outcomes = {"parts": command(*arguments(npz, folder / "parts", *PARTS))}
+    outcomes["first weights"] = command(*arguments(npz, folder / "first", *PARTS, *first))
+    for name, flags, iteration in (("kept", PARTS, 11), ("T", [*FLAGS, *given], 11)):
+        stopping = stop_in_the_middle(number, iteration)
+        next(stopping)
+        outcomes[f"{name} stopped"] = command(*arguments(npz, folder / name, *flags, "--checkpoint-minutes", 60))
+        next(stopping, None)
+        if name == "T" and number == 0:
+            (folder / "taken").rename(folder / "gone")
+        outcomes[f"{name} resumed"] = command("pretrain", "--out", folder / name, "--resume")
+        (folder / f"parts-{number}.json").write_text(json.dumps(outcomes))
+
+
 def killed(argv):
     """The program, of which the process number DYING_RANK dies in its first life at update DYING_AT."""
     real, dying_rank, dying_at = mlo_mae.outer_iteration, os.environ["DYING_RANK"], int(os.environ["DYING_AT"])
@@ -134,7 +159,10 @@ def killed(argv):
 
 
 if __name__ == "__main__":
-    killed(sys.argv[2:]) if sys.argv[1] == "killed" else everything(Path(sys.argv[1]))
+    if sys.argv[1] == "killed":
+        killed(sys.argv[2:])
+    else:
+        {"everything": everything, "parts": in_three_parts}[sys.argv[1]](Path(sys.argv[2]))
 
 
 # --------------------------------------------------------------------------------------------------- two processes
@@ -150,24 +178,26 @@ def free_ports(count):
     return ports
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    write_sides(folder / "sides.npz")
+def two_processes(work, folder, seconds):
     common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PORTS": ",".join(free_ports(10))}
-    started = []
+    started, argv = [], [sys.executable, __file__, work, folder]
     try:
         for number in ("0", "1"):
             env = common | {"RANK": number, "LOCAL_RANK": number}
-            started.append(
-                subprocess.Popen([sys.executable, __file__, folder], env=env, stderr=subprocess.PIPE, text=True, cwd=folder)
-            )
+            started.append(subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True, cwd=folder))
         for process in started:
-            errors = process.communicate(timeout=300)[1]
+            errors = process.communicate(timeout=seconds)[1]
             assert process.returncode == 0, errors
     finally:
         for process in started:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    write_sides(folder / "sides.npz")
+    two_processes("everything", folder, 300)
     return folder
 
 
@@ -236,6 +266,47 @@ def test_a_stop_that_reaches_one_process_stops_both(folder, outcomes):
     assert first == second == 143 and "stopped at update 5 of 15" in first_err and "stopped" not in second_err
     assert [outcome[0] for outcome in outcomes["resumed"]] == [0, 0]
     assert same(weights(folder / "cut"), weights(folder / "whole"))
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """The folder and the outcomes of `in_three_parts`, and of the same runs by one process: "parts" and "given"."""
+    folder = tmp_path_factory.mktemp("parts")
+    write_sides(folder / "sides.npz")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("probe", "show"):
+            patch.setattr(cli.command(name), "after_training", lambda *arguments: None)
+        assert command(*arguments(folder / "sides.npz", folder / "given", *PARTS))[0] == 0
+        copied(folder / "given", folder / "taken")
+        first = ["--init", folder / "given", "--seed", 5]
+        assert command(*arguments(folder / "sides.npz", folder / "first alone", *PARTS, *first))[0] == 0
+    two_processes("parts", folder, 200)
+    both = [json.loads((folder / f"parts-{number}.json").read_text()) for number in range(2)]
+    return folder, {name: [each[name] for each in both] for name in both[0]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, alone", [("parts", "given"), ("first", "first alone")])
+def test_two_processes_go_past_ts_part_as_one(parts, name, alone):
+    folder, outcomes = parts
+    statuses = [outcome[0] for outcome in outcomes["parts" if name == "parts" else "first weights"]]
+    assert statuses == [0, 0]
+    rows, expected = (read_metrics(folder / run / "metrics.jsonl") for run in (name, alone))
+    for row, other in zip(rows, expected, strict=True):
+        for loss in other.keys() & {"level1_loss", "reconstruction_error", "level2_loss", "level3_loss"}:
+            assert row[loss] == pytest.approx(other[loss], rel=1e-3)
+    ours, theirs = (checkpoint_of(folder / run)["eyes"]["weights"] for run in (name, alone))
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kept", "T"])
+def test_two_processes_resume_what_t_reads(parts, name):
+    """ "kept": after T's part. "T": of another run, whose folder is gone by then."""
+    folder, outcomes = parts
+    assert [outcome[0] for outcome in outcomes[f"{name} stopped"]] == [143, 143]
+    assert [outcome[0] for outcome in outcomes[f"{name} resumed"]] == [0, 0], outcomes[f"{name} resumed"]
+    assert name == "T" or same(weights(folder / "kept"), weights(folder / "parts"))
 
 
 @pytest.mark.slow

@@ -344,8 +344,28 @@ def test_npz(tmp_path, save, colour):
     assert consume(data.load(path, ".", image_size=12)).train.images.shape[-1] == 12
 
 
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npz_with_objects(tmp_path, dtype, order):
+    where = np.random.default_rng(0).random((12, 8, 8)) < 0.3
+    given = {f"{part}_objects": (where ^ (part == "val")).astype(dtype, order=order) for part in ("train", "val", "test")}
+    splits = consume(data.load(write_npz(tmp_path / "a.npz", **given), "."))
+    for part, expected in (("train", where), ("val", ~where), ("test", where)):
+        objects = getattr(splits, part).objects
+        assert objects.dtype == torch.bool and np.array_equal(objects, expected)
+    two = ("train", "test")
+    path = write_npz(tmp_path / "a.npz", parts=two, **{f"{part}_objects": where.astype(dtype) for part in two})
+    splits = data.load(path, ".", limit=9, val_fraction=0.3)  # val is held out of train, with its objects
+    for split in (splits.train, splits.val):
+        for image, objects in zip(split.images, split.objects):
+            number = np.flatnonzero((np.load(path)["train_images"] == image.permute(1, 2, 0).numpy()).all((1, 2, 3)))
+            assert np.array_equal(objects, where[number[0]])
+    assert data.load(write_npz(tmp_path / "a.npz"), ".").train.objects is None
+
+
 def test_npz_refusals(tmp_path):
     canary, images = tmp_path / "canary", np.zeros((12, 8, 8), np.uint8)
+    masks = {f"{part}_objects": images for part in ("train", "val", "test")}
     objects = np.empty(12, object)
     objects[:] = Runs(os.system, f"echo > {canary}")
     for words, changes in (
@@ -373,6 +393,15 @@ def test_npz_refusals(tmp_path):
         (["up to 0"], {"train_labels": np.zeros(12, int)}),
         (["val_labels has class 3"], {"val_labels": np.arange(12) % 4}),
         (["shape"], {"train_images": images[:0]}),
+        (["objects of train, but images of train, val, test"], {"train_objects": images}),
+        (["objects of train, test, but"], {"train_objects": images, "test_objects": images}),
+        (["val_objects are float64", "bool"], masks | {"val_objects": images.astype(float)}),
+        (["val_objects", "Python objects"], masks | {"val_objects": objects}),
+        (["test_objects are [12, 8, 8, 1]", "[12, 8, 8]"], masks | {"test_objects": images[..., None]}),
+        (["test_objects are [11, 8, 8]", "[12, 8, 8]"], masks | {"test_objects": images[1:]}),
+        (["train_objects are [12, 8, 7]"], masks | {"train_objects": images[..., 1:] > 0}),
+        (["train_objects has the value 255"], masks | {"train_objects": images + np.uint8(255)}),
+        (["train_objects has the value 2"], masks | {"train_objects": (images + np.uint8(2)).view(bool)}),
     ):
         data_refused(tmp_path / "a.npz", *words, name=write_npz(tmp_path / "a.npz", **changes))
     assert not canary.exists()
@@ -635,7 +664,8 @@ def fuzz_archive(tmp_path, monkeypatch):
 
 def fuzz_npz(save):
     def prepare(tmp_path, monkeypatch):
-        path = write_npz(tmp_path / "a.npz", save=save)
+        masks = {f"{part}_objects": np.eye(8, dtype=bool)[None].repeat(12, 0) for part in ("train", "val", "test")}
+        path = write_npz(tmp_path / "a.npz", save=save, **masks)
         return [path], {"name": path, "data_dir": "."}, None
 
     return prepare
@@ -643,7 +673,8 @@ def fuzz_npz(save):
 
 def fuzz_npy(tmp_path, monkeypatch):
     """The arrays inside the .npz are damaged, the zip around them is whole."""
-    write_npz(tmp_path / "whole.npz")
+    masks = {f"{part}_objects": np.zeros((12, 8, 8), bool) for part in ("train", "val", "test")}
+    write_npz(tmp_path / "whole.npz", **masks)
     with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
         archive.extractall(tmp_path)
 

@@ -2,6 +2,7 @@
 
 MLO_MAE_KILLS sets how many runs are killed and resumed."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -11,17 +12,28 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import DAMAGED, SCRIPT, Explosive, arguments, checkpoint_of, copied, refused, same, weights
+from helpers import DAMAGED, SCRIPT, Explosive, arguments, bare, checkpoint_of, copied, refused, same, stopped, weights
 
 import mlo_mae
 from experiments import open_run
-from harness import UserError
+from harness import UserError, cli
+from harness.cli import flag
 from harness.files import read_rows
-from harness.run import Run, read_masks, read_metrics, read_settings, refuse_taken, stop_signals
+from harness.run import (
+    Run,
+    add_run_flags,
+    read_masks,
+    read_metrics,
+    read_settings,
+    refuse_taken,
+    settings_of,
+    stop_signals,
+)
 from harness.vectors import unflatten
 from mlo_mae import Config, build, main
 
@@ -56,7 +68,7 @@ def test_masks_are_recorded_over_training(whole_run):
     rows = [json.loads(line) for line in (out / "masks.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == list(range(3, 31, 3)) and rows[-1]["epoch"] == 20  # ten times
     net, state, splits = open_run(out, "cpu")
-    images = next(iter(splits.val.ordered(len(splits.val)))).images[:8]
+    images = splits.watched(8)[0]
     p = mlo_mae.masking_probability(net, state.psi.params, images, state.theta.params[: net.encoder_size])
     assert p.shape == torch.tensor(rows[-1]["p"]).shape and torch.allclose(p, torch.tensor(rows[-1]["p"]), atol=6e-4)
     assert not torch.allclose(torch.tensor(rows[0]["p"]), torch.tensor(rows[-1]["p"]), atol=1e-2)
@@ -74,7 +86,11 @@ def test_same_seed_same_weights_other_seed_others(whole_run, sides, tmp_path):
 
 def test_every_form_of_the_hypergradient_runs_and_agrees(sides, tmp_path):
     forms = {name: ["--hypergradient", name] for name in mlo_mae.HYPERGRADIENTS}
-    forms |= {"full": ["--unroll", "full", "--head-steps", 2], "embeddings": ["--masking-input", "embeddings"]}
+    forms |= {"full": ["--unroll", "full", "--mask-batches", 1], "one batch": ["--mask-batches", 1]}
+    steps = ["--level2", "steps", "--pooling", "cls", "--head-steps", 2]
+    forms |= {"steps": steps, "steps, full": [*steps, "--unroll", "full", "--mask-batches", 1]}
+    forms |= {"embeddings": ["--masking-network", "shared", "--masking-input", "embeddings", "--mask-choice", "odds"]}
+    forms |= {"published": ["--masking-network", "mlp", "--mask-choice", "highest", *steps, "--head-norm", "layer"]}
     for name, flags in forms.items():
         assert main(arguments(sides, tmp_path / name, "--epochs", 1, "--log-every", 1, *flags)) == 0
     last = {name: read_metrics(tmp_path / name / "metrics.jsonl")[-1] for name in forms}
@@ -90,28 +106,13 @@ def test_random_masking_is_plain_mae(sides, tmp_path):
     assert content["moments"]["masking"]["t"] == 0 and content["moments"]["model"]["t"] == 6
 
 
-def stopped(sides, out, monkeypatch, lines, *more):
-    """A run that a signal stops after this many lines of metrics; returns its checkpoint."""
-    real, calls = mlo_mae.mask_statistics, []
-
-    def interrupted(*arguments):
-        calls.append(1)
-        if len(calls) == lines:
-            signal.raise_signal(signal.SIGINT)
-        return real(*arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(mlo_mae, "mask_statistics", interrupted)
-        main(arguments(sides, out, *more))
-    assert stop.value.code == 130
-    return checkpoint_of(out)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("network", [("shared", "1"), ("mlp", "0")])
-def test_masks_are_random_before_their_start_and_resuming_knows(sides, tmp_path, monkeypatch, network):
+@pytest.mark.parametrize(
+    "network, choice, level2", [("tokens", "random", "ridge"), ("shared", "odds", "steps"), ("mlp", "highest", "steps")]
+)
+def test_masks_are_random_before_their_start_and_resuming_knows(sides, tmp_path, monkeypatch, network, choice, level2):
     """30 updates, T from the 15th on; stopped before and after, a resumed run ends with the same weights."""
-    flags = ["--epochs", 20, "--mask-start", 0.5, "--masking-network", network[0], "--mask-noise", network[1]]
+    flags = ["--epochs", 20, "--mask-start", 0.5, "--masking-network", network, "--mask-choice", choice, "--level2", level2]
     assert main(arguments(sides, tmp_path / "whole", *flags)) == 0
     rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
     for row in rows:
@@ -130,6 +131,85 @@ def test_masks_are_random_before_their_start_and_resuming_knows(sides, tmp_path,
     for name in ("early", "late"):
         assert main(["pretrain", "--out", str(tmp_path / name), "--resume"]) == 0
         assert same(weights(tmp_path / name), weights(tmp_path / "whole"))
+
+
+PARTS = ["--epochs", 20, "--mask-start", 0.2, "--mask-until", 0.5]  # T learns from update 6 of 30 to 15; E starts anew
+
+
+@pytest.fixture(scope="module")
+def in_parts(sides, tmp_path_factory):
+    """A run that T learns in the middle of."""
+    out = tmp_path_factory.mktemp("parts") / "whole"
+    with bare():
+        assert main(arguments(sides, out, *PARTS)) == 0
+    return out
+
+
+def test_a_run_has_three_parts(in_parts):
+    content, rows = checkpoint_of(in_parts), read_metrics(in_parts / "metrics.jsonl")
+    for row in rows:
+        begun, learning = row["iteration"] > 6, 6 < row["iteration"] < 16
+        assert ("level3_loss" in row) == learning and (row["p_mean"] == 1) == (row["iteration"] < 6)
+        assert (row["level1_loss"] == row["reconstruction_error"]) == (not begun)
+    assert {part: moments["t"] for part, moments in content["moments"].items()} == {"model": 30, "head": 9, "masking": 9}
+    assert content["iteration"] == 30 and content["eyes"]["weights"].keys() < content["model"].keys()
+    assert not torch.equal(content["eyes"]["weights"]["cls_token"], content["model"]["cls_token"])
+    masks = [json.loads(line) for line in (in_parts / "masks.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in masks] == list(range(7, 16)) and masks[0]["p"] != masks[-1]["p"]
+    net, state, splits = open_run(in_parts, "cpu")
+    assert same(unflatten(net.encoder, state.eyes), content["eyes"]["weights"])
+    p = mlo_mae.masking_probability(net, state.psi.params, splits.watched(8)[0], mlo_mae.eyes_of(net, state))
+    assert torch.allclose(p, torch.tensor(masks[-1]["p"]), atol=6e-4)
+
+
+@pytest.mark.parametrize("lines", [7, *(pytest.param(lines, marks=pytest.mark.slow) for lines in (1, 3, 5, 8, 12))])
+def test_a_run_is_the_same_in_whichever_part_it_was_stopped(in_parts, sides, tmp_path, monkeypatch, lines):
+    """Seven lines: at the very update after which T stays as it is."""
+    content = stopped(sides, tmp_path / "cut", monkeypatch, lines, *PARTS, "--checkpoint-minutes", 60)
+    assert content["iteration"] == 2 * lines + 1 and ("weights" in content["eyes"]) == (lines > 7)
+    assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    ours, theirs = checkpoint_of(tmp_path / "cut"), checkpoint_of(in_parts)
+    assert same(weights(tmp_path / "cut"), weights(in_parts)) and same(ours["eyes"]["weights"], theirs["eyes"]["weights"])
+    for part, moments in theirs["moments"].items():
+        found = ours["moments"][part]
+        assert torch.equal(found["m"], moments["m"]) and torch.equal(found["v"], moments["v"]) and found["t"] == moments["t"]
+    assert read_rows(tmp_path / "cut" / "masks.jsonl") == read_rows(in_parts / "masks.jsonl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    preset: str = flag("small", "")
+    data: str = flag("shapes", "")
+    masking: str = flag("learned", "")
+    seed: int = flag(0, "")
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        ([], "small-learned-0"),
+        (["--masking", "random", "--seed", "3"], "small-random-3"),
+        (["--data", "shapes"], "small-learned-0"),
+        (["--preset", "large"], "large-learned-0"),
+        (["--preset", "large", "--data", "c100"], "large-learned-0"),
+        (["--preset", "large", "--data", "shapes"], "shapes-learned-0"),
+        (["--data", "c100"], "c100-learned-0"),
+        (["--data", "far/away/clutter.npz"], "clutter-learned-0"),
+        (["--data", "far/away/birds/"], "birds-learned-0"),
+        (["--data", os.path.join("far", "..")], f"{Path.cwd().name}-learned-0"),
+        (["--data", os.path.abspath(os.sep)], "small-learned-0"),
+    ],
+    ids=str,
+)
+def test_a_run_is_named_after_its_preset_or_its_own_data(given, name):
+    parser = cli.Parser()
+    add_run_flags(parser, Settings, "<masking>")
+    presets = {"small": {}, "large": {"data": "c100"}}
+    assert settings_of(vars(parser.parse_args(given)), Settings, presets, "<masking>")[1] == Path("runs") / name
+    flags = vars(parser.parse_args([*given, "--out", "there"]))
+    assert settings_of(flags, Settings, presets, "<masking>")[1:] == (Path("there"), False)
+    cfg, out, resume = settings_of(vars(parser.parse_args([*given, "--resume"])), Settings, presets, "method")
+    assert resume and out.name == name.replace(cfg.masking, "method")
 
 
 # ------------------------------------------------------------------------------------------ interrupt and resume
@@ -298,7 +378,7 @@ def test_a_weight_that_is_not_finite_is_not_saved(tmp_path):
 def test_a_run_has_ten_tenths_and_the_last_ends_it(tmp_path, total):
     run = run_in(tmp_path / "run")
     with run.at_work(total, 0, "label"):
-        tenths = [iteration for iteration in range(1, total + 1) if run.is_tenth(iteration)]
+        tenths = [done for done in range(-5, total + 5) if run.is_tenth(done, total)]
     assert len(tenths) == min(total, 10) and tenths[-1] == total
 
 
@@ -445,9 +525,9 @@ def test_foreign_checkpoints_are_refused(tmp_path, capsys, monkeypatch, content)
 
 def test_checkpoints_of_the_version_before_are_refused(whole_run, tmp_path, capsys):
     run = copied(whole_run[0], tmp_path / "run")
-    torch.save(checkpoint_of(run) | {"format": "mlo-mae checkpoint 1"}, run / "checkpoint.pt")
+    torch.save(checkpoint_of(run) | {"format": "mlo-mae checkpoint 2"}, run / "checkpoint.pt")
     for argv in (["probe", run], ["pretrain", "--out", run, "--resume"]):
-        refused(argv, capsys, "checkpoint.pt is no file of the kind 'mlo-mae checkpoint 2'")
+        refused(argv, capsys, "checkpoint.pt is no file of the kind 'mlo-mae checkpoint 3'")
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(whole_run, tmp_path, capsys):
@@ -460,7 +540,10 @@ def test_a_checkpoint_of_other_sizes_is_refused(whole_run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags, words",
-    [(["--lr", 1e30], ["level1_loss is nan", "mask update 1 ("]), (["--head-lr", 1e38], ["level3_loss is nan", "--head-lr"])],
+    [
+        (["--lr", 1e30], ["level1_loss is nan", "mask update 1 ("]),
+        (["--level2", "steps", "--head-lr", 1e38], ["level3_loss is nan", "--head-lr"]),
+    ],
     ids=["lr", "head-lr"],
 )
 def test_a_loss_that_is_not_finite_stops_the_run(sides, tmp_path, capsys, flags, words):

@@ -11,3 +11,11 @@ def test_schedule_rises_then_falls_to_zero():
     assert rates[550] == pytest.approx(0.5) and rates[-1] < 1e-5
     assert all(a >= b for a, b in zip(rates[100:], rates[101:]))
     assert schedule(0, 10, 0) == 1.0
+
+
+@pytest.mark.parametrize("total", [4, 11, 22, 113])
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.3])
+def test_the_rate_never_exceeds_its_peak(total, share):
+    """Warmups are a share of a run, and so no whole number of steps."""
+    rates = [schedule(step, total, share * total) for step in range(total)]
+    assert max(rates) <= 1 and min(rates) > 0
