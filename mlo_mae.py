@@ -132,7 +132,7 @@ class Config:
     mask_ratio: float = flag(0.75, "share of the patches that is hidden", above=0, below=1)
     mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, drawn by p, highest p")
     masking_network: Literal["tokens", "shared", "mlp"] = flag("tokens", "T: linear on tokens, a small net, or the paper's")
-    masking_blocks: int = flag(2, "of E that tokens pass before T reads them", least=0, most=1000)
+    masking_blocks: int = flag(2, "blocks of E before the tokens that T reads, or all that E has", least=0, most=1000)
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what shared and mlp read: pixels, or detached embeddings")
     masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
@@ -217,8 +217,6 @@ def check(cfg: Config) -> None:
         raise UserError(f"--mask-batches {cfg.mask_batches} goes with --unroll last and at least as many --level1-steps")
     if cfg.masking_from and (cfg.masking, cfg.masking_network) != ("learned", "tokens"):
         raise UserError("--masking-from goes with --masking learned and --masking-network tokens")
-    if cfg.masking_blocks > cfg.depth and cfg.masking_network == "tokens":
-        raise UserError(f"--masking-blocks {cfg.masking_blocks} is more than the {cfg.depth} blocks of --depth")
     if cfg.masking_learns and not cfg.masking_from:
         raise UserError("--masking-learns trains the T of another run; name it with --masking-from")
     if cfg.hypergradient == "unrolled" and world() * cfg.accumulate > 1:
