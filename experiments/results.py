@@ -123,26 +123,32 @@ class Grid:
     seeds: int
     threads: int = 1
     tuned: bool = True  # whether to fine-tune
+    first: int = 0  # seed
+
+    @property
+    def numbers(self) -> range:
+        """The seeds."""
+        return range(self.first, self.first + self.seeds)
 
     def cells(self, data: str, rules: Sequence[str], methods: Sequence[str]) -> list[Cell]:
         """The cells of a data set; without fine-tuning there is nothing to do for one that is not pretrained."""
         return [
             Cell(data, method, rule, seed)
             for rule in rules
-            for seed in range(self.seeds)
+            for seed in self.numbers
             for method in methods
             if (rule != "time" or method in TIMED) and (self.tuned or METHODS[method].kind or rule in DENSE)
         ]
 
 
-def lender_of(cell: Cell, seeds: int) -> tuple[str, Cell] | None:
+def lender_of(cell: Cell, grid: "Grid") -> tuple[str, Cell] | None:
     """The setting that names another cell's run, and that cell, where this cell starts from what another has learned."""
     method = METHODS[cell.method]
     if method.kind is SemMAE:
         return "parts_from", Cell(cell.data, "MAE", "steps", cell.seed)
     if method.given:  # of another seed: what T has seen is no part of this run
         data = OTHER[cell.data] if method.given == "other" else cell.data
-        return "masking_from", Cell(data, "MLO-MAE", "steps", (cell.seed + 1) % seeds)
+        return "masking_from", Cell(data, "MLO-MAE", "steps", grid.first + (cell.seed + 1 - grid.first) % grid.seeds)
     return None
 
 
@@ -150,7 +156,7 @@ def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
     """A cell's configuration, and how its encoder is trained on."""
     config, recipe = DATA[cell.data]
     config = {name: str(grid.clutter) if value == "{clutter}" else value for name, value in config.items()}
-    method, lender = METHODS[cell.method], lender_of(cell, grid.seeds)
+    method, lender = METHODS[cell.method], lender_of(cell, grid)
     given = {lender[0]: str(folder_of(grid.out, lender[1]))} if lender else {}
     cfg = (method.kind or Config)(**config | {"data_dir": grid.data_dir, "seed": cell.seed} | method.changes | given)
     how = {"seed": cell.seed, "from_scratch": method.kind is None}
@@ -265,7 +271,7 @@ def needed(cell: Cell, grid: Grid) -> list[Cell]:
         return [cell._replace(method="MLO-MAE", rule="steps"), cell._replace(rule="steps")]
     if cell.rule in DENSE:
         return [cell._replace(rule="steps")] if METHODS[cell.method].kind else []
-    lender = lender_of(cell, grid.seeds)
+    lender = lender_of(cell, grid)
     return [lender[1]] if lender else []
 
 
@@ -314,7 +320,7 @@ def difference(ours: list[float], theirs: list[float]) -> str:
 
 def numbers(grid: Grid, data: str, method: str, rule: str) -> list[dict]:
     """The numbers of a row's cells, of all seeds; none where one is missing."""
-    found = [read_cell(grid.out, Cell(data, method, rule, seed)) for seed in range(grid.seeds)]
+    found = [read_cell(grid.out, Cell(data, method, rule, seed)) for seed in grid.numbers]
     return found if all(found) else []
 
 
@@ -413,7 +419,7 @@ def figure(data: str, methods: list[str], grid: Grid, path: Path) -> bool:
     runs = {}
     for method in filter(learns, methods):
         if numbers(grid, data, method, "steps"):
-            folders = [folder_of(grid.out, Cell(data, method, "steps", seed)) for seed in range(grid.seeds)]
+            folders = [folder_of(grid.out, Cell(data, method, "steps", seed)) for seed in grid.numbers]
             runs[method] = [read_metrics(folder / "metrics.jsonl") for folder in folders]
     if not runs:
         return False
@@ -471,7 +477,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--clutter", type=Path, default=Path("runs/clutter.npz"), help="clutter's file (default %(default)s)")
     rows = f"rows (default: {', '.join(MAIN)})"
     parser.add_argument("--methods", nargs="+", choices=ROWS, help=rows)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0, 1, ... (default 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
+    parser.add_argument("--first-seed", type=int, default=10, help="(default 10: those below have served to choose settings)")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
@@ -488,6 +495,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options.data, options.methods = options.data or "shapes", options.methods or (TRANSFERRED if options.transfer else MAIN)
     if "MAE" not in options.methods or "MLO-MAE" not in options.methods:
         raise UserError("--methods needs MLO-MAE, whose time is the rule, and MAE, which it is compared with")
+    if options.first_seed < 0:
+        raise UserError(f"--first-seed {options.first_seed} must be at least 0")
     if min(options.seeds, options.workers, options.threads) < 1:
         raise UserError("--seeds, --workers and --threads must be at least 1")
     if options.seeds < 2 and any(METHODS[method].given for method in options.methods):
@@ -505,7 +514,7 @@ def run_command(argv: list[str]) -> dict:
     options = parse(argv)
     out, data, methods = options.out, options.data, options.methods
     tuned = options.tuned and not options.transfer
-    grid = Grid(out, options.data_dir, options.clutter, options.seeds, options.threads, tuned)
+    grid = Grid(out, options.data_dir, options.clutter, options.seeds, options.threads, tuned, options.first_seed)
     if not options.table:
         out.mkdir(parents=True, exist_ok=True)
         rules = ("steps",) if options.transfer else ("steps", *DENSE) if options.dense else ("steps", "time")

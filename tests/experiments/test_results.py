@@ -204,7 +204,7 @@ def test_the_clock_is_the_process_own_where_one_thread_does_the_work(monkeypatch
 @pytest.mark.slow
 def test_a_grid_of_tiny_runs_and_its_rules(tiny, tmp_path, monkeypatch, capsys):
     methods = ["MLO-MAE", "MLO-MAE, T given", "MAE", "no pretraining", "SemMAE"]
-    arguments = ["--seeds", "2", "--workers", "1", "--out", str(tmp_path / "grid"), "--methods", *methods]
+    arguments = ["--seeds", "2", "--first-seed", "0", "--workers", "1", "--out", str(tmp_path / "grid"), "--methods", *methods]
     assert results.main([*arguments, "--no-finetune"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     before = {(row["rule"], row["method"]): row for row in report["rows"]}
@@ -252,7 +252,19 @@ def test_a_grid_of_tiny_runs_and_its_rules(tiny, tmp_path, monkeypatch, capsys):
 def test_a_t_is_used_by_runs_of_another_seed_width_and_data(tiny, clutter_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(results.DATA, "shapes", results.DATA["clutter"])  # drawing shapes takes seconds a cell
     out = tmp_path / "grid"
-    arguments = ["--transfer", "--seeds", "2", "--workers", "1", "--out", str(out), "--clutter", str(clutter_file)]
+    arguments = [
+        "--transfer",
+        "--seeds",
+        "2",
+        "--first-seed",
+        "0",
+        "--workers",
+        "1",
+        "--out",
+        str(out),
+        "--clutter",
+        str(clutter_file),
+    ]
     assert results.main(arguments) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = {(row["data"], row["method"]): row for row in json.loads(printed[-1])["rows"]}
@@ -274,7 +286,7 @@ def test_dense_tasks_on_the_encoders_of_a_grid(tiny, clutter_file, tmp_path, mon
         monkeypatch.setitem(results.DENSE, task, dense._replace(recipe={"epochs": 1, "warmup_epochs": 0.0}))
     out, methods = tmp_path / "grid", ["MLO-MAE", "MAE", "no pretraining"]
     given = ["--data", images, "--clutter", clutter_file, "--no-finetune", "--methods", *methods]
-    assert results.main([*map(str, ["--seeds", 1, "--workers", 1, "--out", out, "--dense", *given])]) == 0
+    assert results.main([*map(str, ["--seeds", 1, "--first-seed", 0, "--workers", 1, "--out", out, "--dense", *given])]) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = {row["method"]: row for row in json.loads(printed[-1])["rows"]}
     assert list(rows) == methods and not (out / images / "MAE-time-0").exists()
@@ -299,7 +311,7 @@ def test_cells_run_however_the_program_was_started(command, tmp_path):
     longer = results.folder_of(tmp_path, Cell("shapes", "MAE", "time", 0))
     longer.mkdir()
     (longer / "checkpoint.pt").write_bytes(b"no checkpoint")
-    arguments = ["--seeds", "1", "--methods", "MLO-MAE", "MAE", "--out", str(tmp_path)]
+    arguments = ["--seeds", "1", "--first-seed", "0", "--methods", "MLO-MAE", "MAE", "--out", str(tmp_path)]
     root = Path(mlo_mae.__file__).parent
     found = subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, cwd=root)
     (line,) = found.stderr.splitlines()
@@ -311,6 +323,7 @@ def test_cells_run_however_the_program_was_started(command, tmp_path):
     [
         (["--methods", "MAE"], "--methods needs MLO-MAE"),
         (["--seeds", "0"], "must be at least 1"),
+        (["--first-seed", "-1"], "--first-seed -1 must be at least 0"),
         (["--seeds", "1"], "--seeds must be at least 2"),
         (["--transfer", "--seeds", "1"], "--seeds must be at least 2"),
         (["--transfer", "--data", "shapes"], "leave out --data"),
