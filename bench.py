@@ -106,12 +106,7 @@ def central_difference(function: Callable[[Tensor], Tensor], params: Tensor, dir
 LIMIT = {"float32": 1e-4, "float64": 1e-12}  # relative error of `exact` that its dtype allows
 NOISE = 0.5  # cosine with the truth below which a direction is called noise
 
-# T, head and steps as published, with which finite differences go too.
-PUBLISHED = {
-    **{"masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_lr": 1.0},
-    **{"mask_batches": 1, "mask_start": 0.0, "mask_until": 1.0, "mask_restart": False},
-    **{"level2": "steps", "pooling": "cls", "head_norm": "layer", "level1_steps": 2, "head_steps": 1},
-}
+PUBLISHED = mlo_mae.PUBLISHED | {"mask_lr": 1.0}  # finite differences go with these too
 FEW = {"batch_size": 16, "labelled_batch_size": 16}
 TINY = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 64}
 # Image size in pixels, and settings of Config. "solved" is mlo_mae.py's default run; "small" has its networks for images.
@@ -120,7 +115,7 @@ SIZES = {
     "tiny": (16, PUBLISHED | FEW | TINY),
     "small": (32, PUBLISHED | {"batch_size": 128, "labelled_batch_size": 64}),
     "medium": (32, PUBLISHED | FEW | {"width": 192, "depth": 6, "heads": 3, "decoder_width": 128}),
-    "vit-b/2": (32, PUBLISHED | mlo_mae.CIFAR | FEW),
+    "vit-b/2": (32, mlo_mae.CIFAR | FEW),
 }
 
 

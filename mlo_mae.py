@@ -173,14 +173,19 @@ class Config:
     checkpoint_minutes: float = flag(5.0, "minutes between checkpoints (0: after every mask update)", least=0)
 
 
+# T, head and steps as published.
+PUBLISHED = (
+    {"masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_batches": 1}
+    | {"mask_start": 0.0, "mask_until": 1.0, "mask_restart": False}
+    | {"level2": "steps", "pooling": "cls", "head_norm": "layer", "level1_steps": 2, "head_steps": 1}
+)
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
 CIFAR = (
-    {"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12}
+    PUBLISHED
+    | {"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12}
     | {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
-    | {"masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_lr": 0.05, "mask_batches": 1}
-    | {"mask_start": 0.0, "mask_until": 1.0, "mask_restart": False, "level2": "steps", "pooling": "cls", "head_norm": "layer"}
-    | {"epochs": 200, "batch_size": 128, "labelled_batch_size": 128, "level1_steps": 2, "head_steps": 1}
-    | {"lr": 1e-4, "head_lr": 1e-3, "weight_decay": 0.01, "warmup": 0.0}
+    | {"epochs": 200, "batch_size": 128, "labelled_batch_size": 128}
+    | {"lr": 1e-4, "head_lr": 1e-3, "mask_lr": 0.05, "weight_decay": 0.01, "warmup": 0.0}
 )
 IMAGENET = (
     CIFAR
@@ -261,6 +266,10 @@ class Networks:
         return int(self.patches * (1 - self.cfg.mask_ratio))
 
     @property
+    def seer(self) -> nn.Module:  # the encoder that T reads
+        return self.sight.encoder if self.sight else self.encoder
+
+    @property
     def encoder_size(self) -> int:  # where E ends and D begins in theta
         return size_of(self.encoder)
 
@@ -289,20 +298,20 @@ class Sight(NamedTuple):
 
 def masking_input(net: Networks, images: Tensor, eyes: Tensor) -> Tensor:
     """What T reads, constant: images [B, C, H, W], or tokens of the encoder with parameters `eyes` as [B, D, H/p, W/p]."""
-    cfg, encoder, blocks = net.cfg, net.encoder, 0  # after no block: the embeddings
+    cfg, blocks = net.cfg, 0  # after no block: the embeddings
     if cfg.masking_network == "tokens":
         blocks = cfg.masking_blocks
     elif cfg.masking_input == "pixels":
         return images
     if net.sight:
-        encoder, blocks, size = net.sight.encoder, net.sight.facts["masking_blocks"], net.sight.facts["image_size"]
+        blocks, size = net.sight.facts["masking_blocks"], net.sight.facts["image_size"]
         images = images * net.sight.scale + net.sight.shift
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
 
     def work(images):
         with autocast(net, images.device):
-            return (call(encoder, eyes, images, None, None, blocks)[:, 1:].to(eyes.dtype),)
+            return (call(net.seer, eyes, images, None, None, blocks)[:, 1:].to(eyes.dtype),)
 
     with torch.no_grad():
         tokens = in_parts(work, cfg.accumulate, images)[0]  # [B, N, D]
@@ -477,7 +486,7 @@ class Labelled(NamedTuple):
     labels2: Tensor  # [B]
     images3: Tensor  # [B / processes, C, H, W] validation images
     labels3: Tensor  # [B]
-    dropout: Tensor  # [head_steps, B, D] factors of level 2's dropout
+    dropout: Tensor  # [head_steps, B, D] factors of level 2's dropout; not read where level 2 is solved
     rates: Rates  # of the head
 
 
@@ -700,7 +709,8 @@ def outer_iteration(
         level2, level3 = next(batches[1]), next(batches[2])
         start, end = window(cfg, total)
         relative = schedule(state.iteration - start, end - start, cfg.warmup * (end - start))
-        shape = (cfg.head_steps, cfg.labelled_batch_size, cfg.width)
+        made = cfg.head_steps if cfg.level2 == "steps" else 0
+        shape = (made, cfg.labelled_batch_size, cfg.width)
         dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
         pairs = level2.images, gather(level2.labels), level3.images, gather(level3.labels)
         labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * relative, decay[1]))
@@ -954,6 +964,12 @@ def sincos_positions(width: int, grid: int) -> Tensor:
     return torch.cat([torch.zeros(1, width), table])[None]
 
 
+def read_by_masking(cfg: Config, patches: int, channels: int) -> tuple[int, int, int]:
+    """What shared and mlp read: its channels, the pixels of a patch along a side, and how many values a hidden unit sees."""
+    seen, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)
+    return seen, cell, seen * cell**2 * (9 if cfg.masking_network == "shared" else patches)
+
+
 def check_size(cfg: Config, image_size: int, channels: int) -> None:
     """Raise UserError for sizes that do not fit together, or make too large a model."""
     if image_size % cfg.patch_size:
@@ -964,9 +980,7 @@ def check_size(cfg: Config, image_size: int, channels: int) -> None:
     patches = (image_size // cfg.patch_size) ** 2
     if not 0 < int(patches * (1 - cfg.mask_ratio)) < patches:
         raise UserError(f"--mask-ratio {cfg.mask_ratio} of {patches} patches leaves none visible or none hidden")
-    # What T reads: its channels, the pixels of a patch along a side, and how many values one hidden unit sees.
-    seen, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)
-    inputs = seen * cell**2 * (9 if cfg.masking_network == "shared" else patches)
+    _, _, inputs = read_by_masking(cfg, patches, channels)
     weights = (
         12 * (cfg.depth * cfg.width**2 + cfg.decoder_depth * cfg.decoder_width**2)
         + inputs * cfg.masking_width
@@ -984,8 +998,7 @@ def build(
     sight: of the T of another run. Raises UserError where the sizes do not fit."""
     check_size(cfg, image_size, channels)
     patches = (image_size // cfg.patch_size) ** 2
-    seen, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)
-    inputs = seen * cell**2 * (9 if cfg.masking_network == "shared" else patches)
+    seen, cell, inputs = read_by_masking(cfg, patches, channels)
     torch.manual_seed(cfg.seed)
     sizes = image_size, cfg.patch_size, channels
     encoder = Encoder(*sizes, cfg.width, cfg.depth, cfg.heads)
@@ -1039,12 +1052,11 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     if run.checkpoint is not None:
         with fitting(out / "checkpoint.pt"):
             state = restored(net, run.checkpoint, device)
-            if cfg.init and restarts(cfg) and state.eyes is None:
+            if needs_first(cfg, state):
                 fresh = flatten([net.encoder, net.decoder], run.checkpoint["first"])
     (kept,) = agree(state.eyes is not None)
     if kept and state.eyes is None:
-        read = net.sight.encoder if net.sight else net.encoder
-        state = state._replace(eyes=torch.zeros(size_of(read), device=device))
+        state = state._replace(eyes=torch.zeros(size_of(net.seer), device=device))
     state, fresh = as_first((state, fresh))
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
@@ -1070,9 +1082,8 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         return {"epoch": epoch} | row
 
     def checkpoint():
-        # A run reads the weights of --init once, and may need them again.
-        first = named([net.encoder, net.decoder], fresh) if cfg.init and restarts(cfg) and state.eyes is None else {}
-        return content(net, state, splits) | ({"first": first} if first else {})
+        first = {"first": named([net.encoder, net.decoder], fresh)} if needs_first(cfg, state) else {}
+        return content(net, state, splits) | first
 
     with run.at_work(total, state.iteration, f"{cfg.preset} {cfg.masking}"):
         while state.iteration < total and not run.stop:
@@ -1087,6 +1098,11 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     leave()
     run.leave_if_stopped(state.iteration, "update")
     return net, state, splits
+
+
+def needs_first(cfg: Config, state: State) -> bool:
+    """Whether the weights of --init, which a run reads once, are still to be started from again."""
+    return bool(cfg.init) and restarts(cfg) and state.eyes is None
 
 
 def mask_updates(cfg: Config, splits: data.Splits) -> int:
@@ -1119,8 +1135,7 @@ def content(net: Networks, state: State, splits: data.Splits) -> dict:
     own = {name: getattr(net.cfg, name) for name in ("patch_size", "width", "depth", "heads", "masking_blocks")}
     eyes = {"facts": net.sight.facts if net.sight else own | splits.facts()}
     if state.eyes is not None:
-        encoder = net.sight.encoder if net.sight else net.encoder
-        eyes["weights"] = {name: tensor.cpu().clone() for name, tensor in unflatten(encoder, state.eyes).items()}
+        eyes["weights"] = {name: tensor.cpu().clone() for name, tensor in unflatten(net.seer, state.eyes).items()}
     return about | {"eyes": eyes} | packed(levels, modules_of(net))
 
 
@@ -1129,7 +1144,7 @@ def restored(net: Networks, content: dict, device: torch.device) -> State:
     levels = (Level(*level) for level in unpacked(content, modules_of(net), device))
     kept = content["eyes"].get("weights")
     absent = kept is None and not net.sight
-    eyes = None if absent else flatten([net.sight.encoder if net.sight else net.encoder], kept).to(device)
+    eyes = None if absent else flatten([net.seer], kept).to(device)
     return State(whole_number(content["iteration"]), *levels, eyes)
 
 
@@ -1158,10 +1173,9 @@ def sight_of(content: dict, here: dict, device: torch.device) -> Sight:
 
 def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
     """psi, and the parameters of the encoder that T reads, out of another run's checkpoint. Raises as `sight_of` does."""
-    encoder = net.sight.encoder
     kept = content["eyes"].get("weights")
-    kept = {name: content["model"][name] for name, _ in encoder.named_parameters()} if kept is None else kept
-    return flatten([net.masking], content["masking"]), flatten([encoder], kept)
+    kept = {name: content["model"][name] for name, _ in net.seer.named_parameters()} if kept is None else kept
+    return flatten([net.masking], content["masking"]), flatten([net.seer], kept)
 
 
 # ------------------------------------------------------------------------------------------------------- command line

@@ -377,6 +377,13 @@ def bare() -> Iterator[None]:
         yield
 
 
+def finished_run(source: str | Path, out: Path, *more: object) -> Path:
+    """The folder of a small run on this data, made in this process; `more` as `arguments` takes it."""
+    with bare():
+        assert mlo_mae.main(arguments(source, out, *more)) == 0
+    return out
+
+
 def stopped(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, lines: int, *more: object) -> dict:
     """A run that a signal stops after this many lines of metrics; returns its checkpoint."""
     real, calls = mlo_mae.mask_statistics, []

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from helpers import (
     arguments,
-    bare,
     checkpoint_of,
     copied,
+    finished_run,
     memory_is_bounded,
     refused,
     same,
@@ -47,19 +47,14 @@ def begun_from(source, *more):
 @pytest.fixture(scope="module")
 def source(sides, tmp_path_factory):
     """A run whose T stays as it is from update 5 of 15 on, and so does what it reads."""
-    out = tmp_path_factory.mktemp("source") / "run"
-    with bare():
-        assert main(arguments(sides, out, "--epochs", 10, "--mask-until", 0.3)) == 0
-    return out
+    return finished_run(sides, tmp_path_factory.mktemp("source") / "run", "--epochs", 10, "--mask-until", 0.3)
 
 
 @pytest.fixture(scope="module")
 def follower(source, sides, tmp_path_factory):
     """A run under that T."""
-    out = tmp_path_factory.mktemp("follower") / "run"
-    with bare():
-        assert main(arguments(sides, out, "--epochs", 10, "--lr", 0.001, *begun_from(source))) == 0
-    return out
+    more = ["--epochs", 10, "--lr", 0.001, *begun_from(source)]
+    return finished_run(sides, tmp_path_factory.mktemp("follower") / "run", *more)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from helpers import DAMAGED, FUZZ, SCRIPT, arguments, bare, checkpoint_of, copied, refused, same, weights
+from helpers import DAMAGED, FUZZ, SCRIPT, arguments, checkpoint_of, copied, finished_run, refused, same, weights
 from PIL import Image
 
 import mlo_mae
@@ -27,10 +27,7 @@ pytestmark = pytest.mark.usefixtures("bare_runs")
 @pytest.fixture(scope="module")
 def finished(sides, tmp_path_factory):
     """A short finished run with two checkpoints, the earlier at update 8 of 9."""
-    out = tmp_path_factory.mktemp("faults") / "run"
-    with bare():
-        assert main(arguments(sides, out, "--epochs", 6, "--checkpoint-minutes", 0)) == 0
-    return out
+    return finished_run(sides, tmp_path_factory.mktemp("faults") / "run", "--epochs", 6, "--checkpoint-minutes", 0)
 
 
 @pytest.fixture

@@ -17,7 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DAMAGED, SCRIPT, Explosive, arguments, bare, checkpoint_of, copied, refused, same, stopped, weights
+from helpers import (
+    DAMAGED,
+    SCRIPT,
+    Explosive,
+    arguments,
+    checkpoint_of,
+    copied,
+    finished_run,
+    refused,
+    same,
+    stopped,
+    weights,
+)
 
 import mlo_mae
 from experiments import open_run
@@ -139,10 +151,7 @@ PARTS = ["--epochs", 20, "--mask-start", 0.2, "--mask-until", 0.5]  # T learns f
 @pytest.fixture(scope="module")
 def in_parts(sides, tmp_path_factory):
     """A run that T learns in the middle of."""
-    out = tmp_path_factory.mktemp("parts") / "whole"
-    with bare():
-        assert main(arguments(sides, out, *PARTS)) == 0
-    return out
+    return finished_run(sides, tmp_path_factory.mktemp("parts") / "whole", *PARTS)
 
 
 def test_a_run_has_three_parts(in_parts):
