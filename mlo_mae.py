@@ -47,8 +47,9 @@ A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last 
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
 H = d2L1/dtheta2.                                                                                                (13)
 
-A run has three parts. Before --mask-start it is MAE. Then T learns. From --mask-until on, T and the encoder it reads stay
-as they are, and weigh patches for an encoder that starts anew (--mask-restart): a T is worth most from the first step on.
+A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs. From --mask-until on, T and the encoder it
+reads stay as they are, p of each image is computed once, and E and D, which have far to go under these weights, get a
+learning rate that starts again (--mask-restart).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the
 loop; then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a
@@ -61,6 +62,7 @@ token. What any run needs and no equation mentions (files, processes, flags) is 
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +100,7 @@ from harness.processes import (
 from harness.randomness import DROPOUT, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, MASKS, draw_dropout, torch_generator
 from harness.run import Run, add_run_flags, read_metrics, settings_of
 from harness.schedule import schedule
-from harness.vectors import call, flatten, inverse_fan_in, named, size_of, unflatten, weight_decays
+from harness.vectors import call, flatten, inverse_fan_in, size_of, unflatten, weight_decays
 from harness.weights import starting_weights
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
 
@@ -137,7 +139,7 @@ class Config:
     masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
     mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
-    mask_restart: bool = flag(True, "then start encoder and decoder anew, under the T that was learned")
+    mask_restart: bool = flag(True, "then the learning rate of encoder and decoder starts again")
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
 
@@ -153,7 +155,7 @@ class Config:
 
     epochs: int = flag(24, "passes of level 1 over its training images", least=1, most=65536)
     batch_size: int = flag(32, "images a step of level 1, over all processes", least=1, most=65536)
-    labelled_batch_size: int = flag(128, "images a step of levels 2 and 3, each, over all processes", least=1, most=65536)
+    labelled_batch_size: int = flag(256, "images a step of levels 2 and 3, each, over all processes", least=1, most=65536)
     accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result", least=1, most=65536)
     checkpoint_activations: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     level1_steps: int = flag(16, "encoder and decoder steps a mask update", least=1, most=65536)
@@ -323,17 +325,25 @@ def masking_probability(net: Networks, psi: Tensor, images: Tensor, eyes: Tensor
     return call(net.masking, psi, masking_input(net, images, eyes))
 
 
-def draw_masks(net: Networks, psi: Tensor, images: Tensor, eyes: Tensor, *keys: int, progress: float = 1.0):
+def draw_masks(
+    net: Networks,
+    psi: Tensor,
+    images: Tensor,
+    eyes: Tensor,
+    *keys: int,
+    progress: float = 1.0,
+    known: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p [B, N], and the choice (1): visible ids [B, K], restore ids [B, N], mask [B, N].
 
-    `keys` seed the draw; `progress` is the share of the run that is done."""
+    `keys` seed the draw; `progress` is the share of the run that is done; `known` is p, where T need not be asked."""
     cfg, joined = net.cfg, world() * len(images)  # random numbers must not depend on the number of processes
     uniform = torch.rand(joined, net.patches, generator=torch_generator(*keys))[share(joined)].to(images.device)
     score, prob = uniform, torch.ones_like(uniform)
     if net.score:
         score = net.score(images, torch_generator(*keys), progress)
     elif weighed_by(cfg, progress):
-        prob = masking_probability(net, psi, images, eyes)
+        prob = masking_probability(net, psi, images, eyes) if known is None else known
         if cfg.mask_choice == "highest":
             score = prob
         elif cfg.mask_choice == "odds":  # the highest of logit + Gumbel noise are a draw without replacement by the odds
@@ -346,10 +356,14 @@ def weighed_by(cfg: Config, progress: float) -> bool:
     return cfg.masking == "learned" and (progress >= cfg.mask_start or bool(cfg.masking_from))
 
 
+def is_given(cfg: Config) -> bool:
+    """Whether T is another run's, as it is."""
+    return bool(cfg.masking_from) and not cfg.masking_learns
+
+
 def learns_at(cfg: Config, progress: float) -> bool:
     """Whether T is trained at this share of the run."""
-    given = cfg.masking_from and not cfg.masking_learns
-    return cfg.masking == "learned" and cfg.mask_start <= progress < cfg.mask_until and not given
+    return cfg.masking == "learned" and cfg.mask_start <= progress < cfg.mask_until and not is_given(cfg)
 
 
 def autocast(net: Networks, device: torch.device):
@@ -636,15 +650,16 @@ def level1_step(
     *keys: int,
     progress: float = 1.0,
     eyes: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Level, Step, Tensor, Tensor]:
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3). eyes: parameters of the encoder that T reads
-    (None: those of theta).
+    (None: those of theta); known: p, where T need not be asked.
 
     Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
     hidden patches."""
     eyes = theta.params[: net.encoder_size] if eyes is None else eyes
     with torch.no_grad():
-        prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress)  # (1)
+        prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress, known=known)  # (1)
     step, params = Step(theta, None, rates, images, *choice, eyes), theta.params.detach().requires_grad_()
     errors, features = errors_and_features(net, params[: net.encoder_size], params[net.encoder_size :], step)
     loss = level1_loss(prob, step.mask, errors)  # (2)
@@ -665,7 +680,8 @@ def joined(steps: list[Step]) -> Step:
 
 def within(cfg: Config, iteration: int, total: int) -> tuple[int, int]:
     """First outer iteration and length of the part of a run that the learning rate of level 1 follows."""
-    restart = window(cfg, total)[1] if restarts(cfg) else total
+    own = cfg.masking == "learned" and not cfg.masking_from  # the T of another run has weighed from the first step on
+    restart = window(cfg, total)[1] if own and cfg.mask_restart else total
     return (0, total) if iteration < restart else (restart, total - restart)  # T learns from an encoder that still moves
 
 
@@ -674,15 +690,15 @@ def window(cfg: Config, total: int) -> tuple[int, int]:
     return tuple(math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.7 x 10 is above 7
 
 
-def restarts(cfg: Config) -> bool:
-    """Whether encoder and decoder start anew once T has learned; not where it has learned in another run."""
-    return cfg.masking == "learned" and cfg.mask_restart and not cfg.masking_from
+def stays(cfg: Config, iteration: int, total: int) -> bool:
+    """Whether a T weighs patches and will not change any more."""
+    return cfg.masking == "learned" and (is_given(cfg) or iteration >= window(cfg, total)[1])
 
 
 def outer_iteration(
     net: Networks,
     state: State,
-    batches: list[Iterator[data.Batch]],
+    batches: list[Iterator],
     total: int,
     decay: list[Tensor],
     mask_rate: Tensor,
@@ -690,8 +706,9 @@ def outer_iteration(
 ) -> tuple[State, dict[str, Tensor]]:
     """Some level-1 steps, then (where T learns) level 2 and one step of T.
 
-    batches: of levels 1, 2, 3; total: outer iterations of the whole run; decay: of the three levels; mask_rate: learning
-    rate of each parameter of T relative to --mask-lr; hypergradient: another form than the configuration's.
+    batches: of levels 1, 2, 3, and once T stays as it is, p of level 1's images (see `weight_maps`); total: outer
+    iterations of the whole run; decay: of the three levels; mask_rate: learning rate of each parameter of T relative to
+    --mask-lr; hypergradient: another form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, theta, head, psi, steps = net.cfg, state.theta, state.head, state.psi, []
     progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total)
@@ -700,7 +717,7 @@ def outer_iteration(
         number, done = state.iteration * cfg.level1_steps + n, (state.iteration - first) * cfg.level1_steps + n
         lr = cfg.lr * schedule(done, length * cfg.level1_steps, cfg.warmup * length * cfg.level1_steps)
         images, keys = next(batches[0]).images, (cfg.seed, MASKS, number)
-        how = {"progress": progress, "eyes": state.eyes}
+        how = {"progress": progress, "eyes": state.eyes, "known": next(batches[3]) if batches[3:] else None}
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
         steps = [*steps, step] if cfg.unroll == "full" else [*steps, step][-cfg.mask_batches :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
@@ -725,13 +742,19 @@ def outer_iteration(
     return State(state.iteration + 1, theta, head, psi, state.eyes), losses
 
 
-def with_kept_masks(net: Networks, state: State, fresh: Tensor, total: int) -> State:
-    """The state, and at the end of T's part of a run: with the encoder that T reads kept beside it, and (--mask-restart)
-    encoder and decoder back at their first weights `fresh`."""
+def with_kept_masks(net: Networks, state: State, total: int) -> State:
+    """The state, and from the end of T's part of a run on: with the encoder that T reads kept beside it."""
     if net.cfg.masking == "random" or state.eyes is not None or state.iteration < window(net.cfg, total)[1]:
         return state
-    theta = fresh_level(fresh, state.theta.params.device) if restarts(net.cfg) else state.theta
-    return state._replace(eyes=eyes_of(net, state), theta=theta)
+    return state._replace(eyes=eyes_of(net, state))
+
+
+@torch.no_grad()
+def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images:
+    """p of each whole image, as maps that its crops and flips move with it: once T stays as it is, it need look no more, and
+    a step costs what MAE's does. Beside an image p is 0."""
+    p = [masking_probability(net, state.psi.params, batch.images, eyes_of(net, state)) for batch in images.ordered(256)]
+    return images.accompanied(torch.cat(p).unflatten(1, (math.isqrt(net.patches), -1)))
 
 
 # ----------------------------------------------------------------------------------------------------- the networks
@@ -1044,7 +1067,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         params = (starting_weights(cfg.init, [net.encoder, net.decoder], params[0], heads), *params[1:])
     if prepare:
         prepare(net, splits, device, run)
-    state, fresh = State(0, *(fresh_level(vector, device) for vector in params)), params[0].clone()
+    state = State(0, *(fresh_level(vector, device) for vector in params))
     if learned and run.checkpoint is None:
         with fitting(source):
             psi, eyes = masks_of(net, learned)
@@ -1052,26 +1075,26 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     if run.checkpoint is not None:
         with fitting(out / "checkpoint.pt"):
             state = restored(net, run.checkpoint, device)
-            if needs_first(cfg, state):
-                fresh = flatten([net.encoder, net.decoder], run.checkpoint["first"])
     (kept,) = agree(state.eyes is not None)
     if kept and state.eyes is None:
         state = state._replace(eyes=torch.zeros(size_of(net.seer), device=device))
-    state, fresh = as_first((state, fresh))
+    state = as_first(state)
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
     mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
     start, end = window(cfg, total)
-    if cfg.masking == "learned" and start == end and (cfg.masking_learns or not cfg.masking_from):
+    if cfg.masking == "learned" and start == end and not is_given(cfg):
         raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or --mask-until over --mask-start")
     looks = sum(learns_at(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
+
+    def stream(purpose, split, size, used):
+        seed = torch_generator(cfg.seed, purpose).initial_seed()
+        return run.timed(split.stream(size, seed, start=used, part=share(size)))
+
     batches = [
-        run.timed(split.stream(size, torch_generator(cfg.seed, purpose).initial_seed(), start=used, part=share(size)))
-        for split, size, purpose, used in (
-            (splits.train, cfg.batch_size, LEVEL1_DATA, state.iteration * cfg.level1_steps),
-            (splits.train, cfg.labelled_batch_size, LEVEL2_DATA, looks),
-            (splits.val, cfg.labelled_batch_size, LEVEL3_DATA, looks),
-        )
+        stream(LEVEL1_DATA, splits.train, cfg.batch_size, state.iteration * cfg.level1_steps),
+        stream(LEVEL2_DATA, splits.train, cfg.labelled_batch_size, looks),
+        stream(LEVEL3_DATA, splits.val, cfg.labelled_batch_size, looks),
     ]
     (watched, objects), previous = splits.watched(256), None  # their masks at the last line of metrics
 
@@ -1081,28 +1104,23 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         row, previous = mask_statistics(prob, mask, previous, objects, cfg.patch_size), mask
         return {"epoch": epoch} | row
 
-    def checkpoint():
-        first = {"first": named([net.encoder, net.decoder], fresh)} if needs_first(cfg, state) else {}
-        return content(net, state, splits) | first
-
     with run.at_work(total, state.iteration, f"{cfg.preset} {cfg.masking}"):
         while state.iteration < total and not run.stop:
-            state = with_kept_masks(net, state, fresh, total)
+            state = with_kept_masks(net, state, total)
+            if len(batches) == 3 and stays(cfg, state.iteration, total) and isinstance(splits.train, data.Images):
+                maps = weight_maps(net, state, splits.train)
+                maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
+                batches.append(F.avg_pool2d(batch.images, cfg.patch_size).flatten(1) for batch in maps)  # [B, N]
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
             epoch = round(state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train), 3)
             if run.is_tenth(state.iteration - start, end - start):
                 with torch.no_grad():
                     p = masking_probability(net, state.psi.params, watched[:SHOWN], eyes_of(net, state))
                 run.record_masks(state.iteration, epoch, p)
-            run.after(state.iteration, losses, cfg, metrics, checkpoint)
+            run.after(state.iteration, losses, cfg, metrics, lambda: content(net, state, splits))
     leave()
     run.leave_if_stopped(state.iteration, "update")
     return net, state, splits
-
-
-def needs_first(cfg: Config, state: State) -> bool:
-    """Whether the weights of --init, which a run reads once, are still to be started from again."""
-    return bool(cfg.init) and restarts(cfg) and state.eyes is None
 
 
 def mask_updates(cfg: Config, splits: data.Splits) -> int:
@@ -1188,7 +1206,13 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     if not first:
         return None
     updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, trained[2]), "processes": processes}
-    report = updates | read_metrics(out / "metrics.jsonl")[-1]
+    rows, classes = read_metrics(out / "metrics.jsonl"), len(trained[2].class_names)
+    chance = 1 - 1 / classes if cfg.level2 == "ridge" else math.log(classes)  # the least L3 of a C that sees nothing
+    told = [row["level3_loss"] for row in rows if "level3_loss" in row]
+    if told and told[-1] >= chance:
+        mend = "give more of --labelled-batch-size, or a later --mask-start and --mask-until"
+        print(f"T learned from a head no better than chance (L3 {told[-1]:.3f}, chance {chance:.3f}); {mend}", file=sys.stderr)
+    report = updates | rows[-1]
     report["probe"] = cli.command("probe").after_training(*trained, out)
     cli.command("show").after_training(*trained, out)
     return report

@@ -97,7 +97,7 @@ DENSE = {
 DATA = {  # the configuration, and how to fine-tune; {clutter} is the file
     "shapes": ({}, {"epochs": 3}),
     "clutter": ({"data": "{clutter}"}, {"epochs": 3}),
-    "cifar100": ({"data": "cifar100", "images": 5000}, {"epochs": 6}),
+    "cifar100": ({"data": "cifar100", "images": 5000, "labelled_batch_size": 512, "ridge": 3.0}, {"epochs": 6}),
 }
 OTHER = {"shapes": "clutter", "clutter": "shapes"}  # data sets whose objects are known
 

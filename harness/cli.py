@@ -15,6 +15,7 @@ import torch
 
 from harness import UserError, printable
 from harness.processes import first_to_fail, join, world
+from kernels.backend import current
 
 
 def flag(default: Any, meaning: str, *, least=None, most=None, above=None, below=None) -> Any:
@@ -74,8 +75,9 @@ def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.F
 
 
 def reported(program: str, work: Callable[[], dict | None], remedy: str = "Lower --batch-size") -> int:
-    """Print what work() returns, unless None, as one line of JSON. Exit status 0, or 2 after one line for what the user
-    can mend; `remedy` is for a device out of memory."""
+    """Print what work() returns, unless None, as one line of JSON. Exit status 0, 2 after one line for what the user can
+    mend, or 130 after one line at Ctrl-C; `remedy` is for a device out of memory."""
+    status = 2
     try:
         summary = work()
         if summary is not None:
@@ -87,13 +89,20 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = "Lower
         message = f"out of memory: {str(error).splitlines()[0]} {remedy}"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    if first_to_fail():
+    except KeyboardInterrupt:  # outside of the loops that save first, or a second one inside
+        status, message = 130, "interrupted; what was written before is whole"
+    if status == 130 or first_to_fail():
         print(f"{program}: {printable(message)}", file=sys.stderr)
-    return 2
+    return status
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of --device; auto takes the best there is. Raises UserError where the machine does not have it."""
+    """The device of --device; auto takes the best there is. Raises UserError where the machine does not have it, or where the
+    environment asks for kernels that there are not."""
+    try:
+        current()
+    except ValueError as error:
+        raise UserError(str(error)) from None
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])

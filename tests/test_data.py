@@ -162,6 +162,25 @@ def test_backgrounds_differ_and_objects_do_not():
     assert (other[0] == flat[0][0])[behind].mean() < 0.1  # not even the grain is the same
 
 
+# ----------------------------------------------------------------------------------------------------- maps of images
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(3, 6)])
+def test_maps_are_cropped_and_flipped_as_their_images(part):
+    """A map that is the image itself, four pixels to a cell, comes out of a stream as the image does."""
+    cells = torch.randint(0, 256, (20, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = cells.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    split = data.Images(pixels, np.arange(20) % 3, (0.4,), (0.2,))
+    maps = split.accompanied(cells[:, 0] / 255)
+    assert len(maps) == len(split) and torch.equal(maps.images, pixels)
+    moved = 0
+    for ours, theirs, _ in zip(maps.stream(6, 5, start=2, part=part), split.stream(6, 5, start=2, part=part), range(4)):
+        assert torch.allclose(255 * ours.images, theirs.images * split.std + split.mean, atol=1e-3)
+        moved += (ours.images == 0).all(2).any().item()  # a row of what is around
+    assert moved
+    assert torch.equal(split.accompanied(torch.full((20, 2, 2), 0.5)).images, torch.full_like(pixels, 128))
+
+
 # -------------------------------------------------------------------------------------------------------------- watched
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # this file is a script as well
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -91,13 +92,42 @@ def test_a_t_that_is_given_weighs_as_in_its_run_and_does_not_change(source, whol
     rows = read_metrics(run / "metrics.jsonl")
     assert all("level3_loss" not in row and row["p_mean"] < 1 for row in rows)
     assert all(row["level1_loss"] < row["reconstruction_error"] for row in rows)  # it weighs from the first step on
-    assert checkpoint_of(run)["config"]["mask_restart"] and content["moments"]["model"]["t"] == 30  # E does not start anew
+    assert checkpoint_of(run)["config"]["mask_restart"] and content["moments"]["model"]["t"] == 30
 
 
 def test_a_t_that_is_given_does_not_have_to_learn(source, sides, tmp_path):
     """Two updates: too few for T's part of a run."""
     assert main(arguments(sides, tmp_path / "run", "--epochs", 1, "--mask-start", 0.8, *begun_from(source))) == 0
     assert same(checkpoint_of(tmp_path / "run")["masking"], checkpoint_of(source)["masking"])
+
+
+def test_weights_go_with_the_images(source, sides, tmp_path, monkeypatch):
+    """Maps that are the images' own brightness, in a run of three parts and in one whose T is given, begun or resumed."""
+    seen, real, step = [], mlo_mae.data.Images.accompanied, mlo_mae.level1_step
+
+    def brightness(net, state, images):
+        return real(images, images.images.float().mean(1) / 255)
+
+    def watched(net, theta, psi, images, *rest, known=None, **how):
+        mean, std = (torch.tensor(colour)[:, None, None] for colour in (splits.mean, splits.std))
+        shown = F.avg_pool2d((images * std + mean).mean(1), net.cfg.patch_size).flatten(1)
+        seen.append(None if known is None else (known - shown).abs().max().item())
+        return step(net, theta, psi, images, *rest, known=known, **how)
+
+    splits = open_run(source, "cpu")[2]
+    monkeypatch.setattr(mlo_mae, "weight_maps", brightness)
+    monkeypatch.setattr(mlo_mae, "level1_step", watched)
+    assert main(arguments(sides, tmp_path / "own", "--epochs", 10, "--mask-until", 0.4)) == 0
+    assert [gap is None for gap in seen] == [True] * 12 + [False] * 18 and max(seen[12:]) < 1 / 255
+    seen.clear()
+    flags = ["--epochs", 10, *begun_from(source)]
+    at = stopped(sides, tmp_path / "given", monkeypatch, 2, *flags)["iteration"]
+    assert main(arguments(sides, tmp_path / "given", *flags, "--resume")) == 0
+    assert 0 < at < 15 and len(seen) == 30 and max(seen) < 1 / 255
+    seen.clear()
+    flags = ["--masking-learns", "--mask-start", 0.2, "--mask-until", 0.6]
+    assert main(arguments(sides, tmp_path / "learns", "--epochs", 10, *begun_from(source), *flags)) == 0
+    assert [gap is None for gap in seen] == [True] * 18 + [False] * 12
 
 
 def test_a_t_that_is_given_may_learn_further(source, sides, tmp_path):

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DEFAULT, TINY, noise_batches, other_sight
 
+import data
 import mlo_mae
 from harness import UserError
 from harness.probe import mask_statistics
@@ -446,9 +448,9 @@ def fresh_state(**settings):
 def run_through(net, state, rest, total=8):
     """States before the first iteration and after each of `total`, with what `train` does in between, and their losses."""
     batches, _, *constant = rest
-    fresh, states, rows = state.theta.params, [state], []
+    states, rows = [state], []
     for _ in range(total):
-        state = mlo_mae.with_kept_masks(net, state, fresh, total)
+        state = mlo_mae.with_kept_masks(net, state, total)
         state, losses = mlo_mae.outer_iteration(net, state, batches, total, *constant)
         states.append(state)
         rows.append(losses)
@@ -459,13 +461,12 @@ THREE_PARTS = {"mask_start": 0.25, "mask_until": 0.5, "mask_batches": 2, "warmup
 
 
 @pytest.mark.parametrize("network", ["tokens", "shared", "mlp"])
-@pytest.mark.parametrize("restart", [True, False])
-def test_from_its_end_on_t_and_what_it_reads_stay_as_they_are(network, restart):
-    settings = DEFAULT | THREE_PARTS | {"masking_network": network, "masking_input": "embeddings", "mask_restart": restart}
+def test_from_its_end_on_t_and_what_it_reads_stay_as_they_are(network):
+    settings = DEFAULT | THREE_PARTS | {"masking_network": network, "masking_input": "embeddings", "mask_restart": True}
     net, state, rest = fresh_state(**settings)
     states, rows = run_through(net, state, rest)
     assert [state.psi.t for state in states] == [0, 0, 0, 1, 2, 2, 2, 2, 2] == [state.head.t for state in states]
-    assert [state.theta.t for state in states] == [0, 2, 4, 6, 8, *([2, 4, 6, 8] if restart else [10, 12, 14, 16])]
+    assert [state.theta.t for state in states] == list(range(0, 17, 2))
     assert [state.eyes is None for state in states] == [True] * 5 + [False] * 4
     labelled = ["level3_loss" in row for row in rows]
     assert labelled == [False] * 2 + [True] * 2 + [False] * 4
@@ -481,31 +482,57 @@ def test_from_its_end_on_t_and_what_it_reads_stay_as_they_are(network, restart):
         assert not torch.equal(state.theta.params[: net.encoder_size], kept)  # E goes on
 
 
-@pytest.mark.parametrize("restart", [True, False])
-def test_encoder_and_decoder_start_anew_where_asked(restart):
-    net, state, _ = fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": restart})
-    fresh, random = state.theta.params, torch.Generator().manual_seed(1)
-    moved = [torch.randn(len(fresh), generator=random) for _ in range(3)]
-    learned = state._replace(theta=mlo_mae.Level(*moved, 9), psi=state.psi._replace(params=state.psi.params + 1))
+def test_a_t_that_stays_looks_at_each_whole_image_once():
+    net, state, _ = fresh_state(**DEFAULT)
+    psi = torch.randn(len(state.psi.params), generator=torch.Generator().manual_seed(1))
+    state = state._replace(psi=state.psi._replace(params=psi), eyes=state.theta.params[: net.encoder_size] + 0.1)
+    pixels = torch.randint(0, 256, (300, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = data.Images(pixels, torch.arange(300) % 5, (0.5,) * 3, (0.25,) * 3)
+    maps = mlo_mae.weight_maps(net, state, images)
+    p = mlo_mae.masking_probability(net, psi, images.pick(torch.arange(300)).images, state.eyes)
+    assert p.std(1).min() > 0.01 and maps.images.shape == (300, 1, 16, 16)
+    (found,) = next(zip(maps.ordered(300)))
+    assert (F.avg_pool2d(found.images, 4).flatten(1) - p).abs().max() < 0.502 / 255
+
+
+def test_weights_that_are_known_weigh_in_place_of_t():
+    net, state, rest = fresh_state(**DEFAULT)
+    state = state._replace(psi=state.psi._replace(params=torch.full_like(state.psi.params, float("nan"))))  # T is not asked
+    images, rates = torch.randn(12, 3, 16, 16), mlo_mae.Rates(1e-2, rest[2][0])
+    known = torch.rand(12, 16)
+    prob, keep, restore, mask = mlo_mae.draw_masks(net, state.psi.params, images, state.theta.params, 0, 1, known=known)
+    assert torch.equal(prob, known)
+    _, step, loss, _ = mlo_mae.level1_step(net, state.theta, state.psi.params, images, rates, 0, 1, known=known)
+    assert torch.equal(step.mask, mask)  # drawn as ever
+    split = state.theta.params.tensor_split([net.encoder_size])
+    errors = mlo_mae.patch_errors(net, *split, step)
+    assert loss.item() == pytest.approx(mlo_mae.level1_loss(known, mask, errors).item(), rel=1e-5)
+    net.cfg = dataclasses.replace(net.cfg, mask_choice="odds")
+    sure = torch.zeros(12, 16)
+    sure[:, :12] = 1.0
+    hidden = mlo_mae.draw_masks(net, state.psi.params, images, state.theta.params, 0, 1, known=sure)[3]
+    assert torch.equal(hidden, sure)  # three quarters are hidden: those
+    net.cfg, known = dataclasses.replace(net.cfg, mask_until=0.5), iter([known] * 2)
+    again, _ = mlo_mae.outer_iteration(net, state._replace(iteration=3), [*rest[0], known], 4, *rest[2:])
+    assert next(known, None) is None and again.theta.params.isfinite().all()
+
+
+def test_what_t_reads_is_kept_once_at_the_end_of_its_part_or_later():
+    net, state, _ = fresh_state(**DEFAULT | THREE_PARTS)
     for iteration in (0, 2, 3):
-        assert mlo_mae.with_kept_masks(net, learned._replace(iteration=iteration), fresh, 8).eyes is None
+        assert mlo_mae.with_kept_masks(net, state._replace(iteration=iteration), 8).eyes is None
     for iteration in (4, 5, 7):  # later than the first chance: a run that was resumed
-        state = mlo_mae.with_kept_masks(net, learned._replace(iteration=iteration), fresh, 8)
-        assert torch.equal(state.eyes, learned.theta.params[: net.encoder_size])
-        assert state.psi is learned.psi and state.head is learned.head and state.iteration == iteration
-        if restart:
-            assert torch.equal(state.theta.params, fresh) and state.theta.t == 0
-            assert not state.theta.mu.any() and not state.theta.nu.any()
-        else:
-            assert state.theta is learned.theta
-        again = mlo_mae.with_kept_masks(net, state._replace(theta=learned.theta), fresh, 8)
-        assert again.theta is learned.theta and again.eyes is state.eyes  # once
+        kept = mlo_mae.with_kept_masks(net, state._replace(iteration=iteration), 8)
+        assert torch.equal(kept.eyes, state.theta.params[: net.encoder_size]) and kept.iteration == iteration
+        assert kept.theta is state.theta and kept.psi is state.psi and kept.head is state.head
+        moved = kept._replace(theta=mlo_mae.fresh_level(state.theta.params + 1, "cpu"))
+        assert mlo_mae.with_kept_masks(net, moved, 8) is moved
     net.cfg = dataclasses.replace(net.cfg, masking="random")
-    assert mlo_mae.with_kept_masks(net, learned._replace(iteration=7), fresh, 8).eyes is None
+    assert mlo_mae.with_kept_masks(net, state._replace(iteration=7), 8).eyes is None
 
 
-def test_an_encoder_that_starts_anew_learns_as_in_a_run_of_its_own(monkeypatch):
-    """Learning rates begin again with it, and are those of the remaining iterations."""
+def test_level_1s_learning_rate_starts_again_where_asked(monkeypatch):
+    """As in a run of the remaining iterations, warm-up and all."""
     rates, real = [], mlo_mae.level1_step
 
     def watched(net, theta, psi, images, rate, *keys, **how):
@@ -606,6 +633,21 @@ def test_a_penalty_is_added_to_level_1_and_not_to_the_error():
     assert found["level1_loss"] > without["level1_loss"] + 0.5
     assert found["reconstruction_error"] == without["reconstruction_error"] == without["level1_loss"]
     assert not torch.equal(moved.theta.mu, plain.theta.mu)
+
+
+@pytest.mark.parametrize(
+    "level2, loss, said", [("ridge", 0.75, True), ("ridge", 0.74, False), ("steps", 1.39, True), ("steps", 1.38, False)]
+)
+def test_a_t_that_learned_from_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path, capsys, level2, loss, said):
+    """Of four classes: 1 - 1/4, and log 4. A later line, of a T that stays as it is, has no L3."""
+    cfg, splits = Config(level2=level2), types.SimpleNamespace(class_names="abcd", train=range(1000))
+    monkeypatch.setattr(mlo_mae, "train", lambda *arguments: (None, None, splits))
+    monkeypatch.setattr(mlo_mae, "read_metrics", lambda path: [{"level3_loss": 9.0}, {"level3_loss": loss}, {"epoch": 1}])
+    quiet = types.SimpleNamespace(after_training=lambda *arguments: None)
+    monkeypatch.setattr(mlo_mae.cli, "command", lambda name: quiet)
+    assert mlo_mae.reported_run(cfg, tmp_path)["epoch"] == 1
+    told = capsys.readouterr().err
+    assert told.count("\n") == said and said == ("no better than chance" in told and "--labelled-batch-size" in told)
 
 
 @pytest.mark.parametrize(

@@ -133,10 +133,15 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, line):
     assert printed.err == line + "\n" and printed.out == ""
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), SystemExit(130)], ids=repr)
+@pytest.mark.parametrize("error", [ValueError("a bug"), SystemExit(130)], ids=repr)
 def test_a_bug_is_not_hidden(error):
     with pytest.raises(type(error)):
         cli.reported("program", failing(error))
+
+
+def test_ctrl_c_outside_of_a_loop_is_one_line(capsys):
+    assert cli.reported("program", failing(KeyboardInterrupt())) == 130
+    assert capsys.readouterr() == ("", "program: interrupted; what was written before is whole\n")
 
 
 def test_what_is_printed_cannot_steer_a_terminal():
@@ -160,6 +165,14 @@ def test_several_processes_have_a_gpu_each_or_none(monkeypatch):
     assert cli.choose_device("cuda").type == "cuda" and cli.choose_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="--device cuda:1 does not go with several processes; choose cpu or cuda"):
         cli.choose_device("cuda:1")
+
+
+def test_kernels_that_there_are_not_are_one_line():
+    run = [sys.executable, SCRIPT, "--epochs", "1", "--out", "nowhere"]
+    done = subprocess.run(run, env=os.environ | {"MLO_MAE_KERNELS": "fast"}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    line = "mlo_mae: environment variable MLO_MAE_KERNELS: 'fast' is not one of auto, triton, reference\n"
+    assert done.stderr.endswith(line) and done.stderr.count("\n") == 1
 
 
 # --------------------------------------------------------------------------------------- the program's own flags

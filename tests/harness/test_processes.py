@@ -42,7 +42,7 @@ CASES = {
     "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": True},
 }
 FLAGS = ["--epochs", 10, "--checkpoint-minutes", 0, "--mask-start", 0.2]  # 15 updates, T from the 3rd on
-PARTS = [*FLAGS, "--mask-until", 0.6]  # and to the 9th, where E starts anew
+PARTS = [*FLAGS, "--mask-until", 0.6]  # and to the 9th
 
 # -------------------------------------------------------------------------------------- what each process runs
 

@@ -145,7 +145,7 @@ def test_masks_are_random_before_their_start_and_resuming_knows(sides, tmp_path,
         assert same(weights(tmp_path / name), weights(tmp_path / "whole"))
 
 
-PARTS = ["--epochs", 20, "--mask-start", 0.2, "--mask-until", 0.5]  # T learns from update 6 of 30 to 15; E starts anew
+PARTS = ["--epochs", 20, "--mask-start", 0.2, "--mask-until", 0.5]  # T learns from update 6 of 30 to 15
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_a_run_has_three_parts(in_parts):
         begun, learning = row["iteration"] > 6, 6 < row["iteration"] < 16
         assert ("level3_loss" in row) == learning and (row["p_mean"] == 1) == (row["iteration"] < 6)
         assert (row["level1_loss"] == row["reconstruction_error"]) == (not begun)
-    assert {part: moments["t"] for part, moments in content["moments"].items()} == {"model": 30, "head": 9, "masking": 9}
+    assert {part: moments["t"] for part, moments in content["moments"].items()} == {"model": 60, "head": 9, "masking": 9}
     assert content["iteration"] == 30 and content["eyes"]["weights"].keys() < content["model"].keys()
     assert not torch.equal(content["eyes"]["weights"]["cls_token"], content["model"]["cls_token"])
     masks = [json.loads(line) for line in (in_parts / "masks.jsonl").read_text().splitlines()]
