@@ -501,10 +501,11 @@ def measure_step(
     time_ratio, operation_ratio = (update[name] / plain[name] for name in ("seconds", "flops"))
     updates = math.ceil(cfg.epochs * TRAINING_IMAGES[cfg.data] * (1 - cfg.val_fraction) / (batch * cfg.level1_steps))
     # A run's parts, as (share of it, seconds of an outer iteration, images that this reads): before T, while it learns, and
-    # with T as it is. Without --mask-start and --mask-until there is the second alone.
+    # with T as it is, which images in memory need not ask any more. Without --mask-start and --mask-until: the second alone.
     reads, inside = batch * cfg.level1_steps, cfg.mask_until - cfg.mask_start
     parts = [(cfg.mask_start, cfg.level1_steps * plain["seconds"], reads), (inside, total["seconds"], reads + 2 * labelled)]
-    parts.append((1 - cfg.mask_until, cfg.level1_steps * weighed["seconds"], reads))
+    late = plain if isinstance(split, data.Images) else weighed
+    parts.append((1 - cfg.mask_until, cfg.level1_steps * late["seconds"], reads))
     pace = sum(share * seconds for share, seconds, _ in parts)
     summary = {
         "preset": cfg.preset,

@@ -163,11 +163,11 @@ class Images:
         return Batch((crops - self.mean).div_(self.std), self.moved_labels(self.labels[i], top, left, flip.bool()))
 
     def accompanied(self, maps: Tensor) -> "Images":
-        """Maps [N, h, w] in [0, 1] of these images as a split whose streams move them as this split's move the images;
-        around a map is 0. They are kept in steps of 1/255, with as many pixels as the images."""
-        maps, scale = (255 * maps[:, None]).round().byte(), self.images.shape[-1] // maps.shape[-1]
+        """Maps [N, h, w] of these images as a split whose streams move them as this split's move the images; around a map
+        is 0. They are kept in float16, with as many pixels as the images."""
+        maps, scale = maps[:, None].half(), self.images.shape[-1] // maps.shape[-1]
         maps = maps.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        return Images(maps, self.labels, (0.0,), (1.0,), device=maps.device)
+        return Images(maps, self.labels, (0.0,), (1 / 255,), device=maps.device)
 
     def moved_labels(self, labels: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """The labels of images that were moved so, for labels that have places."""

@@ -48,8 +48,8 @@ c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_t
 H = d2L1/dtheta2.                                                                                                (13)
 
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs. From --mask-until on, T and the encoder it
-reads stay as they are, p of each image is computed once, and E and D, which have far to go under these weights, get a
-learning rate that starts again (--mask-restart).
+reads stay as they are, p of each image (of those in memory) is computed once, and E and D, which have far to go under these
+weights, get a learning rate that starts again (--mask-restart).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the
 loop; then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a
@@ -706,7 +706,7 @@ def outer_iteration(
 ) -> tuple[State, dict[str, Tensor]]:
     """Some level-1 steps, then (where T learns) level 2 and one step of T.
 
-    batches: of levels 1, 2, 3, and once T stays as it is, p of level 1's images (see `weight_maps`); total: outer
+    batches: of levels 1, 2, 3, and, where `weight_maps` gives it, p of level 1's; total: outer
     iterations of the whole run; decay: of the three levels; mask_rate: learning rate of each parameter of T relative to
     --mask-lr; hypergradient: another form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
@@ -751,8 +751,8 @@ def with_kept_masks(net: Networks, state: State, total: int) -> State:
 
 @torch.no_grad()
 def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images:
-    """p of each whole image, as maps that its crops and flips move with it: once T stays as it is, it need look no more, and
-    a step costs what MAE's does. Beside an image p is 0."""
+    """p of each whole image, as maps that its crops and flips move with it: once T stays as it is, it need look no more at
+    images in memory, and a step costs what MAE's does. Beside an image p is 0."""
     p = [masking_probability(net, state.psi.params, batch.images, eyes_of(net, state)) for batch in images.ordered(256)]
     return images.accompanied(torch.cat(p).unflatten(1, (math.isqrt(net.patches), -1)))
 
@@ -1206,8 +1206,9 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     if not first:
         return None
     updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, trained[2]), "processes": processes}
-    rows, classes = read_metrics(out / "metrics.jsonl"), len(trained[2].class_names)
-    chance = 1 - 1 / classes if cfg.level2 == "ridge" else math.log(classes)  # the least L3 of a C that sees nothing
+    rows, counts = read_metrics(out / "metrics.jsonl"), trained[2].val.labels.bincount()
+    common = (counts / counts.sum())[counts > 0]  # each class's share, all that a C knows that sees nothing: its L3 is
+    chance = float(1 - common.square().sum() if cfg.level2 == "ridge" else -(common * common.log()).sum())
     told = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if told and told[-1] >= chance:
         mend = "give more of --labelled-batch-size, or a later --mask-start and --mask-until"
@@ -1227,7 +1228,7 @@ def pretrain(argv: list[str]) -> dict | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 2 after one line, whatever the number of processes, for what the user can mend."""
+    """Exit status 0, or 2 after one line, whatever the number of processes, for what the user can mend (130: Ctrl-C)."""
     return cli.dispatch(argv, pretrain)
 
 

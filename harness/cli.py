@@ -91,7 +91,7 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = "Lower
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:  # outside of the loops that save first, or a second one inside
         status, message = 130, "interrupted; what was written before is whole"
-    if status == 130 or first_to_fail():
+    if first_to_fail():
         print(f"{program}: {printable(message)}", file=sys.stderr)
     return status
 

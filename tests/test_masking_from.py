@@ -118,12 +118,12 @@ def test_weights_go_with_the_images(source, sides, tmp_path, monkeypatch):
     monkeypatch.setattr(mlo_mae, "weight_maps", brightness)
     monkeypatch.setattr(mlo_mae, "level1_step", watched)
     assert main(arguments(sides, tmp_path / "own", "--epochs", 10, "--mask-until", 0.4)) == 0
-    assert [gap is None for gap in seen] == [True] * 12 + [False] * 18 and max(seen[12:]) < 1 / 255
+    assert [gap is None for gap in seen] == [True] * 12 + [False] * 18 and max(seen[12:]) < 1e-3
     seen.clear()
     flags = ["--epochs", 10, *begun_from(source)]
     at = stopped(sides, tmp_path / "given", monkeypatch, 2, *flags)["iteration"]
     assert main(arguments(sides, tmp_path / "given", *flags, "--resume")) == 0
-    assert 0 < at < 15 and len(seen) == 30 and max(seen) < 1 / 255
+    assert 0 < at < 15 and len(seen) == 30 and max(seen) < 1e-3
     seen.clear()
     flags = ["--masking-learns", "--mask-start", 0.2, "--mask-until", 0.6]
     assert main(arguments(sides, tmp_path / "learns", "--epochs", 10, *begun_from(source), *flags)) == 0

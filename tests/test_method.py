@@ -492,7 +492,7 @@ def test_a_t_that_stays_looks_at_each_whole_image_once():
     p = mlo_mae.masking_probability(net, psi, images.pick(torch.arange(300)).images, state.eyes)
     assert p.std(1).min() > 0.01 and maps.images.shape == (300, 1, 16, 16)
     (found,) = next(zip(maps.ordered(300)))
-    assert (F.avg_pool2d(found.images, 4).flatten(1) - p).abs().max() < 0.502 / 255
+    assert (F.avg_pool2d(found.images, 4).flatten(1) - p).abs().max() < 3e-4
 
 
 def test_weights_that_are_known_weigh_in_place_of_t():
@@ -636,11 +636,13 @@ def test_a_penalty_is_added_to_level_1_and_not_to_the_error():
 
 
 @pytest.mark.parametrize(
-    "level2, loss, said", [("ridge", 0.75, True), ("ridge", 0.74, False), ("steps", 1.39, True), ("steps", 1.38, False)]
+    "level2, loss, said", [("ridge", 0.57, True), ("ridge", 0.55, False), ("steps", 0.96, True), ("steps", 0.94, False)]
 )
 def test_a_t_that_learned_from_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path, capsys, level2, loss, said):
-    """Of four classes: 1 - 1/4, and log 4. A later line, of a T that stays as it is, has no L3."""
-    cfg, splits = Config(level2=level2), types.SimpleNamespace(class_names="abcd", train=range(1000))
+    """What the classes' shares alone give. A later line, of a T that stays as it is, has no L3."""
+    labels = torch.tensor([0] * 6 + [1] * 2 + [3] * 2)  # 1 - 0.44, and their entropy 0.950
+    cfg = Config(level2=level2)
+    splits = types.SimpleNamespace(class_names="abcd", train=range(1000), val=types.SimpleNamespace(labels=labels))
     monkeypatch.setattr(mlo_mae, "train", lambda *arguments: (None, None, splits))
     monkeypatch.setattr(mlo_mae, "read_metrics", lambda path: [{"level3_loss": 9.0}, {"level3_loss": loss}, {"epoch": 1}])
     quiet = types.SimpleNamespace(after_training=lambda *arguments: None)

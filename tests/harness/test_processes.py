@@ -131,7 +131,7 @@ def in_three_parts(folder):
     first = ["--init", folder / "given", "--seed", 5]
     given = ["--masking-from", folder / "taken"]
     outcomes = {"parts": command(*arguments(npz, folder / "parts", *PARTS))}
-    outcomes["first weights"] = command(*arguments(npz, folder / "first", *PARTS, *first))
+    outcomes["first"] = command(*arguments(npz, folder / "first", *PARTS, *first))
     for name, flags, iteration in (("kept", PARTS, 11), ("T", [*FLAGS, *given], 11)):
         stopping = stop_in_the_middle(number, iteration)
         next(stopping)
@@ -289,7 +289,7 @@ def parts(tmp_path_factory):
 @pytest.mark.parametrize("name, alone", [("parts", "given"), ("first", "first alone")])
 def test_two_processes_go_past_ts_part_as_one(parts, name, alone):
     folder, outcomes = parts
-    statuses = [outcome[0] for outcome in outcomes["parts" if name == "parts" else "first weights"]]
+    statuses = [outcome[0] for outcome in outcomes[name]]
     assert statuses == [0, 0]
     rows, expected = (read_metrics(folder / run / "metrics.jsonl") for run in (name, alone))
     for row, other in zip(rows, expected, strict=True):
