@@ -706,9 +706,9 @@ def outer_iteration(
 ) -> tuple[State, dict[str, Tensor]]:
     """Some level-1 steps, then (where T learns) level 2 and one step of T.
 
-    batches: of levels 1, 2, 3, and, where `weight_maps` gives it, p of level 1's; total: outer
-    iterations of the whole run; decay: of the three levels; mask_rate: learning rate of each parameter of T relative to
-    --mask-lr; hypergradient: another form than the configuration's.
+    batches: of levels 1, 2, 3, and, where `weight_maps` gives it, p of level 1's; total: outer iterations of the whole run;
+    decay: of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr; hypergradient: another
+    form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, theta, head, psi, steps = net.cfg, state.theta, state.head, state.psi, []
     progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total)
@@ -744,7 +744,7 @@ def outer_iteration(
 
 def with_kept_masks(net: Networks, state: State, total: int) -> State:
     """The state, and from the end of T's part of a run on: with the encoder that T reads kept beside it."""
-    if net.cfg.masking == "random" or state.eyes is not None or state.iteration < window(net.cfg, total)[1]:
+    if state.eyes is not None or not stays(net.cfg, state.iteration, total):
         return state
     return state._replace(eyes=eyes_of(net, state))
 
@@ -1202,11 +1202,11 @@ def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
 def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> dict | None:
     """`train`, then probe and pictures: what to report, in the first of several processes."""
     processes, first = world(), share(world()).start == 0
-    trained = train(cfg, out, resume, **baseline)
+    net, state, splits = train(cfg, out, resume, **baseline)
     if not first:
         return None
-    updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, trained[2]), "processes": processes}
-    rows, counts = read_metrics(out / "metrics.jsonl"), trained[2].val.labels.bincount()
+    updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, splits), "processes": processes}
+    rows, counts = read_metrics(out / "metrics.jsonl"), splits.val.labels.bincount()
     common = (counts / counts.sum())[counts > 0]  # each class's share, all that a C knows that sees nothing: its L3 is
     chance = float(1 - common.square().sum() if cfg.level2 == "ridge" else -(common * common.log()).sum())
     told = [row["level3_loss"] for row in rows if "level3_loss" in row]
@@ -1214,8 +1214,8 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
         mend = "give more of --labelled-batch-size, or a later --mask-start and --mask-until"
         print(f"T learned from a head no better than chance (L3 {told[-1]:.3f}, chance {chance:.3f}); {mend}", file=sys.stderr)
     report = updates | rows[-1]
-    report["probe"] = cli.command("probe").after_training(*trained, out)
-    cli.command("show").after_training(*trained, out)
+    report["probe"] = cli.command("probe").after_training(net, state, splits, out)
+    cli.command("show").after_training(net, state, splits, out)
     return report
 
 

@@ -540,7 +540,7 @@ def run_command(argv: list[str]) -> dict:
     print(text)
     pictures = {}
     if name == data and figure(data, methods, grid, out / data / "results.png"):
-        masks = folder_of(out, Cell(data, "MLO-MAE", "steps", 0)) / "masks-over-training.png"
+        masks = folder_of(out, Cell(data, "MLO-MAE", "steps", grid.first)) / "masks-over-training.png"
         pictures = {"": out / data / "results.png", "-masks": masks}
     if options.save:
         write_whole(BENCHMARKS / f"results-{name}.md", (text + "\n").encode())

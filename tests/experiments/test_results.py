@@ -198,6 +198,25 @@ def test_the_clock_is_the_process_own_where_one_thread_does_the_work(monkeypatch
     assert results.clock_of(1) is time.perf_counter
 
 
+def test_a_table_is_saved_with_its_pictures(tmp_path, monkeypatch, capsys):
+    """Of the seeds that are the default."""
+    first, saved = results.parse([]).first_seed, tmp_path / "benchmarks"
+    saved.mkdir()
+    monkeypatch.setattr(results, "BENCHMARKS", saved)
+    for method in ("MLO-MAE", "MAE"):
+        cell(tmp_path, method, "steps", first, probe=0.5, probe_cls=0.5)
+    folder = results.folder_of(tmp_path, Cell("shapes", "MLO-MAE", "steps", first))
+    rows = [{"epoch": epoch, "object_auc": 0.5 + 0.1 * epoch, "object_weight": 1.0 + epoch} for epoch in range(4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "masks-over-training.png").write_bytes(b"masks")
+    arguments = ["--table", "--save", "--seeds", "1", "--methods", "MLO-MAE", "MAE", "--out", str(tmp_path)]
+    assert results.main(arguments) == 0
+    assert (saved / "results-shapes-masks.png").read_bytes() == b"masks"
+    assert (saved / "results-shapes.png").stat().st_size > 10_000
+    text = (saved / "results-shapes.md").read_text()
+    assert text in capsys.readouterr().out and "| equal steps | MLO-MAE | 1 | 1 | 50.0 |" in text
+
+
 # ------------------------------------------------------------------------------------------------------ whole grids
 
 
