@@ -169,7 +169,7 @@ def problem(cfg: Config, size: int, device: torch.device, count: int = 2, warm: 
 
     `warm` outer iterations are really made, so that weights, moments and the head (solved: what it remembers of earlier
     batches) are not initial ones; then `count` level-1 steps, which the hypergradient is to explain."""
-    cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0)  # T learns and weighs from the first
+    cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0, mask_wait=0.0)  # T learns and weighs from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
     decay, mask_rate = rates_of(net, device)

@@ -47,9 +47,10 @@ A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last 
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
 H = d2L1/dtheta2.                                                                                                (13)
 
-A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs. From --mask-until on, T and the encoder it
-reads stay as they are, p of each image (of those in memory) is computed once, and E and D, which have far to go under these
-weights, get a learning rate that starts again (--mask-restart).
+A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that is no better than chance on the
+validation images has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later by as much as
+T has waited), T and the encoder it reads stay as they are, p of each image (of those in memory) is computed once, and E and D,
+which have far to go under these weights, get a learning rate that starts again (--mask-restart).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the
 loop; then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a
@@ -139,6 +140,7 @@ class Config:
     masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
     mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
+    mask_wait: float = flag(0.1, "share of the run that T may wait for a head better than chance (0: none)", least=0, most=1)
     mask_restart: bool = flag(True, "then the learning rate of encoder and decoder starts again")
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
@@ -178,7 +180,7 @@ class Config:
 # T, head and steps as published.
 PUBLISHED = (
     {"masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_batches": 1}
-    | {"mask_start": 0.0, "mask_until": 1.0, "mask_restart": False}
+    | {"mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_restart": False}
     | {"level2": "steps", "pooling": "cls", "head_norm": "layer", "level1_steps": 2, "head_steps": 1}
 )
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
@@ -361,11 +363,6 @@ def is_given(cfg: Config) -> bool:
     return bool(cfg.masking_from) and not cfg.masking_learns
 
 
-def learns_at(cfg: Config, progress: float) -> bool:
-    """Whether T is trained at this share of the run."""
-    return cfg.masking == "learned" and cfg.mask_start <= progress < cfg.mask_until and not is_given(cfg)
-
-
 def autocast(net: Networks, device: torch.device):
     """bfloat16 for encoder and decoder where asked for; T, the head and every loss stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=net.cfg.precision == "bf16")
@@ -415,6 +412,13 @@ def head_loss(net: Networks, head_params: Tensor, features: Tensor, labels: Tens
         return F.cross_entropy(call(net.head, head_params, features, *([] if dropout is None else [dropout])), labels)
     scores = call(net.head, head_params, features)  # [B, classes]
     return (scores - F.one_hot(labels, scores.shape[1])).square().sum(1).mean()
+
+
+def chance_loss(cfg: Config, labels: Tensor) -> float:
+    """L3 of a C that sees nothing and knows each class's share of `labels` [B]: their variance, or entropy for steps."""
+    counts = labels.bincount()
+    shares = (counts / counts.sum())[counts > 0]
+    return float(-(shares * shares.log()).sum() if cfg.level2 == "steps" else 1 - shares.square().sum())
 
 
 def solved_head(net: Networks, head: "Level", features: Tensor, labels: Tensor) -> "Level":
@@ -630,6 +634,7 @@ class State(NamedTuple):
     head: Level
     psi: Level
     eyes: Tensor | None = None  # parameters of the encoder that T reads, once they are kept; None: those of theta
+    waited: int = 0  # mask updates of T's part that did not move T
 
 
 def eyes_of(net: Networks, state: State) -> Tensor:
@@ -678,21 +683,28 @@ def joined(steps: list[Step]) -> Step:
     return steps[-1]._replace(images=images, keep=keep, restore=restore, mask=mask)
 
 
-def within(cfg: Config, iteration: int, total: int) -> tuple[int, int]:
+def within(cfg: Config, iteration: int, total: int, waited: int = 0) -> tuple[int, int]:
     """First outer iteration and length of the part of a run that the learning rate of level 1 follows."""
     own = cfg.masking == "learned" and not cfg.masking_from  # the T of another run has weighed from the first step on
-    restart = window(cfg, total)[1] if own and cfg.mask_restart else total
+    restart = window(cfg, total, waited)[1] if own and cfg.mask_restart else total
     return (0, total) if iteration < restart else (restart, total - restart)  # T learns from an encoder that still moves
 
 
-def window(cfg: Config, total: int) -> tuple[int, int]:
-    """The outer iteration in which T learns first, and the one after its last."""
-    return tuple(math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.7 x 10 is above 7
+def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
+    """The outer iteration in which T learns first, and the one after its last, which waiting puts off."""
+    start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.7 x 10 is above 7
+    return start, min(end + waited, total)
 
 
-def stays(cfg: Config, iteration: int, total: int) -> bool:
+def learns_at(cfg: Config, iteration: int, total: int, waited: int = 0) -> bool:
+    """Whether T is to be trained in this outer iteration."""
+    start, end = window(cfg, total, waited)
+    return cfg.masking == "learned" and start <= iteration < end and not is_given(cfg)
+
+
+def stays(cfg: Config, iteration: int, total: int, waited: int = 0) -> bool:
     """Whether a T weighs patches and will not change any more."""
-    return cfg.masking == "learned" and (is_given(cfg) or iteration >= window(cfg, total)[1])
+    return cfg.masking == "learned" and (is_given(cfg) or iteration >= window(cfg, total, waited)[1])
 
 
 def outer_iteration(
@@ -710,8 +722,8 @@ def outer_iteration(
     decay: of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr; hypergradient: another
     form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
-    cfg, theta, head, psi, steps = net.cfg, state.theta, state.head, state.psi, []
-    progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total)
+    cfg, theta, head, psi, waited, steps = net.cfg, state.theta, state.head, state.psi, state.waited, []
+    progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total, waited)
 
     for n in range(cfg.level1_steps):
         number, done = state.iteration * cfg.level1_steps + n, (state.iteration - first) * cfg.level1_steps + n
@@ -722,10 +734,10 @@ def outer_iteration(
         steps = [*steps, step] if cfg.unroll == "full" else [*steps, step][-cfg.mask_batches :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
-    if learns_at(cfg, progress):
+    if learns_at(cfg, state.iteration, total, waited):
         level2, level3 = next(batches[1]), next(batches[2])
         start, end = window(cfg, total)
-        relative = schedule(state.iteration - start, end - start, cfg.warmup * (end - start))
+        relative = schedule(psi.t, end - start, cfg.warmup * (end - start))
         made = cfg.head_steps if cfg.level2 == "steps" else 0
         shape = (made, cfg.labelled_batch_size, cfg.width)
         dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
@@ -735,16 +747,19 @@ def outer_iteration(
         looked_at = steps if cfg.unroll == "full" else [joined(steps)]
         result = form(net, theta, psi.params, head, labelled, looked_at)
         head = result.head
-        # The hypergradient's scale follows the levels below it; eps must stay below any of its elements.
-        psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * relative * mask_rate, decay[2], eps=TINY**0.5))
+        by_chance = chance_loss(cfg, labelled.labels3)
+        if waited < round(cfg.mask_wait * total) and agree(bool(result.level3_loss >= by_chance))[0]:
+            waited += 1  # what such a head says of the patches is noise
+        else:  # the hypergradient's scale follows the levels below it; eps must stay below any of its elements
+            psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * relative * mask_rate, decay[2], eps=TINY**0.5))
         losses |= {"level2_loss": result.level2_loss, "level3_loss": result.level3_loss}
         losses["hypergradient_norm"] = result.hypergradient.norm()
-    return State(state.iteration + 1, theta, head, psi, state.eyes), losses
+    return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
 
 
 def with_kept_masks(net: Networks, state: State, total: int) -> State:
     """The state, and from the end of T's part of a run on: with the encoder that T reads kept beside it."""
-    if state.eyes is not None or not stays(net.cfg, state.iteration, total):
+    if state.eyes is not None or not stays(net.cfg, state.iteration, total, state.waited):
         return state
     return state._replace(eyes=eyes_of(net, state))
 
@@ -1042,7 +1057,7 @@ def build(
 
 # -------------------------------------------------------------------------------------------------------- a whole run
 
-FORMAT = "mlo-mae checkpoint 3"
+FORMAT = "mlo-mae checkpoint 4"
 SHOWN = 8  # images in pictures, and those whose p is recorded over training
 
 
@@ -1085,7 +1100,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     start, end = window(cfg, total)
     if cfg.masking == "learned" and start == end and not is_given(cfg):
         raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or --mask-until over --mask-start")
-    looks = sum(learns_at(cfg, n / total) for n in range(min(state.iteration, total)))  # steps that T has made
+    looks = sum(learns_at(cfg, n, total, state.waited) for n in range(min(state.iteration, total)))  # labelled batches used
 
     def stream(purpose, split, size, used):
         seed = torch_generator(cfg.seed, purpose).initial_seed()
@@ -1107,13 +1122,15 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     with run.at_work(total, state.iteration, f"{cfg.preset} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_masks(net, state, total)
-            if len(batches) == 3 and stays(cfg, state.iteration, total) and isinstance(splits.train, data.Images):
+            settled = stays(cfg, state.iteration, total, state.waited)
+            if settled and len(batches) == 3 and isinstance(splits.train, data.Images):
                 maps = weight_maps(net, state, splits.train)
                 maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
                 batches.append(F.avg_pool2d(batch.images, cfg.patch_size).flatten(1) for batch in maps)  # [B, N]
+            moved = state.psi.t
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
             epoch = round(state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train), 3)
-            if run.is_tenth(state.iteration - start, end - start):
+            if state.psi.t > moved and run.is_tenth(state.psi.t, end - start):
                 with torch.no_grad():
                     p = masking_probability(net, state.psi.params, watched[:SHOWN], eyes_of(net, state))
                 run.record_masks(state.iteration, epoch, p)
@@ -1149,7 +1166,8 @@ def modules_of(net: Networks) -> dict[str, list[nn.Module]]:
 def content(net: Networks, state: State, splits: data.Splits) -> dict:
     """What a checkpoint holds: the whole state, under public parameter names."""
     levels = dict(zip(modules_of(net), (state.theta, state.head, state.psi)))
-    about = {"format": FORMAT, "config": dataclasses.asdict(net.cfg), "data": splits.facts(), "iteration": state.iteration}
+    about = {"format": FORMAT, "config": dataclasses.asdict(net.cfg), "data": splits.facts()}
+    about |= {"iteration": state.iteration, "waited": state.waited}
     own = {name: getattr(net.cfg, name) for name in ("patch_size", "width", "depth", "heads", "masking_blocks")}
     eyes = {"facts": net.sight.facts if net.sight else own | splits.facts()}
     if state.eyes is not None:
@@ -1163,7 +1181,7 @@ def restored(net: Networks, content: dict, device: torch.device) -> State:
     kept = content["eyes"].get("weights")
     absent = kept is None and not net.sight
     eyes = None if absent else flatten([net.seer], kept).to(device)
-    return State(whole_number(content["iteration"]), *levels, eyes)
+    return State(whole_number(content["iteration"]), *levels, eyes, whole_number(content["waited"]))
 
 
 def sight_of(content: dict, here: dict, device: torch.device) -> Sight:
@@ -1206,9 +1224,7 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     if not first:
         return None
     updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, splits), "processes": processes}
-    rows, counts = read_metrics(out / "metrics.jsonl"), splits.val.labels.bincount()
-    common = (counts / counts.sum())[counts > 0]  # each class's share, all that a C knows that sees nothing: its L3 is
-    chance = float(1 - common.square().sum() if cfg.level2 == "ridge" else -(common * common.log()).sum())
+    rows, chance = read_metrics(out / "metrics.jsonl"), chance_loss(cfg, splits.val.labels)
     told = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if told and told[-1] >= chance:
         mend = "give more of --labelled-batch-size, or a later --mask-start and --mask-until"

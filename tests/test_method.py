@@ -218,10 +218,11 @@ def test_when_t_weighs_and_when_it_learns(masking_from, learns):
     cfg = Config(mask_start=0.25, mask_until=0.5, masking_from=masking_from, masking_learns=learns)
     for progress in (0.0, 0.2499, 0.25, 0.4999, 0.5, 1.0):
         assert mlo_mae.weighed_by(cfg, progress) == (progress >= 0.25 or masking_from != "")
-        assert mlo_mae.learns_at(cfg, progress) == (0.25 <= progress < 0.5 and (learns or not masking_from))
+        number = math.floor(10000 * progress)
+        assert mlo_mae.learns_at(cfg, number, 10000) == (0.25 <= progress < 0.5 and (learns or not masking_from))
         plain = dataclasses.replace(cfg, masking="random")
-        assert not mlo_mae.weighed_by(plain, progress) and not mlo_mae.learns_at(plain, progress)
-    assert mlo_mae.learns_at(Config(mask_start=0.0, mask_until=1.0), 0.999)
+        assert not mlo_mae.weighed_by(plain, progress) and not mlo_mae.learns_at(plain, number, 10000)
+    assert mlo_mae.learns_at(Config(mask_start=0.0, mask_until=1.0), 999, 1000)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 10, 100, 1130])
@@ -242,7 +243,7 @@ def test_t_learns_in_the_window_that_its_learning_rate_follows():
             for until in (0.075, 0.1, 0.3, 0.57, 0.58, 0.7, 0.9, 1.0):
                 cfg = Config(mask_start=start, mask_until=until)
                 first, end = mlo_mae.window(cfg, total)
-                found = [n for n in range(total) if mlo_mae.learns_at(cfg, n / total)]
+                found = [n for n in range(total) if mlo_mae.learns_at(cfg, n, total)]
                 assert found == list(range(first, end)), (total, start, until)
                 assert [mlo_mae.weighed_by(cfg, n / total) for n in range(total)] == [n >= first for n in range(total)]
 
@@ -529,6 +530,73 @@ def test_what_t_reads_is_kept_once_at_the_end_of_its_part_or_later():
         assert mlo_mae.with_kept_masks(net, moved, 8) is moved
     net.cfg = dataclasses.replace(net.cfg, masking="random")
     assert mlo_mae.with_kept_masks(net, state._replace(iteration=7), 8).eyes is None
+
+
+@pytest.mark.parametrize("form", ["exact", "first-order"])
+def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypatch, form):
+    """Chances are made up. T's part, of two steps, is put off by three of four looks that do not move it."""
+    settings = DEFAULT | THREE_PARTS | {"mask_wait": 0.375, "hypergradient": form, "mask_restart": True}
+    net, state, rest = fresh_state(**settings)
+    chances, told, rates, real = iter([0.0, 9.0, 0.0, 0.0, 0.0]), [], [], mlo_mae.level1_step
+
+    def chance(cfg, labels):
+        told.append(labels.tolist())
+        return next(chances)
+
+    def watched(net, theta, psi, images, rate, *keys, **how):
+        rates.append(rate.lr)
+        return real(net, theta, psi, images, rate, *keys, **how)
+
+    monkeypatch.setattr(mlo_mae, "chance_loss", chance)
+    monkeypatch.setattr(mlo_mae, "level1_step", watched)
+    states, rows = run_through(net, state, rest)
+    assert [state.waited for state in states] == [0, 0, 0, 1, 1, 2, 3, 3, 3]
+    assert [state.psi.t for state in states] == [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    assert [state.head.t for state in states] == [0, 0, 0, 1, 2, 3, 4, 5, 5]  # it is solved at every look
+    assert ["level3_loss" in row for row in rows] == [2 <= n < 7 for n in range(8)]
+    assert [state.eyes is None for state in states] == [True] * 8 + [False]
+    for number in (2, 4, 5):  # T did not move, nor did its moments
+        assert states[number + 1].psi is states[number].psi
+    third = noise_batches(net.cfg)[2]  # each look has labelled images of its own, and their own shares
+    assert told == [next(third).labels.tolist() for _ in range(5)]
+    lr, steps = TINY.lr, net.cfg.level1_steps  # the learning rate starts again where T's part really ends
+    whole = [lr * schedule(n, 8 * steps, 0.25 * 8 * steps) for n in range(7 * steps)]
+    assert rates == pytest.approx(whole + [lr * schedule(n, steps, 0.25 * steps) for n in range(steps)])
+
+
+def test_a_t_that_has_waited_is_moved_as_far_as_one_that_has_not(monkeypatch):
+    net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_wait": 0.5})
+    monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: 99.0)
+    relative = []
+    monkeypatch.setattr(mlo_mae, "schedule", lambda *given: relative.append(given) or schedule(*given))
+    run_through(net, state, rest)
+    prompt = [given for given in relative if given[1] == 2]  # T's part is of two steps
+    relative.clear()
+    net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_wait": 0.5})
+    chances = iter([0, 0, 99, 99])
+    monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: next(chances))
+    run_through(net, state, rest)
+    late = [given for given in relative if given[1] == 2]
+    assert prompt == [(0, 2, 0.5), (1, 2, 0.5)] and late == [(0, 2, 0.5)] * 3 + [(1, 2, 0.5)]
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 2, 2, 4], [1, 1, 1], list(range(7))])
+def test_chance_is_what_the_classes_shares_alone_give(labels):
+    """The least loss over constant outputs, found by descent."""
+    labels = torch.tensor(labels)
+    for level2, loss in (("ridge", lambda z: (z - F.one_hot(labels, 8)).square().sum(1).mean()), ("steps", None)):
+        scores = torch.zeros(8, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([scores], max_iter=500, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+        def closure():
+            optimizer.zero_grad()
+            value = loss(scores) if loss else F.cross_entropy(scores.expand(len(labels), -1), labels)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        chance = mlo_mae.chance_loss(Config(level2=level2), labels)
+        assert chance == pytest.approx(closure().item(), abs=1e-4)
 
 
 def test_level_1s_learning_rate_starts_again_where_asked(monkeypatch):

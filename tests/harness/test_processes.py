@@ -42,7 +42,7 @@ CASES = {
     "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": True},
 }
 FLAGS = ["--epochs", 10, "--checkpoint-minutes", 0, "--mask-start", 0.2]  # 15 updates, T from the 3rd on
-PARTS = [*FLAGS, "--mask-until", 0.6]  # and to the 9th
+PARTS = [*FLAGS, "--mask-until", 0.6, "--mask-wait", 0.07]  # and to the 10th, having waited once
 
 # -------------------------------------------------------------------------------------- what each process runs
 
@@ -295,7 +295,9 @@ def test_two_processes_go_past_ts_part_as_one(parts, name, alone):
     for row, other in zip(rows, expected, strict=True):
         for loss in other.keys() & {"level1_loss", "reconstruction_error", "level2_loss", "level3_loss"}:
             assert row[loss] == pytest.approx(other[loss], rel=1e-3)
-    ours, theirs = (checkpoint_of(folder / run)["eyes"]["weights"] for run in (name, alone))
+    ours, theirs = (checkpoint_of(folder / run) for run in (name, alone))
+    assert ours["waited"] == theirs["waited"] == 1
+    ours, theirs = ours["eyes"]["weights"], theirs["eyes"]["weights"]
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in theirs)
 
 
