@@ -502,6 +502,7 @@ def measure_step(
     updates = math.ceil(cfg.epochs * TRAINING_IMAGES[cfg.data] * (1 - cfg.val_fraction) / (batch * cfg.level1_steps))
     # A run's parts, as (share of it, seconds of an outer iteration, images that this reads): before T, while it learns, and
     # with T as it is, which images in memory need not ask any more. Without --mask-start and --mask-until: the second alone.
+    # A T that waits (--mask-wait) makes the second longer.
     reads, inside = batch * cfg.level1_steps, cfg.mask_until - cfg.mask_start
     parts = [(cfg.mask_start, cfg.level1_steps * plain["seconds"], reads), (inside, total["seconds"], reads + 2 * labelled)]
     late = plain if isinstance(split, data.Images) else weighed

@@ -1117,7 +1117,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         nonlocal previous
         prob, _, _, mask = (tensor.cpu() for tensor in masks_now(net, state, watched, state.iteration / total))
         row, previous = mask_statistics(prob, mask, previous, objects, cfg.patch_size), mask
-        return {"epoch": epoch} | row
+        return {"epoch": epoch} | row | ({"waited": state.waited} if state.waited else {})
 
     with run.at_work(total, state.iteration, f"{cfg.preset} {cfg.masking}"):
         while state.iteration < total and not run.stop:

@@ -22,7 +22,9 @@ import json
 import math
 import multiprocessing
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -275,10 +277,23 @@ def needed(cell: Cell, grid: Grid) -> list[Cell]:
     return [lender[1]] if lender else []
 
 
+def end_with_parent() -> None:
+    """In a process that works on cells: stop, with a checkpoint, where the program that started it was killed."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        while True:  # a first signal asks a run to stop; where there is none, it ends the process
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
     """Run what is not finished, each cell in a process as soon as what it needs is there. Raises UserError."""
     todo, running = [cell for cell in cells if not is_finished(cell, grid)], {}
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
         while todo or running:
             for cell in list(todo):
                 if all(read_cell(grid.out, other) for other in needed(cell, grid)):

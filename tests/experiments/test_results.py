@@ -1,6 +1,7 @@
 """The grid of methods x seeds: its statistics against known values, its rules, and that finished cells stay."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -360,3 +361,28 @@ def test_what_cannot_run_ends_in_one_line(arguments, part, capsys, tmp_path, mon
     assert results.main(arguments) == 2
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 1 and part in errors[0] and not list(tmp_path.iterdir())
+
+
+LEFT_ALONE = """
+import concurrent.futures, multiprocessing, os, time
+from experiments import results
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=results.end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+def test_what_a_killed_grid_has_started_ends_too(tmp_path):
+    (tmp_path / "alone.py").write_text(LEFT_ALONE)
+    paths = os.environ | {"PYTHONPATH": str(Path(mlo_mae.__file__).parent)}
+    grid = subprocess.Popen([sys.executable, tmp_path / "alone.py"], stdout=subprocess.PIPE, text=True, env=paths)
+    worker = int(grid.stdout.readline())
+    grid.kill()
+    try:
+        grid.communicate(timeout=20)  # until the last that could write there has ended
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGTERM)
+        pytest.fail("it works on")

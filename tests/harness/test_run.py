@@ -196,6 +196,7 @@ def test_a_run_whose_t_waits_goes_on_as_it_would_have(sides, tmp_path, monkeypat
     assert content["moments"]["head"]["t"] == 9 + waited
     for row in rows:
         assert ("level3_loss" in row) == (6 < row["iteration"] < 16 + waited)
+    assert rows[-1]["waited"] == waited and "waited" not in rows[0]
     masks = [row["iteration"] for row in read_rows(whole / "masks.jsonl")]
     assert len(masks) == 9 and masks[-1] == 15 + waited
     cut = stopped(sides, tmp_path / "cut", monkeypatch, lines, *flags)
