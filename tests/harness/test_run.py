@@ -114,6 +114,7 @@ def test_random_masking_is_plain_mae(sides, tmp_path):
     assert main(arguments(sides, tmp_path / "mae", "--epochs", 2, "--masking", "random", "--log-every", 1)) == 0
     rows = read_metrics(tmp_path / "mae" / "metrics.jsonl")
     assert all(row["level1_loss"] == row["reconstruction_error"] and "level3_loss" not in row for row in rows)
+    assert not (tmp_path / "mae" / "masks.jsonl").exists()  # nor a picture of masks over training, which would be of no T
     content = checkpoint_of(tmp_path / "mae")
     assert content["moments"]["masking"]["t"] == 0 and content["moments"]["model"]["t"] == 6
 
