@@ -737,7 +737,7 @@ def outer_iteration(
     if learns_at(cfg, state.iteration, total, waited):
         level2, level3 = next(batches[1]), next(batches[2])
         start, end = window(cfg, total)
-        relative = schedule(psi.t, end - start, cfg.warmup * (end - start))
+        relative = schedule(state.iteration - start - waited, end - start, cfg.warmup * (end - start))
         made = cfg.head_steps if cfg.level2 == "steps" else 0
         shape = (made, cfg.labelled_batch_size, cfg.width)
         dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
