@@ -538,6 +538,7 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
     before, after = (100 * share for share in (cfg.mask_start, 1 - cfg.mask_until))
     plain = f", the first {before:.0f} % of them plain MAE steps" if before else ""
     kept = f", the last {after:.0f} % level-1 steps under the T that was learned" if after else ""
+    kept += ", with a T that never waits" if cfg.mask_wait else ""
     source = f"JPEG files, {cfg.workers} processes" if cfg.workers else "from memory"
     off = "" if "outer iteration, kernels off" in rows else " No Triton on this device: kernels are off."
     return [

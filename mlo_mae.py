@@ -141,7 +141,7 @@ class Config:
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
     mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
     mask_wait: float = flag(0.1, "share of the run that T may wait for a head better than chance (0: none)", least=0, most=1)
-    mask_restart: bool = flag(True, "then the learning rate of encoder and decoder starts again")
+    mask_restart: bool = flag(True, "once T stays, the learning rate of encoder and decoder starts again")
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
 
@@ -737,21 +737,22 @@ def outer_iteration(
     if learns_at(cfg, state.iteration, total, waited):
         level2, level3 = next(batches[1]), next(batches[2])
         start, end = window(cfg, total)
-        relative = schedule(state.iteration - start - waited, end - start, cfg.warmup * (end - start))
+        look, looks, warm = state.iteration - start, end - start, cfg.warmup * (end - start)
+        of_head, of_t = schedule(look, looks + waited, warm), schedule(look - waited, looks, warm)  # T alone waits
         made = cfg.head_steps if cfg.level2 == "steps" else 0
         shape = (made, cfg.labelled_batch_size, cfg.width)
         dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
         pairs = level2.images, gather(level2.labels), level3.images, gather(level3.labels)
-        labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * relative, decay[1]))
+        labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * of_head, decay[1]))
         form = hypergradient or HYPERGRADIENTS[cfg.hypergradient]
         looked_at = steps if cfg.unroll == "full" else [joined(steps)]
         result = form(net, theta, psi.params, head, labelled, looked_at)
         head = result.head
-        by_chance = chance_loss(cfg, labelled.labels3)
-        if waited < round(cfg.mask_wait * total) and agree(bool(result.level3_loss >= by_chance))[0]:
+        may_wait = waited < round(cfg.mask_wait * total)
+        if may_wait and agree(bool(result.level3_loss >= chance_loss(cfg, labelled.labels3)))[0]:
             waited += 1  # what such a head says of the patches is noise
         else:  # the hypergradient's scale follows the levels below it; eps must stay below any of its elements
-            psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * relative * mask_rate, decay[2], eps=TINY**0.5))
+            psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))
         losses |= {"level2_loss": result.level2_loss, "level3_loss": result.level3_loss}
         losses["hypergradient_norm"] = result.hypergradient.norm()
     return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
@@ -1127,10 +1128,10 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
                 maps = weight_maps(net, state, splits.train)
                 maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
                 batches.append(F.avg_pool2d(batch.images, cfg.patch_size).flatten(1) for batch in maps)  # [B, N]
-            moved = state.psi.t
+            made = state.psi.t
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
             epoch = round(state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train), 3)
-            if state.psi.t > moved and run.is_tenth(state.psi.t, end - start):
+            if state.psi.t > made and run.is_tenth(state.psi.t, end - start):
                 with torch.no_grad():
                     p = masking_probability(net, state.psi.params, watched[:SHOWN], eyes_of(net, state))
                 run.record_masks(state.iteration, epoch, p)
@@ -1228,7 +1229,8 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     told = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if told and told[-1] >= chance:
         mend = "give more of --labelled-batch-size, or a later --mask-start and --mask-until"
-        print(f"T learned from a head no better than chance (L3 {told[-1]:.3f}, chance {chance:.3f}); {mend}", file=sys.stderr)
+        about = f"L3 {told[-1]:.3f}, chance {chance:.3f}"
+        print(f"T's last looks had a head no better than chance ({about}); {mend}", file=sys.stderr)
     report = updates | rows[-1]
     report["probe"] = cli.command("probe").after_training(net, state, splits, out)
     cli.command("show").after_training(net, state, splits, out)

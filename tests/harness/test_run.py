@@ -186,9 +186,9 @@ def test_a_run_is_the_same_in_whichever_part_it_was_stopped(in_parts, sides, tmp
     assert read_rows(tmp_path / "cut" / "masks.jsonl") == read_rows(in_parts / "masks.jsonl")
 
 
-@pytest.mark.parametrize("lines", [5, pytest.param(11, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lines", [5, 8, pytest.param(11, marks=pytest.mark.slow)])
 def test_a_run_whose_t_waits_goes_on_as_it_would_have(sides, tmp_path, monkeypatch, lines):
-    """Five lines: while T learns, having waited; eleven: after T's part, which waiting put off."""
+    """Five lines: while T learns, having waited; eight: in what waiting has added to its part; eleven: after that."""
     flags = [*PARTS, "--mask-wait", 0.2, "--checkpoint-minutes", 60]
     whole = finished_run(sides, tmp_path / "whole", *flags)
     content, rows = checkpoint_of(whole), read_metrics(whole / "metrics.jsonl")
@@ -202,6 +202,7 @@ def test_a_run_whose_t_waits_goes_on_as_it_would_have(sides, tmp_path, monkeypat
     assert len(masks) == 9 and masks[-1] == 15 + waited
     cut = stopped(sides, tmp_path / "cut", monkeypatch, lines, *flags)
     assert cut["iteration"] == 2 * lines + 1 and 0 < cut["waited"] and ("weights" in cut["eyes"]) == (lines == 11)
+    assert lines != 8 or 15 < cut["iteration"] < 15 + cut["waited"]
     assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert same(weights(tmp_path / "cut"), weights(whole)) and checkpoint_of(tmp_path / "cut")["waited"] == waited
     assert read_rows(tmp_path / "cut" / "masks.jsonl") == read_rows(whole / "masks.jsonl")
@@ -556,9 +557,10 @@ def test_foreign_checkpoints_are_refused(tmp_path, capsys, monkeypatch, content)
 
 def test_checkpoints_of_the_version_before_are_refused(whole_run, tmp_path, capsys):
     run = copied(whole_run[0], tmp_path / "run")
-    torch.save(checkpoint_of(run) | {"format": "mlo-mae checkpoint 2"}, run / "checkpoint.pt")
+    name, version = mlo_mae.FORMAT.rsplit(" ", 1)
+    torch.save(checkpoint_of(run) | {"format": f"{name} {int(version) - 1}"}, run / "checkpoint.pt")
     for argv in (["probe", run], ["pretrain", "--out", run, "--resume"]):
-        refused(argv, capsys, "checkpoint.pt is no file of the kind 'mlo-mae checkpoint 4'")
+        refused(argv, capsys, f"checkpoint.pt is no file of the kind '{mlo_mae.FORMAT}'")
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(whole_run, tmp_path, capsys):
