@@ -24,7 +24,6 @@ import multiprocessing
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +41,7 @@ from harness import UserError, cli
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine
 from harness.pictures import save_figure
+from harness.processes import after_parent
 from harness.run import read_metrics
 from mlo_mae import Config
 
@@ -278,22 +278,26 @@ def needed(cell: Cell, grid: Grid) -> list[Cell]:
 
 
 def end_with_parent() -> None:
-    """In a process that works on cells: stop, with a checkpoint, where the program that started it was killed."""
+    """In a process that works on cells: stop (pretraining: with a checkpoint) where the program that started it was killed."""
 
-    def watch():
-        multiprocessing.parent_process().join()
+    def stop() -> None:
         while True:  # a first signal asks a run to stop; where there is none, it ends the process
             signal.raise_signal(signal.SIGTERM)
             time.sleep(60)
 
-    threading.Thread(target=watch, daemon=True).start()
+    after_parent(stop)
+
+
+def cell_processes(workers: int) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that work on cells, and end with this one."""
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent)
 
 
 def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
     """Run what is not finished, each cell in a process as soon as what it needs is there. Raises UserError."""
     todo, running = [cell for cell in cells if not is_finished(cell, grid)], {}
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent) as pool:
+    with cell_processes(workers) as pool:
         while todo or running:
             for cell in list(todo):
                 if all(read_cell(grid.out, other) for other in needed(cell, grid)):

@@ -5,8 +5,10 @@ that together they compute what one process computes with the joined batch. With
 """
 
 import contextlib
+import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn, TypeVar
@@ -41,6 +43,16 @@ def leave() -> None:
     """End what `join` began."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def after_parent(action: Callable[[], None]) -> None:
+    """Call `action`, in a thread, when the process that started this one has ended: one that is killed cannot stop it."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        action()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def end(status: int) -> NoReturn:

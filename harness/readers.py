@@ -8,14 +8,12 @@ import hashlib
 import io
 import itertools
 import math
-import multiprocessing
 import os
 import pickletools
 import shutil
 import signal
 import tarfile
 import tempfile
-import threading
 import urllib.request
 import warnings
 import zipfile
@@ -32,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from harness import UserError
+from harness.processes import after_parent
 from harness.randomness import numpy_generator
 
 MAX_FILE = 2**28  # bytes of one CIFAR file (the largest has 155 MB)
@@ -243,12 +242,7 @@ def start_worker(files: Files) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def outlive_nobody() -> None:  # a main process that is killed cannot stop its workers
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=outlive_nobody, daemon=True).start()
+    after_parent(lambda: os._exit(1))
 
 
 def work(split: str, indices: np.ndarray, keys: list[Key] | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -458,6 +458,18 @@ def run_through(net, state, rest, total=8):
     return states, rows
 
 
+def level1_rates(monkeypatch):
+    """The learning rate of each level-1 step that is made from here on, as it is made."""
+    rates, real = [], mlo_mae.level1_step
+
+    def watched(net, theta, psi, images, rate, *keys, **how):
+        rates.append(rate.lr)
+        return real(net, theta, psi, images, rate, *keys, **how)
+
+    monkeypatch.setattr(mlo_mae, "level1_step", watched)
+    return rates
+
+
 THREE_PARTS = {"mask_start": 0.25, "mask_until": 0.5, "mask_batches": 2, "warmup": 0.25}  # of 8 iterations: 2, 2, 4
 
 
@@ -534,21 +546,16 @@ def test_what_t_reads_is_kept_once_at_the_end_of_its_part_or_later():
 
 @pytest.mark.parametrize("form", ["exact", "first-order"])
 def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypatch, form):
-    """Chances are made up: four of five looks are at it. Three put off T's part, of two steps; the fourth moves T."""
+    """Chances are made up. Of five looks three put off T's part, of two steps; the last is not judged, and moves T."""
     settings = DEFAULT | THREE_PARTS | {"mask_wait": 0.375, "hypergradient": form, "mask_restart": True}
     net, state, rest = fresh_state(**settings)
-    chances, told, rates, real = iter([0.0, 9.0, 0.0, 0.0, 0.0]), [], [], mlo_mae.level1_step
+    chances, told, rates = iter([0.0, 9.0, 0.0, 0.0]), [], level1_rates(monkeypatch)
 
     def chance(cfg, labels):
         told.append(labels.tolist())
         return next(chances)
 
-    def watched(net, theta, psi, images, rate, *keys, **how):
-        rates.append(rate.lr)
-        return real(net, theta, psi, images, rate, *keys, **how)
-
     monkeypatch.setattr(mlo_mae, "chance_loss", chance)
-    monkeypatch.setattr(mlo_mae, "level1_step", watched)
     states, rows = run_through(net, state, rest)
     assert [state.waited for state in states] == [0, 0, 0, 1, 1, 2, 3, 3, 3]
     assert [state.psi.t for state in states] == [0, 0, 0, 0, 1, 1, 1, 2, 2]
@@ -558,7 +565,7 @@ def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypa
     for number in (2, 4, 5):  # T did not move, nor did its moments
         assert states[number + 1].psi is states[number].psi
     third = noise_batches(net.cfg)[2]  # each look has labelled images of its own, and their own shares
-    assert told == [next(third).labels.tolist() for _ in range(4)]  # the fifth is not asked any more
+    assert told == [next(third).labels.tolist() for _ in range(4)]  # the fifth is not judged
     lr, steps = TINY.lr, net.cfg.level1_steps  # the learning rate starts again where T's part really ends
     whole = [lr * schedule(n, 8 * steps, 0.25 * 8 * steps) for n in range(7 * steps)]
     assert rates == pytest.approx(whole + [lr * schedule(n, steps, 0.25 * steps) for n in range(steps)])
@@ -602,13 +609,7 @@ def test_chance_is_what_the_classes_shares_alone_give(labels):
 
 def test_level_1s_learning_rate_starts_again_where_asked(monkeypatch):
     """As in a run of the remaining iterations, warm-up and all."""
-    rates, real = [], mlo_mae.level1_step
-
-    def watched(net, theta, psi, images, rate, *keys, **how):
-        rates.append(rate.lr)
-        return real(net, theta, psi, images, rate, *keys, **how)
-
-    monkeypatch.setattr(mlo_mae, "level1_step", watched)
+    rates = level1_rates(monkeypatch)
     run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": True}))
     lr, steps = TINY.lr, 8
     whole = [lr * schedule(n, 2 * steps, 0.25 * 2 * steps) for n in range(2 * steps)]

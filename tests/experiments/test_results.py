@@ -364,12 +364,11 @@ def test_what_cannot_run_ends_in_one_line(arguments, part, capsys, tmp_path, mon
 
 
 LEFT_ALONE = """
-import concurrent.futures, multiprocessing, os, time
+import os, time
 from experiments import results
 
 if __name__ == "__main__":
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, initializer=results.end_with_parent) as pool:
+    with results.cell_processes(1) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600).result()
 """
