@@ -71,6 +71,8 @@ def finite_difference(
     head = mlo_mae.adamw(before, gradient2, labelled.rates)  # (5)
     phi = head.params.detach().requires_grad_()
     loss3 = mlo_mae.head_loss(net, phi, mlo_mae.encode(net, encoder_params, labelled.images3), labelled.labels3)  # (6)
+    if mlo_mae.waits(labelled, loss3):
+        return Result(None, head, loss2.detach(), loss3.detach())
     a, of_head = torch.autograd.grad(loss3, (encoder_params, phi))
 
     # dL3/dphi' reaches E' through g2: the difference quotient of dL2/dE' along the head's direction c2

@@ -506,10 +506,11 @@ class Labelled(NamedTuple):
     labels3: Tensor  # [B]
     dropout: Tensor  # [head_steps, B, D] factors of level 2's dropout; not read where level 2 is solved
     rates: Rates  # of the head
+    chance: float = math.inf  # L3 from which on T is to wait; inf: it is not
 
 
 class Result(NamedTuple):
-    hypergradient: Tensor  # dL3/dpsi
+    hypergradient: Tensor | None  # dL3/dpsi; None where T is to wait
     head: Level  # phi' of (5)
     level2_loss: Tensor  # of steps: before the first
     level3_loss: Tensor
@@ -536,6 +537,11 @@ def upper_levels(net: Networks, encoder_params: Tensor, head: Level, labelled: L
     return head_loss(net, head.params, features3, labelled.labels3), head, first_loss  # (6)
 
 
+def waits(labelled: Labelled, loss3: Tensor) -> bool:
+    """Whether T is to wait for a better head: what this one says of the patches is noise. All processes say the same."""
+    return labelled.chance < math.inf and agree(bool(loss3 >= labelled.chance))[0]
+
+
 def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Labelled, steps: list[Step], through_head=True):
     """The hypergradient by one backward through the encoder and one jvp through the autoencoder, (7) to (10).
 
@@ -544,6 +550,8 @@ def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Label
     split, jacobian = net.encoder_size, net.cfg.update_jacobian
     encoder_params = theta.params[:split].detach().requires_grad_()
     loss3, head, loss2 = upper_levels(net, encoder_params, head, labelled, through_head)
+    if waits(labelled, loss3):
+        return Result(None, detached(head), loss2.detach(), loss3.detach())
     # (7). D has no part in L3, so a covers E alone. L3 is a mean over all processes' images: their parts of `a` add up.
     a = summed(torch.autograd.grad(loss3, encoder_params)[0])
     cotangent, hypergradient = params_only(a), torch.zeros_like(psi)
@@ -608,7 +616,7 @@ def unrolled(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: La
             gradient = step.gradient + (gradient - gradient.detach())  # its value, if more batches were joined to the step
             theta = adamw(theta, gradient, step.rates, net.cfg.update_jacobian)  # (3)
         loss3, head, loss2 = upper_levels(net, theta.params[: net.encoder_size], head, labelled)  # (4) to (6)
-        (hypergradient,) = torch.autograd.grad(loss3, psi)
+        hypergradient = None if waits(labelled, loss3) else torch.autograd.grad(loss3, psi)[0]
     return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
 
 
@@ -743,18 +751,19 @@ def outer_iteration(
         shape = (made, cfg.labelled_batch_size, cfg.width)
         dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
         pairs = level2.images, gather(level2.labels), level3.images, gather(level3.labels)
-        labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * of_head, decay[1]))
+        may_wait = waited < round(cfg.mask_wait * total)
+        chance = chance_loss(cfg, pairs[3]) if may_wait else math.inf
+        labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * of_head, decay[1]), chance)
         form = hypergradient or HYPERGRADIENTS[cfg.hypergradient]
         looked_at = steps if cfg.unroll == "full" else [joined(steps)]
         result = form(net, theta, psi.params, head, labelled, looked_at)
         head = result.head
-        may_wait = waited < round(cfg.mask_wait * total)
-        if may_wait and agree(bool(result.level3_loss >= chance_loss(cfg, labelled.labels3)))[0]:
-            waited += 1  # what such a head says of the patches is noise
-        else:  # the hypergradient's scale follows the levels below it; eps must stay below any of its elements
-            psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))
         losses |= {"level2_loss": result.level2_loss, "level3_loss": result.level3_loss}
-        losses["hypergradient_norm"] = result.hypergradient.norm()
+        if result.hypergradient is None:
+            waited += 1
+        else:  # its scale follows the levels below it; eps must stay below any of its elements
+            psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))
+            losses["hypergradient_norm"] = result.hypergradient.norm()
     return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
 
 

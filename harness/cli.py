@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 
 from harness import UserError, printable
+from harness.memory import keep_freed
 from harness.processes import first_to_fail, join, world
 from kernels.backend import current
 
@@ -97,8 +98,9 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = "Lower
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of --device; auto takes the best there is. Raises UserError where the machine does not have it, or where the
-    environment asks for kernels that there are not."""
+    """The device of --device; auto takes the best there is. On a CPU, with `keep_freed`.
+
+    Raises UserError where the machine does not have it, or where the environment asks for kernels that there are not."""
     try:
         current()
     except ValueError as error:
@@ -111,6 +113,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name} is not available here; this machine has: {have}")
     if world() > 1 and name not in ("cpu", "cuda"):
         raise UserError(f"--device {name} does not go with several processes; choose cpu or cuda (each its own GPU)")
+    if name == "cpu":
+        keep_freed()
     return torch.device(name)
 
 

@@ -544,10 +544,11 @@ def test_what_t_reads_is_kept_once_at_the_end_of_its_part_or_later():
     assert mlo_mae.with_kept_masks(net, state._replace(iteration=7), 8).eyes is None
 
 
-@pytest.mark.parametrize("form", ["exact", "first-order"])
+@pytest.mark.parametrize("form", ["exact", "first-order", "unrolled"])
 def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypatch, form):
     """Chances are made up. Of five looks three put off T's part, of two steps; the last is not judged, and moves T."""
     settings = DEFAULT | THREE_PARTS | {"mask_wait": 0.375, "hypergradient": form, "mask_restart": True}
+    settings |= {"mask_batches": 1} if form == "unrolled" else {}
     net, state, rest = fresh_state(**settings)
     chances, told, rates = iter([0.0, 9.0, 0.0, 0.0]), [], level1_rates(monkeypatch)
 
@@ -561,6 +562,7 @@ def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypa
     assert [state.psi.t for state in states] == [0, 0, 0, 0, 1, 1, 1, 2, 2]
     assert [state.head.t for state in states] == [0, 0, 0, 1, 2, 3, 4, 5, 5]  # it is solved at every look
     assert ["level3_loss" in row for row in rows] == [2 <= n < 7 for n in range(8)]
+    assert ["hypergradient_norm" in row for row in rows] == [n in (3, 6) for n in range(8)]
     assert [state.eyes is None for state in states] == [True] * 8 + [False]
     for number in (2, 4, 5):  # T did not move, nor did its moments
         assert states[number + 1].psi is states[number].psi
@@ -588,7 +590,23 @@ def test_a_t_that_has_waited_is_moved_as_far_as_one_that_has_not(monkeypatch):
     assert late[1::2] == [(0, 2)] * 3 + [(1, 2)] and late[::2] == [(0, 2), (1, 3), (2, 4), (3, 4)]  # the head goes on
 
 
-@pytest.mark.parametrize("labels", [[0, 0, 0, 2, 2, 4], [1, 1, 1], list(range(7))])
+def test_a_look_that_does_not_move_t_costs_no_backward_pass(monkeypatch):
+    net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_wait": 0.5})  # of 4 iterations T's part is the second
+    chances, passes = iter([0.0, 99.0]), []
+    monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: next(chances))
+    autograd, forward = torch.autograd.grad, mlo_mae.jvp
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **more: passes.append("back") or autograd(*given, **more))
+    monkeypatch.setattr(mlo_mae, "jvp", lambda *given, **more: passes.append("jvp") or forward(*given, **more))
+    counts = []
+    for _ in range(4):
+        passes.clear()
+        state, _ = mlo_mae.outer_iteration(net, state, *rest)
+        counts.append((passes.count("back"), passes.count("jvp")))
+    steps = net.cfg.level1_steps
+    assert counts == [(steps, 0), (steps, 0), (steps + 3, 1), (steps, 0)]  # the third's: through E, AdamW and T
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 2, 2, 4], [1, 1, 1], list(range(7)), [0, 5]])
 def test_chance_is_what_the_classes_shares_alone_give(labels):
     """The least loss over constant outputs, found by descent."""
     labels = torch.tensor(labels)
