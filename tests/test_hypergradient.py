@@ -10,6 +10,7 @@ from helpers import DEFAULT, TINY, error_of_form, hypergradient_problem, relativ
 
 import kernels
 import mlo_mae
+from bench import finite_difference
 from data import Batch
 from harness.vectors import inverse_fan_in, unflatten, weight_decays
 from mlo_mae import Level, Rates, adamw, adamw_pullback, build
@@ -24,6 +25,19 @@ from mlo_mae import Level, Rates, adamw, adamw_pullback, build
 def test_exact_equals_unrolled_over_the_last_step(jacobian, warm, head_steps, masking_network, masking_input, head_norm):
     settings = {"masking_network": masking_network, "masking_input": masking_input, "head_norm": head_norm}
     assert error_of_form(mlo_mae.exact, warm=warm, update_jacobian=jacobian, head_steps=head_steps, **settings) < 1e-9
+
+
+@pytest.mark.parametrize("form", [*mlo_mae.HYPERGRADIENTS.values(), finite_difference], ids=lambda form: form.__name__)
+def test_every_form_tells_t_to_wait_from_chance_on(form):
+    """And only then; level 2 is as it is where T learns."""
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(head_steps=1)
+    free = form(net, theta, psi, head, labelled, steps)
+    for chance, waits in ((free.level3_loss.item() * (1 - 1e-6), True), (free.level3_loss.item() * (1 + 1e-6), False)):
+        result = form(net, theta, psi, head, labelled._replace(chance=chance), steps)
+        assert (result.hypergradient is None) == waits
+        assert torch.equal(result.level2_loss, free.level2_loss) and torch.equal(result.level3_loss, free.level3_loss)
+        assert torch.equal(result.head.params, free.head.params) and not result.head.params.requires_grad
+    assert torch.equal(result.hypergradient, free.hypergradient)
 
 
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])

@@ -590,6 +590,16 @@ def test_a_t_that_has_waited_is_moved_as_far_as_one_that_has_not(monkeypatch):
     assert late[1::2] == [(0, 2)] * 3 + [(1, 2)] and late[::2] == [(0, 2), (1, 3), (2, 4), (3, 4)]  # the head goes on
 
 
+@pytest.mark.parametrize("others", [True, False])
+def test_whether_t_waits_is_what_the_processes_agree_on(monkeypatch, others):
+    """Not what each has found: near chance, two sums of the same numbers may differ."""
+    net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_wait": 0.5})
+    monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: 99.0 if others else 0.0)
+    monkeypatch.setattr(mlo_mae, "agree", lambda *found: [others])
+    states, _ = run_through(net, state, rest, total=4)
+    assert [state.waited for state in states] == ([0, 0, 1, 2, 2] if others else [0] * 5)
+
+
 def test_a_look_that_does_not_move_t_costs_no_backward_pass(monkeypatch):
     net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_wait": 0.5})  # of 4 iterations T's part is the second
     chances, passes = iter([0.0, 99.0]), []

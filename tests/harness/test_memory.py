@@ -1,6 +1,10 @@
 """A batch in parts, and activations made again: the same results from less memory."""
 
 import dataclasses
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,8 @@ from torch import nn
 
 import mlo_mae
 from harness.memory import in_parts, through
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 12, 30])  # 5 does not divide 12; 30 is more than there are
@@ -118,3 +124,29 @@ def test_parts_bound_what_is_held_at_once(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             mlo_mae.encode(net, theta[: net.encoder_size].requires_grad_(), torch.zeros(16, 3, 16, 16))
     assert held[1] < held[0] / 4 and held[2] < held[0] / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of GNU's C library")
+def test_memory_that_is_freed_on_a_cpu_is_used_again():
+    """Its pages are cleared once, not each time; in a process of its own, since it cannot be undone."""
+    code = """
+import ctypes, resource
+from harness import cli
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        block = libc.malloc(2**26)
+        libc.memset(block, 1, 2**26)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+first = faults()
+cli.choose_device("cpu")
+faults()
+print(first, faults())
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    before, after = map(int, output.split())
+    assert after < before / 5, output
