@@ -691,7 +691,7 @@ def joined(steps: list[Step]) -> Step:
     return steps[-1]._replace(images=images, keep=keep, restore=restore, mask=mask)
 
 
-def within(cfg: Config, iteration: int, total: int, waited: int = 0) -> tuple[int, int]:
+def within(cfg: Config, iteration: int, total: int, waited: int) -> tuple[int, int]:
     """First outer iteration and length of the part of a run that the learning rate of level 1 follows."""
     own = cfg.masking == "learned" and not cfg.masking_from  # the T of another run has weighed from the first step on
     restart = window(cfg, total, waited)[1] if own and cfg.mask_restart else total
@@ -704,13 +704,13 @@ def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
     return start, min(end + waited, total)
 
 
-def learns_at(cfg: Config, iteration: int, total: int, waited: int = 0) -> bool:
+def learns_at(cfg: Config, iteration: int, total: int, waited: int) -> bool:
     """Whether T is to be trained in this outer iteration."""
     start, end = window(cfg, total, waited)
     return cfg.masking == "learned" and start <= iteration < end and not is_given(cfg)
 
 
-def stays(cfg: Config, iteration: int, total: int, waited: int = 0) -> bool:
+def stays(cfg: Config, iteration: int, total: int, waited: int) -> bool:
     """Whether a T weighs patches and will not change any more."""
     return cfg.masking == "learned" and (is_given(cfg) or iteration >= window(cfg, total, waited)[1])
 

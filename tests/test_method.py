@@ -219,22 +219,22 @@ def test_when_t_weighs_and_when_it_learns(masking_from, learns):
     for progress in (0.0, 0.2499, 0.25, 0.4999, 0.5, 1.0):
         assert mlo_mae.weighed_by(cfg, progress) == (progress >= 0.25 or masking_from != "")
         number = math.floor(10000 * progress)
-        assert mlo_mae.learns_at(cfg, number, 10000) == (0.25 <= progress < 0.5 and (learns or not masking_from))
+        assert mlo_mae.learns_at(cfg, number, 10000, 0) == (0.25 <= progress < 0.5 and (learns or not masking_from))
         plain = dataclasses.replace(cfg, masking="random")
-        assert not mlo_mae.weighed_by(plain, progress) and not mlo_mae.learns_at(plain, number, 10000)
-    assert mlo_mae.learns_at(Config(mask_start=0.0, mask_until=1.0), 999, 1000)
+        assert not mlo_mae.weighed_by(plain, progress) and not mlo_mae.learns_at(plain, number, 10000, 0)
+    assert mlo_mae.learns_at(Config(mask_start=0.0, mask_until=1.0), 999, 1000, 0)
 
 
 @pytest.mark.parametrize("total", [1, 2, 7, 10, 100, 1130])
 @pytest.mark.parametrize("until", [0.07, 0.25, 0.3, 0.57, 0.9, 1.0])
 def test_the_learning_rate_follows_a_part_of_the_run(total, until):
     cfg = Config(mask_start=0.0, mask_until=until)
-    parts = [mlo_mae.within(cfg, iteration, total) for iteration in range(total)]
+    parts = [mlo_mae.within(cfg, iteration, total, 0) for iteration in range(total)]
     restart = math.ceil(round(until * total, 6))
     assert parts == [(0, total)] * restart + [(restart, total - restart)] * (total - restart)
     for other in ({"mask_restart": False}, {"masking": "random"}, {"masking_from": "a run"}):
         whole = dataclasses.replace(cfg, **other)
-        assert all(mlo_mae.within(whole, iteration, total) == (0, total) for iteration in range(total))
+        assert all(mlo_mae.within(whole, iteration, total, 0) == (0, total) for iteration in range(total))
 
 
 def test_t_learns_in_the_window_that_its_learning_rate_follows():
@@ -243,7 +243,7 @@ def test_t_learns_in_the_window_that_its_learning_rate_follows():
             for until in (0.075, 0.1, 0.3, 0.57, 0.58, 0.7, 0.9, 1.0):
                 cfg = Config(mask_start=start, mask_until=until)
                 first, end = mlo_mae.window(cfg, total)
-                found = [n for n in range(total) if mlo_mae.learns_at(cfg, n, total)]
+                found = [n for n in range(total) if mlo_mae.learns_at(cfg, n, total, 0)]
                 assert found == list(range(first, end)), (total, start, until)
                 assert [mlo_mae.weighed_by(cfg, n / total) for n in range(total)] == [n >= first for n in range(total)]
 
