@@ -21,11 +21,10 @@ from harness import UserError, cli
 from harness.checkpoints import fitting, read_saved, whole_number
 from harness.files import write_whole
 from harness.vectors import flatten
-from harness.weights import is_decoder, write_safetensors
+from harness.weights import STANDARD, is_decoder, write_safetensors
 from mlo_mae import Config, Decoder, Encoder
 
 EXPORTS = {"timm": "encoder-timm.safetensors", "mae": "autoencoder-mae.pth"}  # kinds, and their files in a run's folder
-TIMM = {(768, 12, 12): "vit_base_patch16_224", (1024, 24, 16): "vit_large_patch16_224"}  # width, depth, heads; patch 16 at 224
 SIZES = "patch_size", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads"
 
 
@@ -48,7 +47,7 @@ def export(run: Path, to: str, file: Path | None = None) -> dict:
     to="timm": safetensors of the encoder, which timm's VisionTransformer loads strictly. It wants a classifier as well:
     that of a fine-tuning, if `run` is the folder of one; an encoder that was only pretrained has none, and head.weight
     and head.bias, for the run's classes, are zeros.
-    to="mae": a .pth of {"model": encoder and decoder}, as facebookresearch/mae names them.
+    to="mae": a .pth of {"model": encoder and decoder, as facebookresearch/mae names them, "call", "mean", "std"}.
     Raises UserError where the file exists already, or where a fine-tuning does not have what is asked for."""
     trained = read_trained(run)
     if trained.pooling and to == "mae":
@@ -58,8 +57,9 @@ def export(run: Path, to: str, file: Path | None = None) -> dict:
         raise UserError(f"{file} exists already; move it away, or name another with --file")
     report = {"verb": "export", "run": str(run), "file": str(file), "mean": trained.mean, "std": trained.std}
     if to == "mae":
-        write_whole(file, lambda opened: torch.save({"model": trained.model}, opened))
-        return report | {"call": mae_call(trained)}
+        facts = {"call": mae_call(trained), "mean": trained.mean, "std": trained.std}  # `read_weights` takes the heads of it
+        write_whole(file, lambda opened: torch.save({"model": trained.model} | facts, opened))
+        return report | {"call": facts["call"]}
     encoder, call = {name: tensor for name, tensor in trained.model.items() if not is_decoder(name)}, timm_call(trained)
     if not trained.pooling:
         encoder["head.weight"] = torch.zeros(trained.classes, trained.cfg.width)
@@ -115,8 +115,9 @@ def timm_call(trained: Trained) -> str:
     """The call that builds this encoder and classifier in timm, by a standard name where it has one."""
     cfg = trained.cfg
     classifier = f"num_classes={trained.classes}" + (", global_pool='avg'" if trained.pooling == "mean" else "")
-    if (trained.image_size, trained.channels, cfg.patch_size) == (224, 3, 16) and (cfg.width, cfg.depth, cfg.heads) in TIMM:
-        return f"timm.create_model('{TIMM[cfg.width, cfg.depth, cfg.heads]}', {classifier})"
+    name = STANDARD.get((cfg.width, cfg.depth, cfg.heads))
+    if name and (trained.image_size, trained.channels, cfg.patch_size) == (224, 3, 16):
+        return f"timm.create_model('{name}', {classifier})"
     return f"timm.models.VisionTransformer({sizes_of(trained)}, {classifier})"
 
 

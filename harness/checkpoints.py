@@ -2,27 +2,81 @@
 
 import contextlib
 import os
+import pickle
+import re
 import sys
+import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from harness import UserError
+from harness import UserError, printable
 from harness.vectors import flatten, named, ordinary
 
 Level = tuple[Tensor, Tensor, Tensor, int]  # parameters, first and second moments (vectors of one length), steps made
+FOREIGN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")  # how torch's unpickler names what it does not make
+
+
+class Inert:
+    """What stands in for an object of a file that nobody reads: takes all that the object is made of, and does nothing."""
+
+    def __init__(self, *parts):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load(path: Path, harmless: Iterable[str] = ()) -> object:
+    """What `torch.save` wrote, tensors on the CPU. Nothing in the file is executed: an object of a class in `harmless` (such
+    as "pathlib.PosixPath") comes back as an `Inert`.
+
+    Raises UserError, without the path, for a file that is cut off, damaged, by another program, or that holds an object of
+    another class, which it names; and others, of many kinds, for whatever else is wrong."""
+    with open(path, "rb") as file:
+        first = file.read(4)
+    if first == b"PK\x03\x04":
+        check_records(path)
+    elif first[:1] != b"\x80":  # where older pickles begin
+        found = f"it begins with {first!r}, as nothing by torch.save does" if first else "it is empty"
+        raise UserError(f"{found}; give another file")
+    stand_ins = [(Inert, name) for name in harmless]
+    try:
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old or odd pickles: what matters here ends in an error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not (found := FOREIGN.search(str(error))):
+            raise
+        advice = "save the weights alone where it was written: torch.save(model.state_dict(), FILE)"
+        raise UserError(f"it holds an object of {found[1]}, and to make one could run code; {advice}") from None
 
 
 def check_records(path: Path) -> None:
-    """Raise UserError where a zip file's records claim more bytes than it has, or fail their checksums."""
-    with zipfile.ZipFile(path) as archive:
-        if sum(record.file_size for record in archive.infolist()) > os.path.getsize(path):
-            raise UserError("its records claim more bytes than the file has")
-        if damaged := archive.testzip():
-            raise UserError(f"its record {damaged} fails its checksum; use another copy of the file")
+    """Raise UserError where a zip file has no end or is not torch.save's, or where its records claim more bytes than it has,
+    or fail their checksums. A checksum of 0 is none: torch can be told to write files without."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if sum(record.file_size for record in records) > os.path.getsize(path):
+                raise UserError("its records claim more bytes than the file has, as torch.save never writes; use another copy")
+            if not any(record.filename.endswith("/data.pkl") for record in records):
+                raise UserError("it is a zip file, but none by torch.save: it has no data.pkl; give another file")
+            for record in records:
+                with archive.open(record) as file:
+                    while record.CRC and file.read(2**20):
+                        pass
+    except zipfile.BadZipFile as error:  # the last read compares the sums
+        raise UserError(f"it begins as a zip file, but is cut off or damaged ({error}); use another copy") from None
+
+
+def reason_of(error: Exception) -> str:
+    """What another program says went wrong, in one printable line, without its advice."""
+    text = str(error).split("WeightsUnpickler error:")[-1].strip()
+    return printable((text.splitlines() or [""])[0] or type(error).__name__, 300)
 
 
 def read_saved(path: Path, *formats: str) -> dict:
@@ -31,15 +85,15 @@ def read_saved(path: Path, *formats: str) -> dict:
     Raises UserError for a file that is absent, damaged (every record's CRC is checked), or of another format."""
     wanted = " or ".join(formats)
     try:
-        check_records(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a folder that has it") from None
     except UserError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     except Exception as error:  # zipfile and torch raise many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} cannot be read ({reason}); it is damaged, or no file of the kind '{wanted}'") from None
+        raise UserError(
+            f"{path} cannot be read ({reason_of(error)}): it is damaged, or no file of the kind '{wanted}'"
+        ) from None
     if not isinstance(content, dict) or content.get("format") not in formats:
         raise UserError(f"{path} is no file of the kind '{wanted}'")
     return content

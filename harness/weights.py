@@ -1,32 +1,40 @@
 """Weights from elsewhere, and for elsewhere: the names of timm's VisionTransformer and of facebookresearch/mae.
 
-    weights = read_weights("mae_pretrain_vit_base.pth")       # or .safetensors, or a run's checkpoint.pt
-    taken, line = fit(weights, {"pos_embed": (1, 65, 768), ...})        # what a network of these shapes can take
+    found = read_weights("mae_pretrain_vit_base.pth")       # or .safetensors, or a run's checkpoint.pt
+    taken, line = fit(found.weights, {"pos_embed": (1, 65, 768), ...})        # what a network of these shapes can take
 
 A file is never trusted and nothing in it is executed: whatever is wrong ends in a `UserError`.
 """
 
-import argparse
 import json
 import math
 import os
+import re
 import sys
-import warnings
-import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import UserError, printable
-from harness.checkpoints import check_records
+from harness.checkpoints import load, reason_of
 from harness.vectors import named
 
-CONTAINERS = "model", "state_dict", "model_ema"  # where training programs keep a network's weights, first choice first
-ANCHOR = "patch_embed.proj.weight"  # a ViT has it; what stands before it in a file's name is a wrapper's prefix
+ANCHOR = "patch_embed.proj.weight"  # a ViT has it; what stands before it, in names and dicts, is a wrapper's affair
+FIRST = "best.model.", "model.", "state_dict."  # of several ViTs in a file, the one that is meant, where it stands so
+DEEPEST = 5  # dicts within dicts that are looked into
+STANDARD = {(768, 12, 12): "vit_base_patch16_224", (1024, 24, 16): "vit_large_patch16_224"}  # timm's: width, depth, heads
+FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16  # what weights are made of
+HARMLESS = (  # classes whose objects stand beside weights and are not needed
+    "argparse.Namespace",
+    *(f"{at}.{kind}Path" for at in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows", "PurePosix", "PureWindows")),
+    *(f"numpy.{at}.multiarray.{name}" for at in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray"),
+)
 MAX_HEADER = 100_000_000  # bytes of a safetensors header, the limit of the format's own package
 MAX_DIMS, MAX_DIM = 8, 2**31  # of a tensor
 DTYPES = {
@@ -39,56 +47,54 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
 }
 Shape = tuple[int, ...]
+
+
+class Found(NamedTuple):
+    """A network's weights in a file, and what the file says of them."""
+
+    weights: dict[str, Tensor]  # by timm's names, on the CPU; those of types that are not known here are on "meta"
+    others: list[str]  # names of what stands beside them and is another network's
+    heads: dict[str, int]  # "heads", "decoder_heads", where the file says them: they leave no trace in the weights' shapes
+    choice: str  # which of the file's networks it is, in words; "" where there is one
 
 
 # ----------------------------------------------------------------------------------------------------- reading
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """{name: tensor on the CPU} of a .safetensors file or of what torch.save wrote (.pth, .pt, .bin, .tar; both of its
-    formats), told apart by their first bytes. Taken out of containers such as {"model": ...}, and without the prefix
-    (`module.`) of a wrapper. Raises UserError for a file that is absent, damaged, hostile or holds no weights."""
+def read_weights(path: str | Path) -> Found:
+    """The ViT in a .safetensors file or in what torch.save wrote (.pth, .pt, .bin, .tar; both of its formats), told apart by
+    their first bytes, wherever in the file it is: see `find`. Raises UserError for a file that is absent, damaged, hostile
+    or holds no ViT, or several of which none is first choice."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
             first = file.read(9)
-        tensors = read_safetensors(path) if first[8:] == b"{" else read_torch(path)
-        return without_prefix(tensors)
+        if first[8:] == b"{":
+            return find(*read_safetensors(path))
+        content = load(path, HARMLESS)
+        if not isinstance(content, dict):
+            raise UserError(f"it holds a {type(content).__name__}, not weights by name")
+        return find(content, content)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a run, or a .pth or .safetensors file") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     except Exception as error:  # json, zipfile and torch raise many kinds for a damaged file
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise UserError(f"{path} cannot be read ({printable(reason, 300)}); it is damaged, or no file of weights") from None
+        advice = "give a .safetensors, or a .pth by torch.save(model.state_dict(), FILE)"
+        raise UserError(f"{path} cannot be read ({reason_of(error)}); {advice}") from None
 
 
-def read_torch(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by torch.save. Beside plain data only argparse.Namespace is let in, which facebookresearch/mae
-    stores with its weights; it is a class without behaviour."""
-    size = os.path.getsize(path)
-    if zipfile.is_zipfile(path):
-        check_records(path)
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about old or odd pickles: what matters here ends in an error
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict):
-        raise UserError(f"it holds a {type(content).__name__}, not weights by name")
-    content = next((content[key] for key in CONTAINERS if isinstance(content.get(key), dict)), content)
-    tensors = {name: value.detach() for name, value in content.items() if isinstance(value, Tensor)}
-    for name, value in tensors.items():
-        plain = type(value) is Tensor and value.layout == torch.strided and not value.is_quantized
-        if not isinstance(name, str) or not plain or value.device.type != "cpu":
-            raise UserError(f"{name!r} is not an ordinary tensor")
-    if any(value.nbytes > size for value in tensors.values()):  # one element may be repeated without end, by stride 0
-        raise UserError("a tensor claims more bytes than the file has")
-    return tensors
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file: the header's length (8 bytes, little-endian), a JSON header
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """The tensors and the metadata of a safetensors file: the header's length (8 bytes, little-endian), a JSON header
     {name: {dtype, shape, data_offsets}}, and the tensors' bytes one after the other (github.com/huggingface/safetensors)."""
     tensors, end, size = {}, 0, os.path.getsize(path)
     with open(path, "rb") as file:
@@ -96,19 +102,22 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if length > min(MAX_HEADER, size - 8):
             raise UserError(f"its header claims {length} bytes of {size}")
         header = json.loads(file.read(length).decode(), object_pairs_hook=unique)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", None)
         for name, entry in header.items():
             check_entry(name, entry, size)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, stop = entry["data_offsets"]
             if start != end or stop > size - 8 - length:
                 raise UserError(f"{name} overlaps another tensor, leaves a gap, or lies outside the file")
-            raw, end, dtype = bytearray(file.read(stop - start)), stop, DTYPES[entry["dtype"]]
+            raw, end, dtype = bytearray(file.read(stop - start)), stop, DTYPES.get(entry["dtype"])
+            if dtype is None:
+                tensors[name] = torch.empty(entry["shape"], dtype=torch.uint8, device="meta")
+                continue
             tensor = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
             tensors[name] = tensor.reshape(entry["shape"])
     if end != size - 8 - length:
         raise UserError(f"{size - 8 - length - end} bytes after its last tensor belong to none")
-    return tensors
+    return tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def check_entry(name: str, entry: object, size: int) -> None:
@@ -116,13 +125,13 @@ def check_entry(name: str, entry: object, size: int) -> None:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{name}: its header has other fields than dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{name} has dtype {dtype}; known are {', '.join(DTYPES)}")
+    if not isinstance(dtype, str):
+        raise UserError(f"{name} has the impossible dtype {dtype}")
     if not whole_numbers(shape, MAX_DIMS, MAX_DIM):
         raise UserError(f"{name} has the impossible shape {shape}")
     if not whole_numbers(offsets, 2, size) or len(offsets) != 2:
         raise UserError(f"{name} has the impossible place {offsets}")
-    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize:
+    if dtype in DTYPES and offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype].itemsize or offsets[1] < offsets[0]:
         raise UserError(f"{name}: {dtype} of shape {shape} does not take the bytes {offsets[0]} to {offsets[1]}")
 
 
@@ -138,18 +147,54 @@ def whole_numbers(value: object, length: int, limit: int) -> bool:
     return isinstance(value, list) and len(value) <= length and all(type(n) is int and 0 <= n <= limit for n in value)
 
 
-def without_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names as timm has them. Raises UserError for several ViTs in one file, and for no weights at all."""
-    if not tensors:
-        raise UserError("it holds no weights")
-    prefixes = [name.removesuffix(ANCHOR) for name in tensors if name == ANCHOR or name.endswith("." + ANCHOR)]
-    if len(prefixes) > 1:
-        raise UserError(f"it holds several encoders ({', '.join(prefixes)}); save the one that you want alone")
-    prefix = prefixes[0] if prefixes else ""
-    result = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if len(result) != len(tensors):
-        raise UserError(f"it has some names both with and without {prefix}")
-    return result
+def find(content: dict, facts: dict) -> Found:
+    """The ViT among {name: tensor, or a dict of the same kind}, told by its patch embedding: under whatever keys
+    ({"model_state_dict": {...}}) and whatever prefix of names (`module.backbone.`). facts: what the file says of it.
+
+    Raises UserError where there is none, or where there are several of which none is first choice."""
+    places, names, seen, dicts = {}, [], {id(content)}, [("", 0, content)]
+    for where, depth, inner in dicts:  # which grows, by each dict once: a hostile one may hold itself
+        own = {name: value for name, value in inner.items() if isinstance(name, str)}
+        tensors = {name: value.detach() for name, value in own.items() if isinstance(value, Tensor)}
+        names += tensors
+        for name in tensors:
+            if name == ANCHOR or name.endswith("." + ANCHOR):
+                prefix = name.removesuffix(ANCHOR)
+                places[where + prefix] = prefix, tensors
+        for key, value in inner.items():
+            if isinstance(value, dict) and id(value) not in seen and depth < DEEPEST:
+                seen.add(id(value))
+                dicts.append((f"{where}{str(key)[:80]}.", depth + 1, value))
+    if not places:
+        raise UserError(f"it holds no ViT: none of {', '.join(names[:3])} ... is {ANCHOR}" if names else "it holds no weights")
+    starts = [[place for place in places if place.startswith(first)] for first in ("", *FIRST)]
+    chosen = next((some[0] for some in starts if len(some) == 1), None)
+    several = ", ".join([place.rstrip(".") or "the top level" for place in places if place != chosen][:5])
+    if chosen is None:
+        raise UserError(f"it holds several encoders ({several}); save the one that you want into a file of its own")
+    prefix, tensors = places[chosen]
+    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    beside = [name for name in tensors if not name.startswith(prefix)]
+    decoder = {name: tensors[name] for name in beside if is_decoder(name) and name not in weights}
+    choice = f"of {chosen.rstrip('.') or 'the top level'}, not of {several}" if several else ""
+    return Found(weights | decoder, [name for name in beside if name not in decoder], stated_heads(facts), choice)
+
+
+def stated_heads(facts: dict) -> dict[str, int]:
+    """The numbers of heads that a file states: a run's checkpoint in its settings, an export in the "call" that builds it."""
+    config, call = facts.get("config"), facts.get("call")
+    if isinstance(config, dict):
+        return {name: config[name] for name in ("heads", "decoder_heads") if type(config.get(name)) is int}
+    if not isinstance(call, str):
+        return {}
+    stated = {}
+    for (_, _, heads), name in STANDARD.items():
+        if name in call:
+            stated["heads"] = heads
+    for part, pattern in (("heads", r"\bnum_heads=(\d{1,6})\b"), ("decoder_heads", r"\bdecoder_num_heads=(\d{1,6})\b")):
+        if number := re.search(pattern, call):
+            stated[part] = int(number[1])
+    return stated
 
 
 # ----------------------------------------------------------------------------------------------------- writing
@@ -177,20 +222,24 @@ def is_decoder(name: str) -> bool:
     return name.startswith(("decoder_", "mask_token"))
 
 
-def fit(weights: dict[str, Tensor], expected: dict[str, Shape]) -> tuple[dict[str, Tensor], str]:
+def fit(
+    weights: dict[str, Tensor], expected: dict[str, Shape], others: Iterable[str] = (), heads: tuple[int, int] | None = None
+) -> tuple[dict[str, Tensor], str]:
     """What a network whose parameters have the names and shapes `expected` can take from `weights`, {name: tensor}; and a
-    line for people: how much was used, what is fresh, what was left over.
+    line for people: how much was used, what is fresh, what was left over, the names `others` among it.
 
+    heads: the encoder's, as the file states them and as this network has them; None where the file does not.
     The encoder must be there whole, but for its last norm where the file has pooled features normalised instead
     (timm's `fc_norm`). A decoder is taken whole or not at all. Position tables [1, 1+L, D] are interpolated where their
-    grid differs. Raises UserError for an encoder that is another one, and names the flags that would fit."""
+    grid differs. What is not taken may be of any type. Raises UserError for an encoder that is another one, and names the
+    flags that would fit."""
     encoder = {name: shape for name, shape in expected.items() if not is_decoder(name)}
     decoder = {name: shape for name, shape in expected.items() if is_decoder(name)}
-    check_sizes(weights, encoder)
+    check_sizes(weights, encoder, heads)
     optional = {"norm.weight", "norm.bias"} if "fc_norm.weight" in weights else set()
     problem = mismatch(weights, {name: shape for name, shape in encoder.items() if name in weights or name not in optional})
     if problem:
-        raise UserError(f"these weights are of another architecture: {problem}")
+        raise UserError(f"these weights are not this network's: {problem}")
 
     problem = mismatch(weights, decoder) if any(map(is_decoder, weights)) else "the file has none"
     taken, grids = {}, set()
@@ -198,8 +247,10 @@ def fit(weights: dict[str, Tensor], expected: dict[str, Shape]) -> tuple[dict[st
         if name not in weights or problem and is_decoder(name):
             continue
         taken[name] = tensor = weights[name]
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise UserError(f"{name} holds values that are not finite numbers; fetch the file again")
+        if tensor.numel() > max(math.prod(shape), tensor.untyped_storage().nbytes()):  # one may be repeated without end
+            raise UserError(f"{name} claims more numbers than the file has")
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} holds values that are not finite numbers; give weights without")
         if tuple(tensor.shape) != shape:
             taken[name] = resize_positions(tensor, shape)
             old, new = math.isqrt(tensor.shape[1]), math.isqrt(shape[1])
@@ -213,26 +264,37 @@ def fit(weights: dict[str, Tensor], expected: dict[str, Shape]) -> tuple[dict[st
         parts.append(f"positions interpolated from {', '.join(sorted(grids))}")
     if fresh := [name for name in encoder if name not in taken]:
         parts.append(f"fresh: {', '.join(fresh)}")
-    if counts := Counter(name.split(".")[0] for name in weights if name not in taken):
+    if counts := Counter(name.split(".")[0] for name in [*(name for name in weights if name not in taken), *others]):
         parts.append("unused: " + ", ".join(f"{part} ({count})" if count > 1 else part for part, count in counts.items()))
-    return taken, printable("; ".join(parts))
+    return taken, "; ".join(parts)
 
 
-def check_sizes(weights: dict[str, Tensor], encoder: dict[str, Shape]) -> None:
-    """Raise UserError where patch size, width or depth differ, naming all flags at once, or channels do."""
+def usable(tensor: Tensor) -> bool:
+    """Whether a tensor of a file has values that weights can have."""
+    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return plain and tensor.dtype in FLOATS
+
+
+def check_sizes(weights: dict[str, Tensor], encoder: dict[str, Shape], heads: tuple[int, int] | None) -> None:
+    """Raise UserError where patch size, width, depth or heads (the file's and here) differ, naming all flags at once, or
+    channels do."""
 
     def sizes(names, shape):
         blocks = {name.split(".")[1] for name in names if name.startswith("blocks.")}
         return {"--patch-size": shape[2], "--width": shape[0], "--depth": len(blocks)}
 
-    found, here = tuple(weights[ANCHOR].shape) if ANCHOR in weights else (), encoder[ANCHOR]
+    anchor, here = weights.get(ANCHOR), encoder[ANCHOR]
+    found = tuple(anchor.shape) if anchor is not None and usable(anchor) else ()
     if len(found) != 4 or found[2] != found[3] or "cls_token" not in weights:
         raise UserError("these weights hold no ViT with square patches and a class token")
-    if (theirs := sizes(weights, found)) != (ours := sizes(encoder, here)):
+    theirs, ours = sizes(weights, found), sizes(encoder, here)
+    if heads:
+        theirs["--heads"], ours["--heads"] = heads
+    if theirs != ours:
         wrong = [flag for flag in ours if theirs[flag] != ours[flag]]
         flags, now = (" ".join(f"{flag} {values[flag]}" for flag in wrong) for values in (theirs, ours))
-        heads = ", and the --heads they were trained with" if "--width" in wrong else ""
-        raise UserError(f"these weights fit {flags}, not {now}: give {flags}{heads}")
+        unknown = ", and the --heads they were trained with" if "--width" in wrong and not heads else ""
+        raise UserError(f"these weights fit {flags}, not {now}: give {flags}{unknown}")
     if found[1] != here[1]:
         raise UserError(f"these weights are for images of {found[1]} channels, and the data's have {here[1]}")
 
@@ -243,6 +305,9 @@ def mismatch(weights: dict[str, Tensor], expected: dict[str, Shape]) -> str:
     for name, shape in expected.items():
         if name not in weights:
             return f"{name} is missing"
+        if not usable(weights[name]):
+            known = weights[name].device.type == "cpu"
+            return f"{name} is not of floating-point numbers but {weights[name].dtype if known else 'of a type unknown here'}"
         found = tuple(weights[name].shape)
         if found != shape and not (name.endswith("pos_embed") and resizable(found, shape)):
             return f"{name} is {list(found)}, here {list(shape)}"
@@ -286,20 +351,24 @@ def starting_weights(path: str | Path, modules: list[nn.Module], params: Tensor,
     places: a run's folder, or a public .pth or .safetensors. The encoder must be there whole; a decoder that is absent or
     of another shape keeps its values.
 
-    heads: {"heads", "decoder_heads": of these modules}, which a run records, since they leave no trace in the weights'
-    shapes. Says what was used, one line on stderr. Raises UserError."""
+    heads: {"heads", "decoder_heads": of these modules}, which must be those that the file states, if it does.
+    Says what was used, one line on stderr. Raises UserError."""
     path, fresh = Path(path), named(modules, params)
-    weights = read_weights(path / "checkpoint.pt" if path.is_dir() else path)
-    taken, line = fit(weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()})
-    if path.is_dir():
-        try:
-            settings = json.loads((path / "config.json").read_text())
-            theirs = {name: settings[name] for name in heads if name == "heads" or "decoder_pred.weight" in taken}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path / 'config.json'} is absent or damaged ({error}); give checkpoint.pt itself") from None
-        for name, number in theirs.items():
-            if number != heads[name]:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{path} was trained with {flag} {number}, not {heads[name]}; give that flag")
-    print(f"{path}: {line}", file=sys.stderr)
+    found = read_weights(path / "checkpoint.pt" if path.is_dir() else path)
+    both = (found.heads["heads"], heads["heads"]) if "heads" in found.heads else None
+    try:
+        taken, line = fit(found.weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()}, found.others, both)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    unknown = []
+    for name in heads if "decoder_pred.weight" in taken else ["heads"]:
+        flag, theirs = "--" + name.replace("_", "-"), found.heads.get(name)
+        if theirs is None:
+            unknown.append(f"{flag} {heads[name]}")
+        elif theirs != heads[name]:
+            raise UserError(f"{path}: these weights fit {flag} {theirs}, not {flag} {heads[name]}: give {flag} {theirs}")
+    parts = [line] + ([f"weights {found.choice}"] if found.choice else [])
+    if unknown:
+        parts.append(f"heads unknown, the file does not say: {' '.join(unknown)} taken, give those it was trained with")
+    print(printable(f"{path}: {'; '.join(parts)}", 2000), file=sys.stderr)
     return torch.cat([taken.get(name, tensor).to(tensor).reshape(-1) for name, tensor in fresh.items()])

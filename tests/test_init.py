@@ -138,6 +138,7 @@ def test_pretraining_continues_from(run, sides, tmp_path, capsys, no_pictures, k
     if kind != "run":
         start = tmp_path / "exported"
         assert main(["export", str(run), "--to", kind, "--file", str(start)]) == 0
+        refused(arguments(sides, tmp_path / "other", "--init", start, "--heads", 4), capsys, start, "give --heads 2")
     capsys.readouterr()
     out = tmp_path / "next"
     flags = ["--epochs", 2, "--lr", 0, "--seed", 9, "--init", start]
@@ -173,8 +174,8 @@ def test_continued_pretraining_at_another_size(run, sides, tmp_path, capsys, no_
     "flags, words",
     [
         (["--width", "32"], ["give --width 16"]),
-        (["--heads", "4"], ["--heads 2", "give that flag"]),
-        (["--decoder-heads", "4"], ["--decoder-heads 2", "give that flag"]),
+        (["--heads", "4"], ["give --heads 2"]),
+        (["--decoder-heads", "4"], ["give --decoder-heads 2"]),
         (["--patch-size", "8"], ["give --patch-size 4"]),
     ],
 )
@@ -191,11 +192,8 @@ def test_init_files_that_cannot_be_used(run, sides, tmp_path, capsys):
     assert not (tmp_path / "next").exists()
 
 
-@pytest.mark.parametrize("settings", [None, "{nonsense", "[]", "{}", "7"])
-def test_a_run_whose_settings_are_damaged_is_named(run, sides, tmp_path, capsys, settings):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes())
-    if settings is not None:
-        (tmp_path / "run" / "config.json").write_text(settings)
-    refused(arguments(sides, tmp_path / "next", "--init", tmp_path / "run"), capsys, "config.json is absent or damaged")
+def test_a_checkpoint_alone_states_its_heads(run, sides, tmp_path, capsys):
+    (tmp_path / "alone.pt").write_bytes((run / "checkpoint.pt").read_bytes())
+    for path in (tmp_path / "alone.pt", run / "checkpoint.pt"):
+        refused(arguments(sides, tmp_path / "next", "--init", path, "--heads", 4), capsys, path, "give --heads 2")
     assert not (tmp_path / "next").exists()

@@ -10,9 +10,9 @@ from helpers import checkpoint_of, copied, public_shapes, refused, timm, weights
 
 import mlo_mae
 from experiments import finetune
-from experiments.export import Trained, read_trained, timm_call
+from experiments.export import Trained, mae_call, read_trained, timm_call
 from harness import UserError
-from harness.weights import read_weights
+from harness.weights import read_weights, stated_heads
 from mlo_mae import Config, main
 
 
@@ -62,7 +62,9 @@ def test_export_to_timm(run, capsys):
         "num_heads=2, num_classes=2)"
     )
     assert report["head"] == "zeros: a pretrained encoder has no classifier"
-    written, trained = read_weights(report["file"]), weights(run)
+    found, trained = read_weights(report["file"]), weights(run)
+    written = found.weights
+    assert found.heads == {"heads": 2}
     expected, _ = public_shapes(16, 1, 4, 16, 8, 1)
     assert {name: tuple(t.shape) for name, t in written.items()} == expected | {"head.weight": (2, 16), "head.bias": (2,)}
     assert not written["head.weight"].any() and all(torch.equal(written[name], trained["model", name]) for name in expected)
@@ -77,20 +79,32 @@ def test_timm_loads_the_export_by_the_call_that_is_printed(run, tmp_path, capsys
     assert main(["export", str(run), "--to", "timm", "--file", str(tmp_path / "vit")]) == 0
     report = report_of(capsys)
     vit = eval(report["call"], {"timm": package})
-    vit.load_state_dict(read_weights(report["file"]), strict=True)
+    vit.load_state_dict(read_weights(report["file"]).weights, strict=True)
 
 
 def test_export_to_mae(run, tmp_path, capsys):
     assert main(["export", str(run), "--to", "mae", "--file", str(tmp_path / "mae.pth")]) == 0
-    assert report_of(capsys)["call"] == (
+    report = report_of(capsys)
+    assert report["call"] == (
         "MaskedAutoencoderViT(img_size=16, patch_size=4, in_chans=3, embed_dim=16, depth=1, num_heads=2, decoder_embed_dim=8, "
         "decoder_depth=1, decoder_num_heads=2, norm_layer=partial(nn.LayerNorm, eps=1e-6), norm_pix_loss=True)"
     )
     content = torch.load(tmp_path / "mae.pth", weights_only=True)
     encoder, decoder = public_shapes(16, 1, 4, 16, 8, 1)
+    assert all(content.pop(name) == report[name] for name in ("call", "mean", "std"))
+    assert read_weights(tmp_path / "mae.pth").heads == {"heads": 2, "decoder_heads": 2}
     assert set(content) == {"model"} and {n: tuple(t.shape) for n, t in content["model"].items()} == encoder | decoder
     assert all(torch.equal(tensor, weights(run)["model", name]) for name, tensor in content["model"].items())
     refused(["export", run, "--to", "mae", "--file", tmp_path / "mae.pth"], capsys, "mae.pth exists already")
+
+
+@pytest.mark.parametrize("sizes", [(768, 12, 12), (1024, 24, 16), (768, 12, 6), (16, 1, 2)])
+@pytest.mark.parametrize("call", [timm_call, mae_call])
+def test_every_call_states_the_heads(sizes, call):
+    width, depth, heads = sizes
+    cfg = Config(patch_size=16, width=width, depth=depth, heads=heads, decoder_heads=4)
+    stated = stated_heads({"call": call(Trained(cfg, 224, 3, 2, [0.5] * 3, [0.2] * 3, {}, None))})
+    assert stated == {"heads": heads} | ({"decoder_heads": 4} if call is mae_call else {})
 
 
 def test_standard_sizes_are_called_by_their_names():
@@ -114,7 +128,7 @@ def test_a_fine_tuning_is_exported_with_its_classifier(run, tmp_path, capsys, po
     assert main(["export", str(tuned), "--to", "timm"]) == 0
     report = report_of(capsys)
     assert report["head"] == "the fine-tuned classifier" and report["call"].endswith(ending)
-    written, model = read_weights(report["file"]), read_trained(tuned).model
+    written, model = read_weights(report["file"]).weights, read_trained(tuned).model
     assert written.keys() == model.keys() and all(torch.equal(written[name], model[name]) for name in model)
     assert ("fc_norm.weight" in written) == (pooling == "mean") == ("norm.weight" not in written)
 

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import os
+import pathlib
 import zipfile
 
 import pytest
@@ -10,7 +12,7 @@ from helpers import DAMAGED, Explosive
 from torch import nn
 
 from harness import UserError
-from harness.checkpoints import fitting, newest, packed, read_saved, unpacked, whole_number
+from harness.checkpoints import Inert, fitting, load, newest, packed, read_saved, unpacked, whole_number
 
 FORMAT = "a format 1"
 
@@ -144,7 +146,13 @@ def test_a_damaged_file_is_one_line(tmp_path, monkeypatch, kind):
     path = save(tmp_path / "file", more=torch.ones(10_000))
     path.write_bytes(DAMAGED[kind](path.read_bytes()))
     line = refused(read_saved, path, FORMAT)
-    assert line.startswith(f"{path} ") and "damaged" in line
+    known = {
+        "truncated": "cut off or damaged",
+        "flipped": "damaged (Bad CRC-32",
+        "empty": "it is empty",
+        "text": "begins with b'not '",
+    }
+    assert line.startswith(f"{path} cannot be read") and known.get(kind, "damaged, or no file of the kind") in line
     assert [found.name for found in tmp_path.iterdir()] == ["file"]  # nothing was executed
 
 
@@ -162,7 +170,7 @@ def test_a_malicious_file_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for content in (Explosive(), {"format": FORMAT, "model": Explosive()}):
         torch.save(content, tmp_path / "file")
-        assert "cannot be read" in refused(read_saved, tmp_path / "file", FORMAT)
+        assert f"it holds an object of {os.name}.mkdir" in refused(read_saved, tmp_path / "file", FORMAT)
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
 
 
@@ -182,6 +190,30 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     assert "claim more bytes than the file has" in refused(read_saved, tmp_path / "file", FORMAT)
 
 
+def test_a_file_without_checksums_is_whole(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        save(tmp_path / "file")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert not any(record.CRC for record in zipfile.ZipFile(tmp_path / "file").infolist())
+    assert torch.equal(read_saved(tmp_path / "file", FORMAT)["head"]["bias"], packed(levels(), modules())["head"]["bias"])
+
+
+def test_an_object_that_is_let_in_is_not_made(tmp_path):
+    path = save(tmp_path / "file", {"at": pathlib.PurePosixPath("a", "b"), "number": 3})
+    assert "it holds an object of pathlib" in refused(load, path)
+    content = load(path, ["pathlib.PurePosixPath", "pathlib._local.PurePosixPath"])
+    assert type(content["at"]) is Inert and content["number"] == 3
+    assert "it holds an object of pathlib" in refused(load, path)  # what was let in is not, afterwards
+
+
+def test_a_zip_file_by_another_program_is_said_to_be_one(tmp_path):
+    with zipfile.ZipFile(tmp_path / "file", "w") as archive:
+        archive.writestr("images.npy", b"1")
+    assert "it is a zip file, but none by torch.save: it has no data.pkl" in refused(read_saved, tmp_path / "file", FORMAT)
+
+
 # --------------------------------------------------------------------------------------------- the newest of two
 
 
@@ -189,7 +221,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     path = save(tmp_path / "checkpoint.pt", iteration=8, more=torch.ones(10_000))
     assert newest(tmp_path, FORMAT)["iteration"] == 8
     path.write_bytes(DAMAGED["flipped"](path.read_bytes()))
-    assert refused(newest, tmp_path, FORMAT).startswith(f"{path} is damaged: its record")
+    assert refused(newest, tmp_path, FORMAT).startswith(f"{path} cannot be read: it begins as a zip file")
     save(tmp_path / "checkpoint.previous.pt", iteration=4)
     capsys.readouterr()
     assert newest(tmp_path, FORMAT)["iteration"] == 4

@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import pickle
 import time
 import warnings
@@ -18,8 +19,17 @@ import pytest
 import torch
 from helpers import WRAPPED, mutated, public, public_shapes, safetensors_bytes, timm, torch_bytes
 
+import mlo_mae
 from harness import UserError
-from harness.weights import fit, is_decoder, read_weights, resize_positions
+from harness.weights import (
+    fit,
+    is_decoder,
+    read_safetensors,
+    read_weights,
+    resize_positions,
+    starting_weights,
+    write_safetensors,
+)
 
 FUZZ = int(os.environ.get("MLO_MAE_FUZZ", 150))
 
@@ -43,7 +53,7 @@ def network(seed=0, **sizes):
 def test_every_kind_of_file_gives_its_weights_by_their_names(tmp_path, kind):
     weight = network()
     (tmp_path / "weights").write_bytes(WRAPPED[kind](weight))
-    taken, line = fit(read_weights(tmp_path / "weights"), shapes())
+    taken, line = fit(read_weights(tmp_path / "weights").weights, shapes())
     assert equal(taken, weight)
     assert line.startswith("30 of 30 encoder weights used; 20 of 20 decoder weights used")
 
@@ -136,7 +146,17 @@ def test_an_encoder_of_other_sizes_names_the_flags_to_change(changes, words):
             "blocks.0.mlp.fc1.weight is [48, 16], here [64, 16]",
         ),
         (lambda w: w["blocks.0.norm1.bias"].fill_(float("nan")), "blocks.0.norm1.bias holds values that are not finite"),
-        (lambda w: w.update({"norm.bias": torch.ones(16, dtype=torch.int64)}), "norm.bias holds values that are not finite"),
+        (
+            lambda w: w.update({"norm.bias": torch.ones(16, dtype=torch.int64)}),
+            "norm.bias is not of floating-point numbers but torch.int64",
+        ),
+        (lambda w: w.update({"norm.bias": torch.eye(4).to_sparse()}), "norm.bias is not of floating-point numbers"),
+        (lambda w: w.update({"norm.bias": torch.ones(16, device="meta")}), "norm.bias is not of floating-point numbers"),
+        (lambda w: w.update({"patch_embed.proj.weight": torch.ones(16, 3, 4, 4).bool()}), "no ViT with square patches"),
+        (
+            lambda w: w.update({"pos_embed": torch.ones(1).expand(1, 10**12, 16)}),
+            "pos_embed claims more numbers than the file",
+        ),
     ],
 )
 def test_another_architecture_is_refused(change, words):
@@ -221,6 +241,11 @@ VARIED = {
     "byte": torch.ones(3, dtype=torch.uint8),
     "short": torch.ones(2, dtype=torch.int16),
     "int": torch.ones(2, dtype=torch.int32),
+    "bool": torch.tensor([True, False]),
+    "complex": torch.ones(2, dtype=torch.complex64),
+    "unsigned": torch.ones(3, dtype=torch.uint16),
+    "unsigned int": torch.ones(3, dtype=torch.uint32),
+    "unsigned long": torch.ones(3, dtype=torch.uint64),
 }
 
 
@@ -232,7 +257,7 @@ def equal(first, second):
 
 def test_safetensors_round_trip(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(safetensors_bytes(VARIED))
-    assert equal(read_weights(tmp_path / "a.safetensors"), VARIED)
+    assert equal(read_safetensors(tmp_path / "a.safetensors")[0], VARIED)
 
 
 def test_safetensors_as_the_package_has_them(tmp_path):
@@ -240,7 +265,7 @@ def test_safetensors_as_the_package_has_them(tmp_path):
     (tmp_path / "ours").write_bytes(safetensors_bytes(VARIED))
     assert equal(package.load_file(tmp_path / "ours"), VARIED)
     package.save_file({name: tensor.contiguous() for name, tensor in VARIED.items()}, tmp_path / "theirs", metadata={"a": "b"})
-    assert equal(read_weights(tmp_path / "theirs"), VARIED)
+    assert equal(read_safetensors(tmp_path / "theirs")[0], VARIED)
 
 
 def header(text, body=b""):
@@ -272,8 +297,10 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
         (header({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)), "overlaps"),
         (header({"a": entry(), "b": entry()}, bytes(8)), "overlaps"),
         (header({"a": entry()}, bytes(12)), "4 bytes after its last tensor"),
-        (header({"a": entry(dtype="F33")}, bytes(8)), "has dtype F33"),
-        (header({"a": entry(dtype=["F32"])}, bytes(8)), "has dtype"),
+        (header({"a": entry(dtype="F33")}, bytes(8)), "it holds no ViT: none of a ... is patch_embed.proj.weight"),
+        (header({"a": entry(offsets=(8, 0), dtype="F33")}, bytes(8)), "does not take the bytes"),
+        (header({"a": entry([2**31] * 8, dtype="F33")}, bytes(8)), "cannot be read"),
+        (header({"a": entry(dtype=["F32"])}, bytes(8)), "impossible dtype"),
         (header({"a": entry() | {"more": 1}}, bytes(8)), "other fields"),
         (header({"a": [1, 2]}, bytes(8)), "other fields"),
         (header(b'{"a":NaN}'), "other fields"),
@@ -286,7 +313,7 @@ def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
         (header({}), "holds no weights"),
         ((2**63).to_bytes(8, "little") + b"{}", "its header claims"),
         ((3).to_bytes(8, "little") + b"{}", "its header claims"),
-        (header({"\x1b[31m\n": entry(dtype="no")}, bytes(8)), "has dtype"),
+        (header({"\x1b[31m\n": entry(dtype=0)}, bytes(8)), "impossible dtype"),
     ],
 )
 def test_hostile_safetensors_end_in_one_line(tmp_path, content, words):
@@ -327,22 +354,54 @@ def deflated(raw):
     return target.getvalue()
 
 
+def zipped(records):
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, content)
+    return target.getvalue()
+
+
+def at(*prefixes):
+    """As much of a ViT as tells one, under each prefix."""
+    return {f"{prefix}.patch_embed.proj.weight": torch.ones(2) for prefix in prefixes}
+
+
+def holding_itself():
+    content = {"epoch": 3}
+    content["content"] = content
+    return content
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"", "cannot be read"),
-        (b"PK\x03\x04", "cannot be read"),
+        (b"", "it is empty"),
+        (b"version https://git-lfs", "it begins with b'vers'"),
+        (b"PK\x03\x04", "cut off or damaged"),
+        (torch_bytes({"model": network()})[:-2000], "cut off or damaged"),
         (torch_bytes([torch.ones(2)]), "a list, not weights by name"),
         (torch_bytes({"epoch": 3}), "holds no weights"),
-        (torch_bytes({3: torch.ones(2)}), "not an ordinary tensor"),
-        (torch_bytes({"a": torch.eye(3).to_sparse()}), "not an ordinary tensor"),
-        (torch_bytes({"a": torch.ones(3, device="meta")}), "not an ordinary tensor"),
-        (torch_bytes({"a": torch.ones(1).expand(10**12)}), "a tensor claims more bytes"),
+        (torch_bytes({3: torch.ones(2)}), "holds no weights"),
+        (torch_bytes({"net": {"conv1.weight": torch.ones(2)}}), "no ViT: none of conv1.weight ... is patch_embed.proj.weight"),
+        (torch_bytes({"a": torch.eye(3).to_sparse()}), "no ViT"),
         (resized(torch_bytes({"a": torch.ones(200)}), b"K\xc8\x85", b"J\x00\x00\x00\x01\x85"), "cannot be read"),
         (torch_bytes({"a": torch.ones(200)}, zipped=False).replace(b"K\xc8\x85", b"J\x00\x00\x00\x01\x85"), "cannot be read"),
         (deflated(torch_bytes({"a": torch.zeros(10**5)})), "its records claim more bytes"),
-        (torch_bytes({f"{prefix}.patch_embed.proj.weight": torch.ones(2) for prefix in "ab"}), "several encoders (a., b.)"),
-        (torch_bytes(dict.fromkeys(["m.norm", "norm", "m.patch_embed.proj.weight"], torch.ones(1))), "with and without m."),
+        (zipped({"a.npy": b"1"}), "no data.pkl"),
+        (pickle.dumps({"a": 1}, protocol=4), "cannot be read (Unsupported operand 149)"),
+        (torch_bytes(holding_itself()), "holds no weights"),
+        (
+            torch_bytes({"k" * 10**5: {"a" * 10**5 + ".patch_embed.proj.weight": torch.ones(2)}} | at("b", "c")),
+            "several encoders",
+        ),
+        (torch_bytes(at("student.module.backbone", "teacher.backbone")), "(student.module.backbone, teacher.backbone); save"),
+        (
+            torch_bytes({"student": at("module.backbone"), "teacher": at("backbone")}),
+            "(student.module.backbone, teacher.backbone)",
+        ),
+        (torch_bytes({"state_dict": at("encoder_q", "encoder_k")}), "(state_dict.encoder_q, state_dict.encoder_k)"),
+        (torch_bytes({"net": at("m"), "ema": {"shadow": network()}}), "(net.m, ema.shadow)"),
     ],
 )
 def test_hostile_torch_files_end_in_one_line(tmp_path, content, words):
@@ -366,8 +425,213 @@ def test_a_flipped_bit_among_the_weights_is_seen(tmp_path):
     raw = bytearray(torch_bytes({"a": torch.ones(1000)}))
     raw[len(raw) // 2] ^= 1
     (tmp_path / "bad.pth").write_bytes(raw)
-    with pytest.raises(UserError, match="fails its checksum"):
+    with pytest.raises(UserError, match="cut off or damaged .Bad CRC-32"):
         read_weights(tmp_path / "bad.pth")
+
+
+# ----------------------------------------------------------------------------------------- what a file may hold beside
+
+
+@pytest.mark.parametrize("zip_or_pickle", [True, False])
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda w: {"epoch": 3, "model_state_dict": w},
+        lambda w: {"net": w, "acc": 83.5},
+        lambda w: {"state": {"student": {f"module.encoder.{name}": tensor for name, tensor in w.items()}}},
+        lambda w: {"net": w, "also net": w, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}},
+        lambda w: {"model": {"conv1.weight": torch.ones(3)}, "vit": w},
+        lambda w: {"model": w, "model_ema": network(5)},
+        lambda w: {"state_dict": w, "teacher": network(5)},
+        lambda w: {f"model.{name}": tensor for name, tensor in w.items()} | at("model_ema"),
+    ],
+)
+def test_weights_are_found_wherever_they_are(tmp_path, content, zip_or_pickle):
+    weight = network()
+    (tmp_path / "weights").write_bytes(torch_bytes(content(weight), zip_or_pickle))
+    taken, _ = fit(read_weights(tmp_path / "weights").weights, shapes())
+    assert equal(taken, weight)
+
+
+def test_what_is_chosen_of_several_is_said(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(torch_bytes({"model": network(1), "model_ema": network(2)}))
+    assert read_weights(path).choice == "of model, not of model_ema"
+    path.write_bytes(torch_bytes({"model": network(1), "best": {"epoch": 3, "model": network(2)}}))  # as finetune saves
+    assert read_weights(path).choice == "of best.model, not of model" and equal(read_weights(path).weights, network(2))
+    path.write_bytes(torch_bytes(network(1)))
+    assert read_weights(path).choice == ""
+
+
+def test_what_stands_beside_an_encoder_is_not_taken_for_it(tmp_path):
+    weight = {name: tensor for name, tensor in network().items() if not is_decoder(name)}
+    beside = {"norm.weight": torch.zeros(16), "neck.weight": torch.ones(2), "neck.bias": torch.ones(2)}
+    (tmp_path / "weights").write_bytes(safetensors_bytes({f"m.{name}": tensor for name, tensor in weight.items()} | beside))
+    found = read_weights(tmp_path / "weights")
+    taken, line = fit(found.weights, shapes(), found.others)
+    assert equal(taken, weight) and line.endswith("; unused: norm, neck (2)")
+
+
+HELD = {
+    "a path": argparse.Namespace(output=pathlib.PurePosixPath("out"), data=pathlib.PureWindowsPath("in")),
+    "a real path": [pathlib.Path("out")],
+    "a number": np.float64(83.5),
+    "an array": {"classes": np.arange(3), "names": np.array(["a", "b"])},
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("zip_or_pickle", [True, False])
+def test_harmless_objects_may_stand_beside(tmp_path, held, zip_or_pickle):
+    (tmp_path / "weights").write_bytes(torch_bytes({"model": network(), "held": HELD[held]}, zip_or_pickle))
+    assert equal(read_weights(tmp_path / "weights").weights, network())
+
+
+class Settings:
+    """Of a program that is not here."""
+
+
+@pytest.mark.parametrize("zip_or_pickle", [True, False])
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        (lambda: {"model": network(), "settings": Settings()}, f"{__name__}.Settings"),
+        (lambda: {"model": network(), "args": argparse.Namespace(settings=Settings())}, f"{__name__}.Settings"),
+        (lambda: torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (lambda: {"model": network(), "harm": Harmful("x")}, f"{os.name}.mkdir"),
+        (lambda: {"model": network(), "harm": np.random.default_rng(0)}, "numpy.random"),
+    ],
+)
+def test_an_object_of_another_class_is_named(tmp_path, content, name, zip_or_pickle):
+    path = tmp_path / "weights"
+    path.write_bytes(torch_bytes(content(), zip_or_pickle))
+    with pytest.raises(UserError) as raised:
+        read_weights(path)
+    line = str(raised.value)
+    assert line.startswith(f"{path}: it holds an object of {name}") and line.endswith("torch.save(model.state_dict(), FILE)")
+    assert "damaged" not in line and "?" not in line
+
+
+def test_a_file_without_checksums_is_used(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        raw = torch_bytes({"model": network()})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    (tmp_path / "weights").write_bytes(raw)
+    assert not any(record.CRC for record in zipfile.ZipFile(tmp_path / "weights").infolist())
+    assert equal(read_weights(tmp_path / "weights").weights, network())
+
+
+UNNEEDED = {
+    "bool": torch.ones(4, dtype=torch.bool),
+    "complex": torch.ones(4, dtype=torch.complex64),
+    "unsigned": torch.ones(1, dtype=torch.uint16),
+}
+
+
+@pytest.mark.parametrize("kind", UNNEEDED)
+@pytest.mark.parametrize("write", [torch_bytes, safetensors_bytes])
+def test_a_tensor_that_is_not_needed_may_be_of_any_type(tmp_path, kind, write):
+    path = tmp_path / "weights"
+    path.write_bytes(write(network() | {"attn_mask": UNNEEDED[kind]}))
+    taken, line = fit(read_weights(path).weights, shapes())
+    assert equal(taken, network()) and line.endswith("unused: attn_mask")
+    path.write_bytes(write(network() | {"norm.bias": UNNEEDED[kind]}))
+    with pytest.raises(UserError, match=f"norm.bias is not of floating-point numbers but {UNNEEDED[kind].dtype}"):
+        fit(read_weights(path).weights, shapes())
+
+
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.ones(3, device="meta"), torch.ones(1).expand(10**12)])
+def test_nor_need_it_be_an_ordinary_one(tmp_path, odd):
+    (tmp_path / "weights").write_bytes(torch_bytes(network() | {"odd": odd}))
+    taken, line = fit(read_weights(tmp_path / "weights").weights, shapes())
+    assert equal(taken, network()) and line.endswith("unused: odd")
+
+
+def test_a_type_that_is_not_known_is_kept_out(tmp_path):
+    raw, path = safetensors_bytes(network() | {"mask_token": torch.ones(1, 1, 8), "scales": torch.ones(4)}), tmp_path / "file"
+    length = int.from_bytes(raw[:8], "little")
+    content = json.loads(raw[8 : 8 + length])
+    content["scales"]["dtype"] = "F8_E8M0"
+    path.write_bytes(header(content, raw[8 + length :]))
+    taken, line = fit(read_weights(path).weights, shapes())
+    assert equal(taken, network() | {"mask_token": torch.ones(1, 1, 8)}) and line.endswith("unused: scales")
+    content["norm.bias"]["dtype"] = "F4"
+    path.write_bytes(header(content, raw[8 + length :]))
+    with pytest.raises(UserError, match="norm.bias is not of floating-point numbers but of a type unknown here"):
+        fit(read_weights(path).weights, shapes())
+
+
+# -------------------------------------------------------------------------------------------------- numbers of heads
+
+
+def started(path, heads=2, decoder_heads=2, width=16):
+    """What starting_weights makes of a file, for an autoencoder of these heads."""
+    with torch.device("meta"):
+        modules = [mlo_mae.Encoder(16, 4, 3, width, 2, heads), mlo_mae.Decoder(16, 4, 3, width, 8, 1, decoder_heads)]
+    fresh = torch.zeros(sum(p.numel() for module in modules for p in module.parameters()))
+    return starting_weights(path, modules, fresh, {"heads": heads, "decoder_heads": decoder_heads})
+
+
+CALLS = {
+    "timm.models.VisionTransformer(img_size=16, depth=2, num_heads=4, num_classes=2)": {"heads": 4},
+    "MaskedAutoencoderViT(num_heads=4, decoder_embed_dim=8, decoder_num_heads=8)": {"heads": 4, "decoder_heads": 8},
+    "timm.create_model('vit_base_patch16_224', num_classes=2)": {"heads": 12},
+    "timm.create_model('vit_large_patch16_224', num_classes=2)": {"heads": 16},
+    "another(decoder_num_heads=2)": {"decoder_heads": 2},
+    "num_heads=" + "9" * 5000: {},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_heads_that_a_file_states_are_read(tmp_path, call):
+    (tmp_path / "pth").write_bytes(torch_bytes({"model": network(), "call": call}))
+    with open(tmp_path / "safetensors", "wb") as file:
+        write_safetensors(network(), file, {"call": call})
+    for kind in ("pth", "safetensors"):
+        assert read_weights(tmp_path / kind).heads == CALLS[call]
+
+
+@pytest.mark.parametrize("facts", [{"call": 7}, {"call": None}, {"config": {"heads": "2"}}, {"config": 3}, {}])
+def test_facts_of_another_kind_state_no_heads(tmp_path, facts):
+    (tmp_path / "file").write_bytes(torch_bytes({"model": network()} | facts))
+    assert read_weights(tmp_path / "file").heads == {}
+    for metadata in (facts, [], 3, None):
+        raw = safetensors_bytes(network())
+        content = json.loads(raw[8 : 8 + (length := int.from_bytes(raw[:8], "little"))]) | {"__metadata__": metadata}
+        (tmp_path / "file").write_bytes(header(content, raw[8 + length :]))
+        assert read_weights(tmp_path / "file").heads == {}
+
+
+def test_other_heads_than_the_files_end_in_one_line(tmp_path, capsys):
+    path = tmp_path / "weights"
+    path.write_bytes(torch_bytes({"model": network(), "config": {"heads": 2, "decoder_heads": 4}}))
+    with pytest.raises(UserError, match=r"weights: these weights fit --heads 2, not --heads 4: give --heads 2$"):
+        started(path, heads=4)
+    with pytest.raises(UserError, match=r"fit --width 16 --heads 2, not --width 32 --heads 4: give --width 16 --heads 2$"):
+        started(path, heads=4, width=32)
+    with pytest.raises(
+        UserError, match=r"weights: these weights fit --decoder-heads 4, not --decoder-heads 2: give --decoder"
+    ):
+        started(path)
+    assert started(path, decoder_heads=4).any() and "heads unknown" not in capsys.readouterr().err
+
+
+def test_heads_that_a_file_does_not_state_are_said_to_be_unknown(tmp_path, capsys):
+    (tmp_path / "weights").write_bytes(safetensors_bytes(network()))
+    started(tmp_path / "weights")
+    assert "; heads unknown, the file does not say: --heads 2 --decoder-heads 2 taken" in capsys.readouterr().err
+    encoder = {name: tensor for name, tensor in network().items() if not is_decoder(name)}
+    (tmp_path / "weights").write_bytes(safetensors_bytes(encoder))
+    started(tmp_path / "weights")
+    assert "; heads unknown, the file does not say: --heads 2 taken" in capsys.readouterr().err
+
+
+def test_a_file_of_another_network_is_named(tmp_path):
+    (tmp_path / "weights").write_bytes(safetensors_bytes(network(depth=1)))
+    with pytest.raises(UserError, match="weights: these weights fit --depth 1"):
+        started(tmp_path / "weights")
 
 
 # --------------------------------------------------------------------------------------------------------------- fuzz
@@ -402,8 +666,22 @@ def numbers(raw, rng):
     return header(bytes(text), raw[8 + length :])
 
 
+def nested(content):
+    """The weights under other keys and with a prefix, beside what training programs keep too."""
+    weights = {f"module.backbone.{name}": tensor for name, tensor in content["model"].items()}
+    beside = {"args": argparse.Namespace(output=pathlib.PurePosixPath("out")), "best": np.float64(0.5)}
+    return {"epoch": 3, "state": {"model_state_dict": weights | {"head.bias": torch.ones(2)}}} | beside
+
+
 FORMATS = {
     "zip": (torch_bytes, mutated),
+    "nested zip": (lambda content: torch_bytes(nested(content)), mutated),
+    "nested pickle": (lambda content: torch_bytes(nested(content)), inside("data.pkl")),
+    "nested legacy": (lambda content: torch_bytes(nested(content), zipped=False), mutated),
+    "prefixed safetensors header": (
+        lambda content: safetensors_bytes(nested(content)["state"]["model_state_dict"]),
+        in_header,
+    ),
     "pickle": (torch_bytes, inside("data.pkl")),
     "legacy": (lambda content: torch_bytes(content, zipped=False), mutated),
     "safetensors": (lambda content: safetensors_bytes(content["model"]), mutated),
@@ -423,7 +701,7 @@ def test_fuzz(tmp_path, kind):
         path.write_bytes(damage(whole, np.random.default_rng([number, *kind.encode()])))
         start = time.monotonic()
         try:
-            fit(read_weights(path), expected)
+            fit(read_weights(path).weights, expected)
             accepted += 1
         except UserError as error:
             assert str(error).isprintable()
@@ -432,6 +710,6 @@ def test_fuzz(tmp_path, kind):
             raise
         slowest = max(slowest, time.monotonic() - start)
     path.write_bytes(whole)
-    fit(read_weights(path), expected)  # it was the damage
+    fit(read_weights(path).weights, expected)  # it was the damage
     print(f"fuzz {kind}: {FUZZ} files, {accepted} accepted, {FUZZ - accepted} refused, 0 other, slowest {slowest:.2f} s")
     assert slowest < 20
