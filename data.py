@@ -15,6 +15,7 @@ batch b sees the batches that it would have seen, on any device and with any num
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,20 @@ from torch import Tensor
 
 from harness import UserError
 from harness.randomness import AUGMENT, DRAW, LIMIT, ORDER, SPLIT, WATCHED, numpy_generator
-from harness.readers import CIFAR, Decoder, Files, Key, Parts, check_room, list_images, read_cifar, read_npz
+from harness.readers import (
+    CIFAR,
+    Decoder,
+    Files,
+    Key,
+    Parts,
+    account,
+    check_room,
+    list_images,
+    read_cifar,
+    read_npz,
+    say,
+    say_levels,
+)
 
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # as the paper's code, for CIFAR-10 and -100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -412,6 +426,18 @@ def resized_objects(objects: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([resize(some) for some in np.array_split(objects, math.ceil(len(objects) / 1024))])
 
 
+def report(name: str, splits: Splits, left_out: Counter[str] | None = None) -> Splits:
+    """Say in one line what was found: how many images of how many classes each split has and, of folders, which files were
+    left out. Returns the splits."""
+    found = {part: getattr(splits, part).labels for part in ("train", "val", "test")}
+    if found["train"].ndim == 1:
+        counts = [f"{part} {len(labels)} images of {len(labels.unique())} classes" for part, labels in found.items()]
+    else:  # masks and boxes
+        counts = [f"{part} {len(labels)} images" for part, labels in found.items()] + [f"{len(splits.class_names)} classes"]
+    say(f"data {name}: {', '.join(counts)}" + (f"; {account(left_out)}" if left_out is not None else ""))
+    return splits
+
+
 def load(
     name: str | Path,
     data_dir: str | Path,
@@ -424,7 +450,7 @@ def load(
     workers: int = 0,
     device: Device = "cpu",
 ) -> Splits:
-    """The data set `name`, split.
+    """The data set `name`, split; what was found is said in a line on stderr.
 
     name          "shapes" or "shapes-stripes" (drawn here), "cifar10", "cifar100", a MedMNIST-style .npz, or a folder of
                   train/<class>/*.jpg ...
@@ -452,10 +478,10 @@ def load(
     elif name in CIFAR:
         parts, class_names = read_cifar(name, Path(data_dir))
     elif os.path.isdir(name):
-        files, class_names = list_folder(name, image_size or 224, limit, val_fraction, seed, skip_corrupt)
+        files, class_names, left_out = list_folder(name, image_size or 224, limit, val_fraction, seed, skip_corrupt)
         decoder = Decoder(files, workers)
         splits = (Folder(decoder, split, device) for split in ("train", "val", "test"))
-        return Splits(*splits, class_names, 3, files.size, IMAGENET_MEAN, IMAGENET_STD)
+        return report(name, Splits(*splits, class_names, 3, files.size, IMAGENET_MEAN, IMAGENET_STD), left_out)
     elif os.path.isfile(name):
         parts, class_names = read_npz(Path(name))
     else:
@@ -474,7 +500,7 @@ def load(
         }
     mean, std = (CIFAR_MEAN, CIFAR_STD) if name in CIFAR else channel_statistics(parts["train"][0])
     splits = (Images(*parts[s][:2], mean, std, *parts[s][2:], device=device) for s in ("train", "val", "test"))
-    return Splits(*splits, class_names, channels, size, mean, std)
+    return report(name, Splits(*splits, class_names, channels, size, mean, std))
 
 
 def split_parts(parts: Parts, kept: np.ndarray, val_fraction: float, seed: int) -> Parts:
@@ -488,17 +514,20 @@ def split_parts(parts: Parts, kept: np.ndarray, val_fraction: float, seed: int) 
 
 def list_folder(
     root: str, size: int, limit: int, val_fraction: float, seed: int, skip_corrupt: bool
-) -> tuple[Files, list[str]]:
-    """train/, val/ and test/ as they are, and their class names; without test/, val/ is the test split and val is held out
-    of train/."""
+) -> tuple[Files, list[str], Counter[str]]:
+    """train/, val/ and test/ as they are, their class names, and how many files were left out, for each reason; without
+    test/, val/ is the test split and val is held out of train/."""
     has = {part: os.path.isdir(os.path.join(root, part)) for part in ("train", "val", "test")}
     if not has["train"] or not (has["val"] or has["test"]):
         raise UserError(f"{root}: expected train/<class>/*.jpg and val/<class>/*.jpg (or test/) in it")
-    class_names, *pool = list_images(root, "train")
+    class_names, *pool, left_out = list_images(root, "train")
     kept = choose(pool[1], limit, seed, "train/")
-    listed = {"train": pool, "test": list_images(root, "test" if has["test"] else "val", class_names)[1:]}
-    if has["test"] and has["val"]:
-        listed["val"] = list_images(root, "val", class_names)[1:]
+    listed = {"train": pool}
+    own = ("test", "val") if has["test"] and has["val"] else ("test",)
+    for part in own:
+        _, *listed[part], more = list_images(root, part if has[part] else "val", class_names)
+        left_out += more
+    say_levels(root, itertools.chain.from_iterable(paths for paths, _ in listed.values()))
     listed = split_parts(listed, kept, val_fraction, seed)
     paths, labels = ({split: pair[i] for split, pair in listed.items()} for i in (0, 1))
-    return Files(root, size, skip_corrupt, paths, labels), class_names
+    return Files(root, size, skip_corrupt, paths, labels), class_names, left_out

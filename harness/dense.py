@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +23,22 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DRAWN, IMAGENET_MEAN, IMAGENET_STD, MAX_SIZE, Device, Images, Splits, choose, load, moved, split_parts
+from data import DRAWN, IMAGENET_MEAN, IMAGENET_STD, MAX_SIZE, Device, Images, Splits, choose, load, moved, report, split_parts
 from harness import UserError
-from harness.readers import FORMATS, MAX_CLASSES, MAX_RESIDENT, SUFFIXES, Parts, blaming, check_room, decode, read_file
+from harness.readers import (
+    FORMATS,
+    MAX_CLASSES,
+    MAX_RESIDENT,
+    SUFFIXES,
+    Parts,
+    account,
+    blaming,
+    check_room,
+    decode,
+    read_file,
+    say_levels,
+    why_left_out,
+)
 
 IGNORED = 255  # in a mask: no class, neither taught nor counted
 MAX_JSON = 2**30  # bytes of a file of boxes (COCO's largest has 470 MB)
@@ -105,32 +119,36 @@ def read_all(
     return result
 
 
-def masked_folder(root: Path, size: int, ignored: int) -> tuple[Parts, list[str]]:
+def masked_folder(root: Path, size: int, ignored: int) -> tuple[Parts, list[str], Counter[str]]:
     """{"train": (images, masks), "test", and "val" where there are three}, class names, of images/<split>/*.jpg and
-    masks/<split>/*.png of the same names (as ADE20K has them: annotations/).
+    masks/<split>/*.png of the same names (as ADE20K has them: annotations/); and how many files were left out, for each
+    reason.
 
     Values of the masks are classes, but for IGNORED and `ignored`. Raises UserError."""
 
     def folder_of(tops: tuple[str, ...], names: tuple[str, ...]) -> Path | None:
         return next((root / top / name for top in tops for name in names if (root / top / name).is_dir()), None)
 
-    parts = {}
+    parts, left_out = {}, Counter()
     for part, names in SPLIT_NAMES.items():
         image_folder, mask_folder = folder_of(("images",), names), folder_of(("masks", "annotations"), names)
         if image_folder is None or mask_folder is None:
             continue
         with blaming(image_folder, "make it readable"):
             there = sorted(image_folder.iterdir())
-        images = [path for path in there if path.name.lower().endswith(SUFFIXES) and path.name[0] != "."]
+        images = [path for path in there if not why_left_out(path.name)]
+        left_out.update(filter(None, (why_left_out(path.name) for path in there)))
         masks = [mask_folder / f"{path.stem}.png" for path in images]
+        left_out["masks without an image"] += len(set(mask_folder.glob("*.png")) - set(masks))
         if not images:
-            raise UserError(f"{image_folder}: no images ({' '.join(SUFFIXES)}) in it")
+            raise UserError(f"{image_folder}: no images ({' '.join(SUFFIXES)}) in it; {account(left_out)}")
         parts[part] = (
             read_all(squashed, images, size, (3, size, size), f"{root}, {part}"),
             read_all(read_mask, list(zip(masks, images)), size, (size, size), f"masks, {part}"),
         )
+        say_levels(image_folder, map(os.fsencode, images))
     parts = with_test(root, parts, "images/train/*.jpg and masks/train/*.png, and the same in val/ or test/")
-    return number_classes(root, parts, ignored)
+    return *number_classes(root, parts, ignored), left_out
 
 
 def number_classes(root: Path, parts: Parts, ignored: int) -> tuple[Parts, list[str]]:
@@ -159,12 +177,13 @@ def with_test(root: Path, parts: Parts, expected: str) -> Parts:
 # ------------------------------------------------------------------------------------------------------------- boxes
 
 
-def coco_folder(root: Path, size: int) -> tuple[Parts, list[str]]:
+def coco_folder(root: Path, size: int) -> tuple[Parts, list[str], Counter[str]]:
     """{"train": (images, boxes), "test", and "val" where there are three}, class names, of annotations/instances_<name>.json
-    and the images in <name>/, where <name> begins with train, val or test (as COCO has them).
+    and the images in <name>/, where <name> begins with train, val or test (as COCO has them); and how many files were left
+    out, for each reason.
 
     Crowds are left out. Raises UserError."""
-    parts, names = {}, {}
+    parts, names, left_out = {}, {}, Counter()
     for part in SPLIT_NAMES:
         files = sorted((root / "annotations").glob(f"instances_{part}*.json"))
         if not files:
@@ -180,10 +199,13 @@ def coco_folder(root: Path, size: int) -> tuple[Parts, list[str]]:
             read_all(squashed, [folder / image for image in images], size, (3, size, size), f"{root}, {part}"),
             labels,
         )
+        listed = {Path(image).parts[0] for image in images}
+        left_out[f"that {files[0].name} does not list"] = sum(name not in listed for name in os.listdir(folder))
+        say_levels(folder, map(os.fsencode, images))
     parts = with_test(
         root, parts, "annotations/instances_train*.json, instances_val*.json and the images in train*/ and val*/"
     )
-    return parts, list(names.values())
+    return parts, list(names.values()), left_out
 
 
 def coco_names(content: dict) -> dict[int | str, str]:
@@ -264,8 +286,8 @@ def load_dense(
     if not os.path.isdir(name):
         raise UserError(f"--data {name}: neither shapes nor a folder of images with {kind}, nor an .npz file with objects")
     size, root = image_size or 224, Path(name)
-    parts, names = masked_folder(root, size, ignored) if kind == "masks" else coco_folder(root, size)
+    parts, names, left_out = masked_folder(root, size, ignored) if kind == "masks" else coco_folder(root, size)
     kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)
     parts = split_parts(parts, kept, val_fraction, seed)
     splits = (split_class(*parts[s], IMAGENET_MEAN, IMAGENET_STD, device=device) for s in ("train", "val", "test"))
-    return Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD)
+    return report(name, Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD), left_out)

@@ -12,25 +12,27 @@ import os
 import pickletools
 import shutil
 import signal
+import sys
 import tarfile
 import tempfile
 import urllib.request
 import warnings
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 from tqdm import tqdm
 
-from harness import UserError
-from harness.processes import after_parent
+from harness import UserError, printable
+from harness.processes import after_parent, rank
 from harness.randomness import numpy_generator
 
 MAX_FILE = 2**28  # bytes of one CIFAR file (the largest has 155 MB)
@@ -64,6 +66,13 @@ def read_file(path: Path, most: int) -> bytes:
     return raw
 
 
+@cache
+def say(line: str) -> None:
+    """One line about the data on stderr: from the first process alone, and once however often the data is loaded."""
+    if rank() == 0:
+        print(printable(line), file=sys.stderr)
+
+
 def check_room(size: int, name: str) -> None:
     """Raise UserError where so many bytes of images are too many to keep in memory."""
     if size > MAX_RESIDENT:
@@ -72,7 +81,9 @@ def check_room(size: int, name: str) -> None:
 
 # ------------------------------------------------------------------------------------------------------ image files
 
-FORMATS = {"JPEG": ".jpg .jpeg", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif", "PPM": ".ppm .pgm"}
+FORMATS = {"JPEG": ".jpg .jpeg .jpe .jfif", "PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "GIF": ".gif"}
+FORMATS |= {"PPM": ".ppm .pgm .pbm .pnm", "TIFF": ".tif .tiff"}
+FORMATS |= {"AVIF": ".avif"} if "avif" in features.get_supported_modules() else {}
 SUFFIXES = tuple(" ".join(FORMATS.values()).split())
 
 
@@ -122,42 +133,134 @@ def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | No
 # --------------------------------------------------------------------------------------- folders, and their decoding
 
 
-def list_images(root: str, part: str, class_names: list[str] | None = None) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """The images in root/part/<class>/ at any depth: class names, paths relative to root [N] bytes, labels [N] int64.
+HOUSEKEEPING = {"__macosx", "__pycache__", "@eadir", "@recycle", "@tmp", "#recycle", "$recycle.bin", "lost+found"}
+HOUSEKEEPING |= {"system volume information"}
 
-    Links to folders inside a class are not followed (they may go round in circles). Raises UserError where there are no
-    images, fewer than two classes, or a class beside `class_names`, if those are given.
+
+def is_housekeeping(folder: str) -> bool:
+    """Whether a folder of this name is what systems and editors keep for themselves, copies of images included."""
+    return folder[0] == "." or folder.lower() in HOUSEKEEPING
+
+
+def why_left_out(name: str) -> str:
+    """Why a file of this name is no image of a data set, as `account` says it; "" where it is one."""
+    suffix = os.path.splitext(name)[1].lower()
+    if name[0] == ".":
+        return "with a dot in front"
+    return "" if suffix in SUFFIXES else f"*{suffix}" if suffix else "without a suffix"
+
+
+def account(left_out: Counter[str]) -> str:
+    """How many files were left out, and why, in words; the most frequent reasons first."""
+    reasons, count = (+left_out).most_common(), left_out.total()
+    words = [f"{number} {reason}" for reason, number in reasons[:8]]
+    if reasons[8:]:
+        words.append(f"{sum(number for _, number in reasons[8:])} for other reasons")
+    return f"{count} file{'s' * (count != 1)} left out: {', '.join(words)}" if count else "no files left out"
+
+
+def list_images(
+    root: str, part: str, class_names: list[str] | None = None
+) -> tuple[list[str], np.ndarray, np.ndarray, Counter[str]]:
+    """The images in root/part/<class>/ at any depth: class names, paths relative to root [N] bytes, labels [N] int64; and
+    how many files were left out, for each reason.
+
+    Folders of housekeeping are left out. Links to folders inside a class are not followed (they may go round in circles).
+    Raises UserError where there are no images, fewer than two classes, or a class beside `class_names`, if those are given.
     """
+    here, left_out = os.path.join(root, part), Counter()
 
     def entries(folder: str) -> list[os.DirEntry]:
         return sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
 
-    with blaming(os.path.join(root, part), "make it readable"):
-        names = [entry.name for entry in entries(part) if entry.is_dir() and entry.name[0] != "."]
+    def leave_out(entry: os.DirEntry) -> None:  # a folder of housekeeping
+        left_out[f"in {entry.name}/"] += sum(len(files) for *_, files in os.walk(entry.path))
+
+    with blaming(here, "make it readable"):
+        names, paths, labels = [], [], []
+        for entry in entries(part):
+            if not entry.is_dir():
+                left_out[why_left_out(entry.name) or "beside the class folders"] += 1
+            elif is_housekeeping(entry.name):
+                leave_out(entry)
+            else:
+                names.append(entry.name)
         if class_names is None and not 2 <= len(names) <= MAX_CLASSES:
             found = f"{len(names)} class folders; images are expected in {part}/<class>/, for 2 to {MAX_CLASSES} classes"
-            raise UserError(f"{os.path.join(root, part)}: {found}")
+            raise UserError(f"{here}: {found} ({account(left_out)})")
         class_names = class_names or names
         label_of = {name: label for label, name in enumerate(class_names)}
-        paths, labels = [], []
+        if strange := [name for name in names if name not in label_of]:
+            found = f"{len(strange)} of {len(names)} folders have names that train/ does not have ({first_of(strange)})"
+            expected = f"images are expected in {part}/<class>/, by train/'s names ({first_of(class_names)})"
+            raise UserError(f"{here}: {found}; {expected}")
         for name in names:
-            before, todo = len(paths), [os.path.join(part, name)]
-            if name not in label_of:
-                raise UserError(f"{os.path.join(root, part, name)}: a class that train/ does not have; remove it")
+            before, todo, left_before = len(paths), [os.path.join(part, name)], left_out.copy()
             while todo:
                 folder = todo.pop()
                 for entry in entries(folder):
                     if entry.is_dir(follow_symlinks=False):
-                        todo.append(os.path.join(folder, entry.name))
-                    elif entry.name.lower().endswith(SUFFIXES) and entry.name[0] != "." and entry.is_file():
+                        if is_housekeeping(entry.name):
+                            leave_out(entry)
+                        else:
+                            todo.append(os.path.join(folder, entry.name))
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        left_out["behind links to folders"] += 1
+                    elif reason := why_left_out(entry.name):
+                        left_out[reason] += 1
+                    elif entry.is_file():
                         paths.append(os.fsencode(os.path.join(folder, entry.name)))
+                    else:
+                        left_out["that are pipes or broken links"] += 1
             if len(paths) == before:
-                empty = f"a class without images ({' '.join(SUFFIXES)}); add some, or remove the folder"
-                raise UserError(f"{os.path.join(root, part, name)}: {empty}")
+                empty = f"a class folder without images ({' '.join(SUFFIXES)}; {account(left_out - left_before)})"
+                raise UserError(f"{os.path.join(here, name)}: {empty}; add some, or move the folder out of {part}/")
             labels += [label_of[name]] * (len(paths) - before)
     if not paths:
-        raise UserError(f"{os.path.join(root, part)}: no images; they are expected in {part}/<class>/")
-    return class_names, np.array(paths), np.array(labels, np.int64)
+        raise UserError(f"{here}: no class folders; images are expected in {part}/<class>/ ({account(left_out)})")
+    return class_names, np.array(paths), np.array(labels, np.int64), left_out
+
+
+def first_of(names: list[str]) -> str:
+    """The first three names."""
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
+
+
+LOOKED_AT = 64  # images whose values are looked at
+FEW_LEVELS = 64  # of 256: so few are worth a line
+
+
+def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
+    """Say in a line where images of more than 8 bits a value leave few of the 256 levels that `decode` makes of them: a file
+    tells what its values could be, not what they are. Some of those PNGs and TIFFs are looked at; paths are relative to root.
+    """
+    deep = [path for path in paths if path.lower().endswith((b".png", b".tif", b".tiff"))]
+    found = []  # of each image: levels, highest and lowest value, and the value that is taken for white
+    for number in np.linspace(0, len(deep) - 1, min(LOOKED_AT, len(deep))).astype(int):
+        with warnings.catch_warnings(), suppress(Exception):  # what cannot be decoded is told where it is needed
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(os.path.join(root, os.fsdecode(deep[number])), formats=list(FORMATS)) as image:
+                white, sixteen = 255 if image.mode == "F" else 65535, ";16" in str(image.tile)
+                if image.mode[0] in "IF":
+                    pixels = np.asarray(image).astype(np.float64)
+                    low, high = pixels.min(), pixels.max()
+                elif sixteen:  # of 16 bits a colour PIL keeps the higher 8
+                    pixels = np.asarray(image.convert("RGB"))
+                    low, high = 256 * int(pixels.min()), 256 * int(pixels.max()) + 255
+                else:
+                    continue
+            found.append((int(np.clip(high, 0, white) * 256 // (white + 1)) + 1, high, low, white))
+    if found:
+        levels, high, low, white = max(found)
+        low = min(some[2] for some in found)
+        outside = low < 0 or high > white
+        if levels <= FEW_LEVELS or outside:
+            about = (
+                f"{len(found)} images of more than 8 bits have values from {low:g} to {high:g}, and {white} is taken for white"
+            )
+            left = f"at most {levels} of 256 levels are left{', and what lies outside is cut off' if outside else ''}"
+            say(f"data {root}: {about}: {left}; if that is wrong, write them again with values from 0 to {white}")
 
 
 class Files(NamedTuple):
@@ -193,7 +296,7 @@ class Files(NamedTuple):
             except Exception as error:
                 if not self.skip_corrupt:
                     reason = f"not a readable image ({type(error).__name__}: {str(error)[:200]})"
-                    remedy = "delete it, or pass --skip-corrupt to use the next image in its place"
+                    remedy = "put a readable one there, or pass --skip-corrupt to use the next image in its place"
                     raise UserError(f"{path}: {reason}; {remedy}") from None
         raise UserError(f"{self.root}: none of the {count} images of the {split} split can be decoded")
 
@@ -322,7 +425,7 @@ def unpickle(raw: bytes) -> object:
             case "GLOBAL" | "STACK_GLOBAL":
                 name = value.replace(" ", ".") if value else str.join(".", [stack.pop(), stack.pop()][::-1])
                 if name not in ARRAY_PARTS:
-                    raise UserError(f"refused: the file asks to run {name}; delete it, and fetch the data from its source")
+                    raise UserError(f"refused: the file asks to run {name}; fetch the data from its source")
                 stack.append(Stub(name))
             case "REDUCE":
                 args, function = stack.pop(), stack.pop()
@@ -467,7 +570,7 @@ def cifar_file(path: Path, layout: Layout, classes: int) -> tuple[np.ndarray, np
 
 def cifar_names(path: Path, layout: Layout, classes: int) -> list[str]:
     """The class names; numbers where the file is absent. Raises UserError."""
-    with blaming(path, "delete it"):
+    with blaming(path, f"put the one from {URL}{layout.archive} in its place"):
         if not path.exists():
             return [str(i) for i in range(classes)]
         raw = read_file(path, MAX_FILE)
@@ -511,7 +614,7 @@ def unpack(archive: Path, layout: Layout) -> None:
     """Unpack the files that are expected, and no others, into archive's folder / layout.folder: all of them or none.
 
     Raises UserError."""
-    with blaming(archive, "delete it so that it is downloaded again"):
+    with blaming(archive, f"put the one from {URL}{layout.archive} in its place, or move it away so that it is downloaded"):
         raw = read_file(archive, MAX_FILE)
         md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         if md5 != layout.md5:
@@ -537,7 +640,8 @@ def unpack(archive: Path, layout: Layout) -> None:
 
 def read_npz(path: Path) -> tuple[Parts, list[str]]:
     """{"train": (images [N, C, H, W] uint8, labels [N] int64), "val" where it is there, "test"}, class names. Where the
-    file says where objects are, each part has that as well, [N, H, W] bool.
+    file says where objects are, each part has that as well, [N, H, W] bool. Classes are the numbers that occur in
+    train_labels, in order; these numbers are their names.
 
     Raises UserError."""
     with blaming(path, "make the file again (train_images, train_labels, val_..., test_... as MedMNIST has them)"):
@@ -556,15 +660,24 @@ def read_npz(path: Path) -> tuple[Parts, list[str]]:
                 raise UserError(f"objects of {', '.join(known)}, but images of {', '.join(parts)}; give both, or no objects")
             for part in known:
                 parts[part] += (npz_objects(part, npz_array(archive, f"{part}_objects"), parts[part][0]),)
-        shape, classes = parts["train"][0].shape, int(parts["train"][1].max()) + 1
-        if not 2 <= classes <= min(MAX_CLASSES, shape[0]):
-            raise UserError(f"train_labels go up to {classes - 1} for {shape[0]} images; number the classes 0, 1, 2...")
-        for part, (images, labels, *_) in parts.items():
+        shape, values = parts["train"][0].shape, np.unique(parts["train"][1])
+        if not 2 <= len(values) <= MAX_CLASSES:
+            found = f"{len(values)} class{'es' * (len(values) > 1)} ({first_of(list(map(str, values)))})"
+            raise UserError(f"train_labels show {found}; 2 to {MAX_CLASSES} are expected")
+        for part, (images, labels, *objects) in parts.items():
             if images.shape[1:] != shape[1:]:
                 raise UserError(f"{part}_images are {list(images.shape[1:])}, train_images {list(shape[1:])}; make them alike")
-            if labels.max() >= classes:
-                raise UserError(f"{part}_labels has class {labels.max()}, train_labels only 0 to {classes - 1}")
-        return parts, [str(i) for i in range(classes)]
+            if len(strange := np.setdiff1d(labels, values)):
+                found, known = (first_of(list(map(str, some))) for some in (strange, values))
+                count = np.isin(labels, strange).sum()
+                problem = f"{part}_labels has class {found} ({count} images), which train_labels does not have ({known})"
+                raise UserError(f"{problem}; number the classes alike, or leave these images out")
+            parts[part] = images, np.searchsorted(values, labels), *objects
+        highest = int(parts["train"][0].max())
+        if highest < FEW_LEVELS:
+            levels = f"and 255 is taken for white: at most {highest + 1} of 256 levels are left"
+            say(f"data {path}: train_images go up to {highest}, {levels}; if that is wrong, scale them to 255")
+        return parts, list(map(str, values))
 
 
 def npz_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -589,7 +702,8 @@ def npz_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def npz_part(part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Check [N, H, W] or [N, H, W, C] uint8 and [N] or [N, 1] integers; -> [N, C, H, W], [N] int64. Raises UserError."""
     if images.dtype != np.uint8:
-        raise UserError(f"{part}_images are {images.dtype}; save them as uint8, 0 to 255")
+        found = f", from {images.min():g} to {images.max():g}" if images.dtype.kind in "fiu" else ""
+        raise UserError(f"{part}_images are {images.dtype}{found}; scale them to 0 to 255, and save them as uint8")
     if images.ndim == 3:
         images = images[..., None]
     if images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1] != images.shape[2]:
@@ -600,7 +714,7 @@ def npz_part(part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
         raise UserError(f"{part}_labels are {list(labels.shape)}: several for an image, but the head here chooses one class")
     if labels.shape not in ((len(images),), (len(images), 1)):
         raise UserError(f"{part}: {len(images)} images, but labels {list(labels.shape)}")
-    if labels.min() < 0 or labels.max() >= MAX_CLASSES:
+    if labels.min() < 0 or labels.max() > np.iinfo(np.int64).max:
         raise UserError(f"{part}_labels go from {labels.min()} to {labels.max()}; number the classes 0, 1, 2...")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), labels.reshape(-1).astype(np.int64)
 

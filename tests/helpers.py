@@ -155,6 +155,11 @@ def data_refused(*words: object, name: str | Path, data_dir: str | Path = "nowhe
     return message
 
 
+def said(capsys: pytest.CaptureFixture) -> list[str]:
+    """The lines about data on stderr since this was last asked."""
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("data ")]
+
+
 def equal(a: data.Batch, b: data.Batch) -> bool:
     return torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
 
@@ -356,12 +361,13 @@ def same(first: dict[object, Tensor], second: dict[object, Tensor]) -> bool:
 
 
 def refused(argv: list[object], capsys: pytest.CaptureFixture, *words: object) -> str:
-    """The command ends with status 2 and one line on stderr, beside the progress bar, that holds `words`; that line."""
+    """The command ends with status 2 and one line on stderr, beside the progress bar and what was found, that holds
+    `words`; that line."""
     capsys.readouterr()
     status = mlo_mae.main([str(argument) for argument in argv])
     printed = capsys.readouterr().err.splitlines()
-    bar = re.compile("(update|step)/s|s/(update|step)")
-    lines = [line for line in printed if line and ("mlo_mae:" in line or not bar.search(line))]
+    beside = re.compile("(update|step)/s|s/(update|step)|^data ")  # the bar, and what was found
+    lines = [line for line in printed if line and ("mlo_mae:" in line or not beside.search(line))]
     assert status == 2
     assert len(lines) == 1 and lines[0].startswith("mlo_mae: "), lines
     for word in words:

@@ -89,7 +89,9 @@ def test_hypergradient_of_the_default_run(capsys):
 def test_t_learns_from_the_first_and_the_head_is_a_warm_one():
     cfg = mlo_mae.Config(**NANO)
     net, (theta, psi, head, _, steps) = bench.problem(cfg, PIXELS, CPU, warm=3)
-    assert cfg.mask_start > 0 and mlo_mae.learns_at(net.cfg, 0, 1000, 0) and mlo_mae.weighed_by(net.cfg, 0.0) and len(steps) == 2
+    assert (
+        cfg.mask_start > 0 and mlo_mae.learns_at(net.cfg, 0, 1000, 0) and mlo_mae.weighed_by(net.cfg, 0.0) and len(steps) == 2
+    )
     assert psi.any() and not mlo_mae.build(cfg, PIXELS, 3, 10)[1][2].any()  # its weights start at 0
     shares = head.params.view(net.head.moments.shape)[0, cfg.width :]  # of the classes, in three batches
     assert head.t == 3 and shares.sum() == pytest.approx(1)

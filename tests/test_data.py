@@ -6,7 +6,7 @@ import multiprocessing
 import numpy as np
 import pytest
 import torch
-from helpers import consume, data_refused, equal, picture, take, write_folder, write_npz
+from helpers import consume, data_refused, equal, picture, said, take, write_folder, write_npz
 from PIL import Image
 
 import data
@@ -270,6 +270,39 @@ def test_npz_constant_channel(tmp_path):
     consume(data.load(write_npz(tmp_path / "a.npz", train_images=images), "."))
 
 
+def test_what_was_found_is_said_once_and_by_the_first_process(tmp_path, capsys, monkeypatch):
+    folder, npz = write_folder(tmp_path / "a"), write_npz(tmp_path / "a.npz", parts=("train", "test"))
+    for _ in range(2):
+        splits = [data.load(folder, ".", image_size=16), data.load(npz, "."), data.load("shapes", ".", image_size=8, limit=50)]
+    kept = [f"{split} {len(getattr(splits[0], split))}" for split in ("train", "val", "test")]
+    assert kept == ["train 8", "val 2", "test 6"]
+    expected = [f"data {folder}: train 8 images of 2 classes, val 2 images of CLASSES, test 6 images of 2 classes"]
+    expected += [f"data {npz}: train 10 images of 3 classes, val 2 images of CLASSES, test 12 images of 3 classes"]
+    expected += ["data shapes: train 40 images of 8 classes, val 10 images of CLASSES, test 2000 images of 8 classes"]
+    for i, some in enumerate(splits):
+        expected[i] = expected[i].replace("CLASSES", f"{len(some.val.labels.unique())} classes")
+    expected[0] += "; no files left out"
+    assert said(capsys) == expected
+    monkeypatch.setattr("harness.readers.rank", lambda: 1)
+    data.load(folder, ".", image_size=16, limit=6)
+    assert not said(capsys)
+
+
+def test_classes_of_an_npz_are_the_numbers_that_occur(tmp_path, capsys):
+    """And not all numbers up to the largest."""
+    for values in ([0, 255], [1, 2, 3, 4], [7, 10**6, 2**63 - 1]):
+        labels = np.array(values)[np.arange(12) % len(values)]
+        few = {
+            "test_labels": labels[labels != values[0]],
+            "test_images": np.ones((12, 8, 8, 3), np.uint8)[labels != values[0]],
+        }
+        splits = consume(data.load(write_npz(tmp_path / "a.npz", train_labels=labels, val_labels=labels, **few), "."))
+        assert splits.class_names == [str(value) for value in values]
+        assert np.array_equal(np.array(values)[splits.train.labels], labels)
+        assert np.array_equal(np.array(values)[splits.test.labels], few["test_labels"])  # one of them does not occur there
+        assert f"test {len(few['test_labels'])} images of {len(values) - 1} classes" in said(capsys)[-1]
+
+
 # -------------------------------------------------------------------------------------------------------------- folders
 
 
@@ -285,7 +318,9 @@ def test_folder(tmp_path):
     assert (len(splits.train), len(splits.val), len(splits.test), splits.image_size) == (8, 2, 8, 224)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm"])
+@pytest.mark.parametrize(
+    "suffix", [".jpg", ".jpe", ".jfif", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff"]
+)
 def test_folder_formats_and_evaluation_crop(tmp_path, suffix):
     root = write_folder(tmp_path, (("train", 2), ("val", 1)), suffix=suffix, size=(300, 200))
     images = next(data.load(root, ".", image_size=28).test.ordered(2)).images

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FUZZ, coco_content, memory_is_bounded, mutated, write_coco, write_masked
+from helpers import FUZZ, coco_content, memory_is_bounded, mutated, said, write_coco, write_masked
 from PIL import Image
 
 import data
@@ -199,6 +199,19 @@ def test_folders_of_boxes_that_cannot_be_used(tmp_path):
     (root / "annotations" / "instances_train.json").write_text("{}")
     with pytest.raises(UserError, match="leave one of them"):
         load_dense(root, "boxes", image_size=16)
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    masked, coco = write_masked(tmp_path / "a"), write_coco(tmp_path / "b")
+    for stray in ("images/train/.DS_Store", "images/val/notes.txt", "masks/train/99.png"):
+        (masked / stray).write_bytes(b"")
+    (coco / "train2017" / "99.jpg").write_bytes(b"")
+    splits = load_dense(masked, "masks", image_size=16), load_dense(coco, "boxes", image_size=16)
+    first, second = said(capsys)
+    left_out = "3 files left out: 1 with a dot in front, 1 masks without an image, 1 *.txt"
+    assert first == f"data {masked}: train 5 images, val 1 images, test 3 images, 3 classes; {left_out}"
+    counts = f"train {len(splits[1].train)} images, val {len(splits[1].val)} images, test 4 images, 2 classes"
+    assert second == f"data {coco}: {counts}; 1 file left out: 1 that instances_train2017.json does not list"
 
 
 @pytest.mark.slow

@@ -9,17 +9,20 @@ import multiprocessing
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import zipfile
+import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import FUZZ, consume, data_refused, equal, memory_is_bounded, mutated, picture, write_folder, write_npz
+from helpers import FUZZ, consume, data_refused, equal, memory_is_bounded, mutated, picture, said, write_folder, write_npz
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -155,7 +158,7 @@ def test_cifar_bad_files(tmp_path, name, layout):
             data_refused(broken(layout.test, pickle.dumps(good | change, protocol=2)), name=name, data_dir=tmp_path)
     elif name == "cifar10":
         data_refused("largest 10", broken(layout.test, bytes([10]) + whole[1:]), name=name, data_dir=tmp_path)
-    data_refused(broken(layout.meta, b"\x80\x02]q\x01."), "delete", name=name, data_dir=tmp_path)
+    data_refused(broken(layout.meta, b"\x80\x02]q\x01."), "put the one from", name=name, data_dir=tmp_path)
     broken(layout.meta, None)
     consume(data.load(name, tmp_path))
 
@@ -273,7 +276,7 @@ def test_wrong_checksums(tmp_path, monkeypatch):
     monkeypatch.setitem(readers.CIFAR, "cifar100", [layout._replace(md5="0" * 32)])
     message = data_refused("md5", layout.md5, "0" * 32, name="cifar100", data_dir=tmp_path / "new")  # downloaded
     assert "could not download" in message and not list((tmp_path / "new").iterdir())
-    message = data_refused("md5", archive, "delete", name="cifar100", data_dir=archive.parent)  # found
+    message = data_refused("md5", archive, "move it away", name="cifar100", data_dir=archive.parent)  # found
     assert [p.name for p in archive.parent.iterdir()] == [layout.archive]
 
 
@@ -375,7 +378,8 @@ def test_npz_refusals(tmp_path):
         (["no train_images"], {"train_images": None, "train_labels": None}),
         (["train_labels", "Python objects"], {"train_labels": objects}),
         (["train_images", "Python objects"], {"train_images": objects}),
-        (["float32", "uint8"], {"train_images": images.astype(np.float32)}),
+        (["float32, from 0 to 0.5", "uint8"], {"train_images": np.linspace(0, 0.5, 768, dtype=np.float32).reshape(12, 8, 8)}),
+        (["uint16, from 0 to 0", "uint8"], {"train_images": images.astype(np.uint16)}),
         (["int16", "uint8"], {"val_images": images.astype(np.int16)}),
         (["square"], {"train_images": images[:, :7]}),
         (["square"], {"train_images": np.zeros((12, 8, 8, 4), np.uint8)}),
@@ -387,11 +391,12 @@ def test_npz_refusals(tmp_path):
         (["float64"], {"train_labels": np.zeros(12)}),
         (["12 images", "[11]"], {"train_labels": np.arange(11)}),
         (["-1"], {"train_labels": -np.ones(12, int)}),
-        (["1000000"], {"train_labels": np.arange(12) * 0 + 10**6}),
+        (["1 class (1000000)"], {"train_labels": np.arange(12) * 0 + 10**6}),
         (["18446744073709551615"], {"train_labels": np.full(12, 2**64 - 1, np.uint64)}),
-        (["up to 12"], {"train_labels": np.arange(12) + 1}),
-        (["up to 0"], {"train_labels": np.zeros(12, int)}),
-        (["val_labels has class 3"], {"val_labels": np.arange(12) % 4}),
+        (["val_labels has class 0 (4 images)", "(1, 2, 3, ...)"], {"train_labels": np.arange(12) + 1}),
+        (["1 class (0)"], {"train_labels": np.zeros(12, int)}),
+        (["val_labels has class 3 (3 images)", "(0, 1, 2)"], {"val_labels": np.arange(12) % 4}),
+        (["test_labels has class 1 (4 images)", "(0, 2)"], {"train_labels": np.arange(12) % 2 * 2, "val_labels": [0, 2] * 6}),
         (["shape"], {"train_images": images[:0]}),
         (["objects of train, but images of train, val, test"], {"train_objects": images}),
         (["objects of train, test, but"], {"train_objects": images, "test_objects": images}),
@@ -486,6 +491,81 @@ def test_odd_images(tmp_path):
         assert abs(mean - grey.mean() / 65535) < 0.05
 
 
+def ramp(top, dtype=np.uint16):
+    """[16, 16] from 0 to `top`."""
+    return np.linspace(0, top, 256).reshape(16, 16).astype(dtype)
+
+
+@pytest.mark.parametrize(
+    "suffix, pixels, words",
+    [
+        (".png", ramp(255), ["from 0 to 255, and 65535 is taken for white: at most 1 of 256 levels"]),
+        (".png", ramp(4095), ["4 images", "from 0 to 4095, and 65535", "at most 16 of 256 levels are left;"]),
+        (".tif", ramp(4095), ["from 0 to 4095", "at most 16 of 256"]),
+        (".tiff", ramp(1, np.float32), ["from 0 to 1, and 255 is taken for white", "at most 2 of 256 levels are left;"]),
+        (".tif", ramp(300, np.float32), ["from 0 to 300, and 255", "what lies outside is cut off"]),
+        (".tif", ramp(10**6, np.int32), ["from 0 to 1e+06, and 65535", "what lies outside is cut off"]),
+        (".png", ramp(65535), []),
+        (".tif", ramp(255, np.float32), []),
+        (".png", ramp(9, np.uint8), []),  # of 8 bits: nothing is divided
+    ],
+)
+def test_a_line_says_where_few_levels_are_left(tmp_path, capsys, suffix, pixels, words):
+    """The file says what its values could be, not what they are."""
+    for name in ("train/cat/0", "train/dog/0", "val/cat/0", "val/dog/0"):
+        path = (tmp_path / name).with_suffix(suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    splits = data.load(tmp_path, ".", image_size=16, val_fraction=0.5)
+    lines = said(capsys)
+    assert len(lines) == 1 + bool(words) and "train 1 images of 1 classes" in lines[-1]
+    assert all(word in lines[0] for word in words), lines[0]
+    if words and "at most 1 of" in words[0]:
+        black = splits.test.pick(np.arange(2)).images * splits.test.std + splits.test.mean
+        assert black.abs().max() < 1e-3  # as the line says
+
+
+def png16(pixels):
+    """A PNG of 16 bits a colour, which PIL does not write: pixels [H, W, C] uint16, C of 2 (grey and alpha), 3 or 4."""
+    height, width, channels = pixels.shape
+    kind = {2: 4, 3: 2, 4: 6}[channels]
+    header = struct.pack(">2I5B", width, height, 16, kind, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    body = [struct.pack(">I", len(raw)) + name + raw + struct.pack(">I", zlib.crc32(name + raw)) for name, raw in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_sixteen_bits_a_colour_too(tmp_path, capsys, channels):
+    pixels = np.stack([ramp(4095)] * channels, axis=-1)
+    pixels[..., 3:] = 65535  # alpha
+    pixels[..., 1:2] = 65535 if channels == 2 else pixels[..., 1:2]
+    (tmp_path / "0.png").write_bytes(png16(pixels))
+    (tmp_path / "broken.png").write_bytes(png16(pixels)[:70])
+    readers.say_levels(tmp_path, [b"0.png", b"broken.png", b"absent.png", b"0.jpg"])
+    (line,) = said(capsys)
+    assert "1 images" in line and "at most 16 of 256 levels" in line
+
+
+def test_a_line_says_where_few_levels_are_left_in_an_npz(tmp_path, capsys):
+    for top, words in ((1, "train_images go up to 1, and 255 is taken for white: at most 2 of 256 levels"), (64, None)):
+        images = np.linspace(0, top, 12 * 64).round().astype(np.uint8).reshape(12, 8, 8, 1).repeat(3, 3)
+        consume(data.load(write_npz(tmp_path / f"{top}.npz", train_images=images), "."))
+        lines = said(capsys)
+        assert len(lines) == 1 + bool(words) and (not words or words in lines[0])
+
+
+def test_a_turned_tiff_is_upright(tmp_path):
+    """Once, whether PIL turns it or the reader does."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright = picture(40, 30)
+    upright.save(tmp_path / "upright.tif")
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.tif", exif=exif)
+    assert np.array_equal(*(readers.decode(tmp_path / f"{name}.tif", 16, None) for name in ("upright", "turned")))
+
+
 def test_undecodable_images(tmp_path, monkeypatch):
     root = write_folder(tmp_path)
     good = (root / "train" / "cat" / "0.jpg").read_bytes()
@@ -537,6 +617,53 @@ def test_folder_finds_images_at_any_depth(tmp_path):
         os.symlink(root / "train" / "dog" / "0.jpg", root / "train" / "cat" / "link.jpg")
     splits = consume(data.load(root, ".", image_size=16))
     assert len(splits.train) + len(splits.val) == 11 + hasattr(os, "mkfifo")
+
+
+def test_what_is_left_out_is_counted(tmp_path, capsys):
+    root = write_folder(tmp_path)
+    images = [path.relative_to(root) for path in sorted(root.rglob("*.jpg"))]
+    copy = (root / images[0]).read_bytes()
+    for kept in ("cat/.ipynb_checkpoints/0-checkpoint.jpg", "cat/@eaDir/0.jpg/THUMB.jpg", "dog/deep/__MACOSX/x/1.jpg"):
+        (root / "train" / kept).parent.mkdir(parents=True)
+        (root / "train" / kept).write_bytes(copy)
+    for part in ("train/.hidden", "train/@eaDir", "val/__MACOSX"):  # where class folders are
+        (root / part).mkdir()
+        (root / part / "0.jpg").write_bytes(copy)
+    for name in ("train/cat/._0.jpg", "train/.DS_Store", "train/cat/a.heic", "val/dog/b.HEIC", "train/0001", "train/0.jpg"):
+        (root / name).write_bytes(copy)
+    class_names, paths, labels, left_out = readers.list_images(str(root), "train")
+    assert [os.fsdecode(path) for path in paths] == [str(path) for path in images if path.parts[0] == "train"]
+    assert class_names == ["cat", "dog"] and labels.tolist() == [0] * 5 + [1] * 5
+    assert left_out == {
+        **{"in .ipynb_checkpoints/": 1, "in @eaDir/": 2, "in __MACOSX/": 1, "in .hidden/": 1, "with a dot in front": 2},
+        **{"*.heic": 1, "without a suffix": 1, "beside the class folders": 1},
+    }
+    data.load(root, ".", image_size=16)
+    (line,) = said(capsys)
+    counts, _, reasons = line.partition("; 12 files left out: ")
+    assert counts.endswith("test 6 images of 2 classes") and set(reasons.split(", ")) == {
+        *{"1 in .ipynb_checkpoints/", "2 in @eaDir/", "2 in __MACOSX/", "1 in .hidden/", "2 with a dot in front"},
+        *{"2 *.heic", "1 without a suffix", "1 beside the class folders"},
+    }
+    many = readers.account(Counter({f"*.{i}": 20 - i for i in range(20)}))
+    assert many.startswith("210 files left out: 20 *.0, 19 *.1,") and many.endswith("13 *.7, 78 for other reasons")
+
+
+def test_a_val_without_class_folders(tmp_path):
+    """Says what was found and what is expected, and does not advise to throw anything away."""
+    root = write_folder(tmp_path, (("train", 2),))
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "val" / "val_annotations.txt").write_text("0.jpg cat")
+    picture().save(root / "val" / "images" / "0.jpg")
+    found = "1 of 1 folders have names that train/ does not have (images)"
+    message = data_refused(root / "val", found, "val/<class>/", "(cat, dog)", name=root)
+    (root / "val" / "images" / "0.jpg").rename(root / "val" / "0.jpg")
+    (root / "val" / "images").rmdir()
+    message += data_refused("no class folders", "val/<class>/", "1 *.txt", "1 beside the class folders", name=root)
+    (root / "val" / "cat").mkdir()
+    (root / "val" / "cat" / "0.heic").write_bytes(b"")
+    message += data_refused(root / "val" / "cat", "without images", "1 file left out: 1 *.heic", name=root)
+    assert not any(word in message for word in ("remove", "delete"))
 
 
 def test_bad_folders(tmp_path):
@@ -698,7 +825,7 @@ def fuzz_folder(suffix):
 FORMATS = (
     {layout.folder: fuzz_cifar(name, layout) for name, layout in LAYOUTS}
     | {"archive": fuzz_archive, "npz": fuzz_npz(np.savez), "npz deflated": fuzz_npz(np.savez_compressed), "npy": fuzz_npy}
-    | {suffix: fuzz_folder(suffix) for suffix in (".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm")}
+    | {suffix: fuzz_folder(suffix) for suffix in (".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif")}
 )
 
 
