@@ -312,7 +312,7 @@ ARCHITECTURE = {"preset", "patch_size", "width", "depth", "heads"}  # which a ru
 
 
 def encoder_and_dense_data(
-    task: finetune.Task, run: Path | None, recipe: DenseRecipe, settings: dict, ignored: int = IGNORED
+    task: finetune.Task, run: Path | None, recipe: DenseRecipe, settings: dict, ignored: int | None = IGNORED
 ) -> tuple[Networks, Tensor, Splits]:
     """(Networks, theta of the encoder, Splits) for a task, of a run's folder, or of a public checkpoint, or fresh ones by
     `settings`; `ignored` is for `load_dense`. Raises UserError."""
@@ -348,6 +348,13 @@ LAYOUTS = {
 PURPOSES = {"segment": "the class of every pixel", "detect": "boxes around objects"}
 
 
+def value_or_none(text: str) -> int | None:
+    """--ignore's value. Raises ArgumentTypeError."""
+    if text != "none" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is neither a value (0 to 255) nor none")
+    return None if text == "none" else int(text)
+
+
 def parse(argv: list[str] | None) -> dict:
     """The command line. Raises UserError."""
     raw = argparse.RawDescriptionHelpFormatter
@@ -361,8 +368,8 @@ def parse(argv: list[str] | None) -> dict:
         where += "val, or test as well (default: the run's, if its objects are known)"
         group.add_argument("--data", default=argparse.SUPPRESS, metavar="str", help=where)
         if name == "segment":
-            none = "value in a folder's masks that is no class, beside 255 (ADE20K: 0)"
-            group.add_argument("--ignore", type=int, default=IGNORED, metavar="int", help=none)
+            what = "value in a folder's masks that is no class, beside 255 (ADE20K: 0); none: 255 is a class as well"
+            group.add_argument("--ignore", type=value_or_none, default=IGNORED, metavar="int | none", help=what)
     return vars(parser.parse_args(argv))
 
 

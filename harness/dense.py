@@ -11,9 +11,11 @@ import itertools
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,9 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import DRAWN, IMAGENET_MEAN, IMAGENET_STD, MAX_SIZE, Device, Images, Splits, choose, load, moved, report, split_parts
-from harness import UserError
+from harness import UserError, printable
 from harness.readers import (
-    FORMATS,
     MAX_CLASSES,
     MAX_RESIDENT,
     SUFFIXES,
@@ -35,6 +36,7 @@ from harness.readers import (
     blaming,
     check_room,
     decode,
+    opened,
     read_file,
     say_levels,
     why_left_out,
@@ -42,6 +44,7 @@ from harness.readers import (
 
 IGNORED = 255  # in a mask: no class, neither taught nor counted
 MAX_JSON = 2**30  # bytes of a file of boxes (COCO's largest has 470 MB)
+LISTED = "it is listed: put a readable image there, or list it no longer"
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "validation"), "test": ("test", "testing")}
 
 
@@ -87,23 +90,50 @@ def tightest_boxes(objects: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def squashed(path: Path, size: int) -> np.ndarray:
     """An image file -> [3, size, size] uint8, all of it. Raises UserError."""
-    with blaming(path, "it is listed: put a readable image there, or list it no longer"), open(path, "rb") as file:
+    with blaming(path, LISTED), open(path, "rb") as file:
         return decode(file, size, None, whole=True)
 
 
-def read_mask(paths: tuple[Path, Path], size: int) -> np.ndarray:
-    """The file of a mask, and that of its image -> [size, size] uint8, the nearest pixels.
+def upright_size(path: Path) -> tuple[tuple[int, int], str]:
+    """Width and height of an image file as `squashed` sees it, and words for it. Raises what `opened` does."""
+    image, turn, (width, height) = opened(path)
+    image.close()
+    return (width, height), f"{width} x {height}{' once turned as its EXIF says' * (turn is not None)}"
 
-    Raises UserError where the first is no mask, or not that image's."""
+
+def check_size(path: Path, stated: tuple[float, float], source: str) -> None:
+    """Raise UserError where an image has not the width and height that `source` states of it, nor their ratio: then its
+    boxes are of another frame."""
+    with blaming(path, LISTED):
+        (width, height), found = upright_size(path)
+    # The sides of an image that was scaled are rounded, each by less than a pixel
+    if not abs(width * stated[1] - height * stated[0]) <= max(width + height, sum(stated)):
+        claim = f"{source} says that it has {stated[0]:g} x {stated[1]:g} pixels, but it has {found}"
+        raise UserError(f"{path}: {claim}; correct its width and height there, and see that its boxes fit")
+
+
+def read_mask(book: dict[int, tuple[list[int], Path]], paths: tuple[Path, Path], size: int) -> np.ndarray:
+    """The file of a mask, and that of its image -> [size, size] uint8, the nearest pixels, upright.
+
+    book: {value: (its colour, in which file)} of palettes seen so far, to which this mask's are added.
+    Raises UserError where the first is no mask, or not that image's, or where its palette gives a value another colour."""
     path, image_path = paths
     with blaming(path, "write it again: a PNG of its image's size, grey or with a palette, whose values are classes"):
-        with Image.open(image_path, formats=list(FORMATS)) as image, Image.open(path, formats=["PNG"]) as mask:
-            if mask.mode not in ("L", "P", "1"):
-                raise ValueError(f"its mode is {mask.mode}")
-            if mask.size != image.size:
-                found, wanted = (f"{width} x {height}" for width, height in (mask.size, image.size))
-                raise ValueError(f"{found} pixels, but {image_path} has {wanted}")
-            return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST), np.uint8)
+        mask, turn, mask_size = opened(path, ["PNG"])
+        image_size, found = upright_size(image_path)
+        if mask.mode not in ("L", "P", "1"):
+            raise ValueError(f"its mode is {mask.mode}")
+        if mask_size != image_size:
+            raise ValueError(f"{mask_size[0]} x {mask_size[1]} pixels, but {image_path} has {found}")
+        palette = mask.getpalette() or []
+        for value in np.unique(mask).tolist() if palette else ():
+            colour = palette[3 * value : 3 * value + 3]
+            known, first = book.setdefault(value, (colour, path)) if colour != [value] * 3 else (colour, path)
+            if colour != known:
+                both = f"its palette has the colour {colour} for the value {value}, that of {first} has {known}"
+                raise UserError(f"{path}: {both}; values are classes: write all masks with one palette, or in grey")
+        mask = mask if turn is None else mask.transpose(turn)
+        return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST), np.uint8)
 
 
 def read_all(
@@ -119,17 +149,18 @@ def read_all(
     return result
 
 
-def masked_folder(root: Path, size: int, ignored: int) -> tuple[Parts, list[str], Counter[str]]:
+def masked_folder(root: Path, size: int, ignored: int | None) -> tuple[Parts, list[str], Counter[str]]:
     """{"train": (images, masks), "test", and "val" where there are three}, class names, of images/<split>/*.jpg and
     masks/<split>/*.png of the same names (as ADE20K has them: annotations/); and how many files were left out, for each
     reason.
 
-    Values of the masks are classes, but for IGNORED and `ignored`. Raises UserError."""
+    Values of the masks are classes, but for IGNORED and `ignored`; None: all are. Says on stderr how much is IGNORED.
+    Raises UserError."""
 
     def folder_of(tops: tuple[str, ...], names: tuple[str, ...]) -> Path | None:
         return next((root / top / name for top in tops for name in names if (root / top / name).is_dir()), None)
 
-    parts, left_out = {}, Counter()
+    parts, book, left_out = {}, {}, Counter()
     for part, names in SPLIT_NAMES.items():
         image_folder, mask_folder = folder_of(("images",), names), folder_of(("masks", "annotations"), names)
         if image_folder is None or mask_folder is None:
@@ -144,26 +175,38 @@ def masked_folder(root: Path, size: int, ignored: int) -> tuple[Parts, list[str]
             raise UserError(f"{image_folder}: no images ({' '.join(SUFFIXES)}) in it; {account(left_out)}")
         parts[part] = (
             read_all(squashed, images, size, (3, size, size), f"{root}, {part}"),
-            read_all(read_mask, list(zip(masks, images)), size, (size, size), f"masks, {part}"),
+            read_all(partial(read_mask, book), list(zip(masks, images)), size, (size, size), f"masks, {part}"),
+            np.array(masks, str),
         )
         say_levels(image_folder, map(os.fsencode, images))
     parts = with_test(root, parts, "images/train/*.jpg and masks/train/*.png, and the same in val/ or test/")
     return *number_classes(root, parts, ignored), left_out
 
 
-def number_classes(root: Path, parts: Parts, ignored: int) -> tuple[Parts, list[str]]:
-    """The values of the masks as classes 0, 1, 2... or IGNORED, and the values as names. Raises UserError."""
-    values = [value for value in np.unique(parts["train"][1]) if value not in (IGNORED, ignored)]
-    if len(values) < 2:
-        raise UserError(f"{root}: its masks for training show {len(values)} classes; at least 2 are needed")
-    known = np.isin(np.arange(256), [*values, IGNORED, ignored])
+def number_classes(root: Path, parts: Parts, ignored: int | None) -> tuple[Parts, list[str]]:
+    """The values of the masks, {part: (images, masks, files of the masks)}, as classes 0, 1, 2... or IGNORED, and the values
+    as names. Raises UserError."""
+    none = set() if ignored is None else {IGNORED, ignored}  # values that are no class
+    values = [value for value in np.unique(parts["train"][1]).tolist() if value not in none]
+    pixels = sum(masks.size for _, masks, _ in parts.values())
+    share = sum(np.count_nonzero(masks == IGNORED) for _, masks, _ in parts.values()) / pixels * (IGNORED in none)
+    note = f"{100 * share:.3g} % of the masks' pixels have the value {IGNORED}, which is ignored; --ignore none keeps it"
+    if not 2 <= len(values) <= IGNORED:
+        found = f"{root}: its masks for training show {len(values)} classes; 2 to {IGNORED} are needed"
+        raise UserError(f"{found}; {note}" if share else found)
+    known = np.isin(np.arange(256), [*values, *none])
     classes = np.full(256, IGNORED, np.uint8)  # of each value
     classes[values] = np.arange(len(values))
-    for part, (_, masks) in parts.items():
+    for _, masks, files in parts.values():
         if not known[masks].all():
-            problem = f"masks of {part} have the value {masks[~known[masks]][0]}, those of train do not"
-            raise UserError(f"{root}: {problem}; remove it, or let --ignore name it")
-    return {part: (images, classes[masks]) for part, (images, masks) in parts.items()}, [str(value) for value in values]
+            row = (~known[masks]).any((1, 2)).argmax()
+            strange = ", ".join(map(str, np.unique(masks[row][~known[masks[row]]])))
+            raise UserError(
+                f"{files[row]}: the value {strange}, which no mask for training has; correct it, or let --ignore name it"
+            )
+    if share:
+        print(printable(f"{root}: {note}"), file=sys.stderr)
+    return {part: (images, classes[masks]) for part, (images, masks, _) in parts.items()}, [str(value) for value in values]
 
 
 def with_test(root: Path, parts: Parts, expected: str) -> Parts:
@@ -182,66 +225,113 @@ def coco_folder(root: Path, size: int) -> tuple[Parts, list[str], Counter[str]]:
     and the images in <name>/, where <name> begins with train, val or test (as COCO has them); and how many files were left
     out, for each reason.
 
-    Crowds are left out. Raises UserError."""
-    parts, names, left_out = {}, {}, Counter()
+    A category is its name: the ids of each file are its own. Crowds are left out. Raises UserError."""
+    parts, names, left_out = {}, [], Counter()
     for part in SPLIT_NAMES:
         files = sorted((root / "annotations").glob(f"instances_{part}*.json"))
         if not files:
             continue
         if len(files) > 1:
             raise UserError(f"{root / 'annotations'}: {files[0].name} and {files[1].name}; leave one of them")
-        with blaming(files[0], "fetch it again from its source"):
+        with blaming(files[0], "make it a file of boxes as COCO has them"):
             content = json.loads(read_file(files[0], MAX_JSON))
-            names = names or coco_names(content)
-            images, labels = coco_boxes(content, {key: label for label, key in enumerate(names)}, size)
+            if not isinstance(content, dict):
+                raise UserError("it holds no object with images, annotations and categories, as COCO's files do; give it one")
+            names = names or list(coco_names(content).values())
+            images, sizes, labels = coco_boxes(content, names, size)
         folder = root / files[0].stem.removeprefix("instances_")
-        parts[part] = (
-            read_all(squashed, [folder / image for image in images], size, (3, size, size), f"{root}, {part}"),
-            labels,
-        )
-        listed = {Path(image).parts[0] for image in images}
-        left_out[f"that {files[0].name} does not list"] = sum(name not in listed for name in os.listdir(folder))
+
+        def checked(image: tuple[Path, tuple[float, float]], size: int, source: str = files[0].name) -> np.ndarray:
+            check_size(*image, source)
+            return squashed(image[0], size)
+
+        listed = [(folder / name, stated) for name, stated in zip(images, sizes)]
+        parts[part] = read_all(checked, listed, size, (3, size, size), f"{root}, {part}"), labels
+        tops = {Path(image).parts[0] for image in images}
+        left_out[f"that {files[0].name} does not list"] = sum(name not in tops for name in os.listdir(folder))
         say_levels(folder, map(os.fsencode, images))
     parts = with_test(
         root, parts, "annotations/instances_train*.json, instances_val*.json and the images in train*/ and val*/"
     )
-    return parts, list(names.values()), left_out
+    return parts, names, left_out
 
 
 def coco_names(content: dict) -> dict[int | str, str]:
-    """{id: name} of the categories, by their ids. Raises ValueError and others where there are none, or ids twice."""
+    """{id: name} of the categories, by their ids. Raises UserError and others where there are none, or any twice."""
     named = sorted((category["id"], str(category["name"])) for category in content["categories"])
-    if not 1 <= len(dict(named)) == len(named) <= MAX_CLASSES:
-        raise ValueError(f"{len(named)} categories, {len(dict(named))} of them with ids of their own")
+    if not 1 <= len(named) <= MAX_CLASSES:
+        raise UserError(f"it lists {len(named)} categories; 1 to {MAX_CLASSES} are needed")
+    for what, values in zip(("id", "name"), zip(*named)):
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise UserError(f"two of its categories have the {what} {twice[0]!r}; give each its own")
     return dict(named)
 
 
-def coco_boxes(content: dict, classes: dict[int | str, int], size: int) -> tuple[list[str], np.ndarray]:
-    """File names of the images, and their boxes [N, M, 5] float32 as `Boxed` has them, in pixels of images of this size.
+def coco_boxes(content: dict, names: list[str], size: int) -> tuple[list[str], list[tuple[float, float]], np.ndarray]:
+    """File names of the images, the widths and heights that are stated of them, and their boxes [N, M, 5] float32 as
+    `Boxed` has them, in pixels of images of this size.
 
-    classes: {id of a category: class}. Raises ValueError and others for what is damaged, or leads out of the folder."""
-    images = {image["id"]: image for image in content["images"]}
-    boxes = {key: [] for key in images}
-    for annotation in content["annotations"]:
+    names: of the classes, in order. Raises UserError and others for what is damaged, does not fit together, or leads out
+    of the folder."""
+    categories, images = coco_names(content), {image["id"]: image for image in content["images"]}
+    if len(images) < len(content["images"]):
+        raise UserError(f"it lists {len(content['images'])} images with {len(images)} ids; give each its own")
+    sizes = {key: coco_size(image) for key, image in images.items()}
+    label_of = {name: label for label, name in enumerate(names)}
+    boxes, strange = {key: [] for key in images}, set()
+    for number, annotation in enumerate(content["annotations"], 1):
         if annotation.get("iscrowd"):
             continue
-        x, y, w, h = map(float, annotation["bbox"])
-        image = images[annotation["image_id"]]
-        width, height = float(image["width"]), float(image["height"])
+        which = f"annotation {annotation.get('id', f'number {number}')}"
+        for key, known, what in (("image_id", images, "image"), ("category_id", categories, "category")):
+            if key not in annotation:
+                raise UserError(f"{which} has no {key}; add it, or leave the annotation out")
+            if annotation[key] not in known:
+                problem = f"{which} is of {what} {annotation[key]!r}, which the file does not list"
+                raise UserError(f"{problem}; list it, or leave the annotation out")
+        x, y, w, h = finite(annotation.get("bbox"), 4) or (0, 0, -1, -1)
+        if w < 0 or h < 0:
+            problem = f"{which} has the bbox {annotation.get('bbox')}"
+            raise UserError(f"{problem}; it must be left, top, width and height in pixels")
+        width, height = sizes[annotation["image_id"]]
         corners = [size * x / width, size * y / height, size * (x + w) / width, size * (y + h) / height]
-        if not (w >= 0 and h >= 0 and all(map(math.isfinite, corners))):
-            raise ValueError(f"a box {annotation['bbox']}")
-        boxes[annotation["image_id"]].append([*np.clip(corners, 0, size), classes[annotation["category_id"]]])
+        name = categories[annotation["category_id"]]
+        if name in label_of:
+            boxes[annotation["image_id"]].append([*np.clip(corners, 0, size), label_of[name]])
+        else:
+            strange.add(name)
+    if strange:
+        problem = f"it has boxes of {', '.join(sorted(strange)[:9])}, categories that train's file does not have"
+        raise UserError(f"{problem} ({', '.join(names[:9])}); name them as there, or leave these boxes out")
     most = max(map(len, boxes.values()), default=0)
     if not images or not most or most * len(images) > MAX_RESIDENT // 20:
-        raise ValueError(f"{len(images)} images, and up to {most} boxes in one")
+        raise UserError(f"it has {len(images)} images, and up to {most} boxes in one")
     labels = np.full((len(images), most, 5), -1, np.float32)
     for row, found in zip(labels, boxes.values()):
         row[: len(found)] = np.reshape(found, (-1, 5))
-    names = [str(image["file_name"]) for image in images.values()]
-    if any(os.path.isabs(name) or ".." in Path(name).parts for name in names):
-        raise ValueError("a file name that leads out of its folder")
-    return names, labels
+    files = [str(image["file_name"]) for image in images.values()]
+    for name in files:
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise UserError(f"its image {name} would lie out of its folder; give file_name relative to that")
+    return files, list(sizes.values()), labels
+
+
+def coco_size(image: dict) -> tuple[float, float]:
+    """Width and height of an image as its file states them. Raises UserError."""
+    width, height = image.get("width"), image.get("height")
+    stated = finite((width, height), 2)
+    if not stated or min(stated) <= 0:
+        raise UserError(f"it gives image {image['id']!r} the width {width} and height {height}; give those in pixels")
+    return tuple(stated)
+
+
+def finite(values: object, count: int) -> list[float] | None:
+    """So many finite numbers, or None where these are none."""
+    try:
+        found = list(map(float, values))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if len(found) == count and all(map(math.isfinite, found)) else None
 
 
 # -------------------------------------------------------------------------------------------------------------- load
@@ -255,21 +345,21 @@ def load_dense(
     limit: int = 0,
     val_fraction: float = 0.2,
     seed: int = 0,
-    ignored: int = IGNORED,
+    ignored: int | None = IGNORED,
     device: Device = "cpu",
 ) -> Splits:
     """As `data.load`, where images have masks or boxes for labels: Splits of Masked or Boxed.
 
     name     "shapes", "shapes-stripes", an .npz file with objects, or a folder: for masks as `masked_folder` reads it, for
-             boxes as `coco_folder` does; its images are squashed into squares. With val/ alone, that is the test split, and
-             val is held out of train.
-    ignored  value in a folder's masks that is no class, beside 255
+             boxes as `coco_folder` does; its images are turned upright and squashed into squares. With val/ alone, that is the
+             test split, and val is held out of train.
+    ignored  value in a folder's masks that is no class, beside 255; None: all values are classes
 
     Raises UserError for data that is absent, damaged, hostile or does not fit together.
     """
-    if not 0 <= image_size <= MAX_SIZE or limit < 0 or not 0 < val_fraction < 1 or not 0 <= ignored < 256:
-        sizes = f"--image-size {image_size} (0 to {MAX_SIZE}), --images {limit}"
-        raise UserError(f"{sizes}, --val-fraction {val_fraction} (0 to 1) or --ignore {ignored} (0 to 255) is out of range")
+    if not 0 <= image_size <= MAX_SIZE or limit < 0 or not 0 < val_fraction < 1 or ignored not in (None, *range(256)):
+        sizes = f"--image-size {image_size} (0 to {MAX_SIZE}), --images {limit}, --val-fraction {val_fraction} (0 to 1)"
+        raise UserError(f"{sizes} or --ignore {ignored} (0 to 255, or none) is out of range")
     split_class, name = {"masks": Masked, "boxes": Boxed}[kind], str(name)
     if name in DRAWN or os.path.isfile(name):
         plain = load(name, "", image_size=image_size, limit=limit, val_fraction=val_fraction, seed=seed)

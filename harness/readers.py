@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, features
+from PIL import ExifTags, Image, features
 from tqdm import tqdm
 
 from harness import UserError, printable
@@ -52,7 +52,15 @@ def blaming(path: str | Path, remedy: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error}; {remedy}") from None
     except Exception as error:  # damaged files raise what they like: ValueError, KeyError, zlib.error, MemoryError...
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {str(error)[:200]}); {remedy}") from None
+        raise UserError(f"{path}: {in_words(error)}; {remedy}") from None
+
+
+def in_words(error: Exception) -> str:
+    """What was found in a file whose reading ended so; the exception's own name only where there are no words."""
+    if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
+        return f"it has no {error.args[0]!r}"
+    name = "" if type(error) is ValueError and str(error) else f"{type(error).__name__}: "
+    return f"cannot be used ({name}{str(error)[:200]})"
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -98,18 +106,48 @@ def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[float, 
     return (width - w) / 2, (height - h) / 2, w, h
 
 
-def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | None, whole: bool = False) -> np.ndarray:
-    """One image file -> [3, size, size] uint8: cropped and flipped at random with `rng`, else the middle 224/256 of it.
+TURNS = {  # EXIF's orientation: what makes such an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-    With `whole`, all of it, squashed into the square. Raises whatever PIL raises where it cannot, and ValueError for
-    decompression bombs.
-    """
+
+def opened(
+    file: str | Path | BinaryIO, formats: Iterable[str] = FORMATS
+) -> tuple[Image.Image, Image.Transpose | None, tuple[int, int]]:
+    """An image as it is stored, what makes it upright, and the width and height that it has then. A JPEG is not decoded yet.
+
+    Raises whatever PIL raises where it cannot, and ValueError for decompression bombs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about bombs, which are refused here
-        image = Image.open(file, formats=list(FORMATS))
+        image = Image.open(file, formats=list(formats))
         width, height = image.size
         if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{width} x {height} pixels are too many")
+        if image.format in ("PNG", "TIFF"):
+            image.load()  # a PNG may say it behind its pixels; of a TIFF, PIL turns them itself
+        try:
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        except Exception:  # metadata that cannot be read says nothing; PIL raises what it likes
+            turn = None
+    quarter = turn in [TURNS[number] for number in (5, 6, 7, 8)]
+    return image, turn, image.size[::-1] if quarter else image.size
+
+
+def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | None, whole: bool = False) -> np.ndarray:
+    """One image file -> [3, size, size] uint8: cropped and flipped at random with `rng`, else the middle 224/256 of it.
+
+    It is upright, as its EXIF says. With `whole`, all of it, squashed into the square. Raises whatever PIL raises where it
+    cannot, and ValueError for decompression bombs.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL warns about odd palettes too
+        image, turn, (width, height) = opened(file)
         w = h = min(width, height) * 224 / 256
         left, top = (width - w) / 2, (height - h) / 2
         if whole:
@@ -117,11 +155,14 @@ def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | No
         elif rng:
             left, top, w, h = crop_box(width, height, rng)
         # JPEGs decode at 1/2, 1/4 or 1/8 for less work: the smallest that still gives the crop `size` pixels
-        image.draft(None, (max(1, int(width * size / w)), max(1, int(height * size / h))))
+        wanted = max(1, int(width * size / w)), max(1, int(height * size / h))
+        image.draft(None, wanted if image.size == (width, height) else wanted[::-1])
         if image.mode.startswith("I"):  # 16-bit grey
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         if image.mode != "RGB":
             image = image.convert("RGB")
+        if turn is not None:
+            image = image.transpose(turn)
         x, y = image.width / width, image.height / height  # what draft made of the size
         box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
@@ -685,7 +726,10 @@ def npz_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     info = archive.getinfo(name + ".npy")
     with archive.open(info) as file:
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        shape, _, dtype = read_header[np.lib.format.read_magic(file)](file)
+        version = np.lib.format.read_magic(file)
+        if version not in read_header:
+            raise ValueError(f"{name} has a header of version {version}, which plain arrays do not need")
+        shape, _, dtype = read_header[version](file)
         if dtype.hasobject:
             raise UserError(f"{name} holds Python objects, which only unpickling could read; save it as a plain array")
         if min(shape, default=1) < 1 or file.tell() + math.prod(shape) * dtype.itemsize != info.file_size:

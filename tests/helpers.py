@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 import data
@@ -128,6 +128,25 @@ def write_coco(root: Path, **changes: object) -> Path:
         for i in range(4):
             Image.new("RGB", (40, 20), (40 * i, 0, 0)).save(root / name / f"{i}.jpg")
     return root
+
+
+def oriented(orientation: int) -> Image.Exif:
+    """Metadata of a photo that is to be turned so."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return exif
+
+
+def turned_photo(upright: Image.Image, orientation: int) -> Image.Image:
+    """What a camera stores, so that `upright` is seen once it is turned as this orientation says."""
+    row, column = {  # where the stored row 0 and column 0 are seen: EXIF's definition
+        **{1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left")},
+        **{5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom")},
+    }[orientation]
+    pixels = np.asarray(upright)
+    pixels = pixels[::-1] if "bottom" in (row, column) else pixels
+    pixels = pixels[:, ::-1] if "right" in (row, column) else pixels
+    return Image.fromarray(np.ascontiguousarray(pixels if orientation < 5 else pixels.swapaxes(0, 1)))
 
 
 def consume(splits: data.Splits) -> data.Splits:

@@ -388,6 +388,14 @@ def test_other_data_than_the_runs(run, tmp_path, capsys):
     assert command("detect", "--from-scratch", "--data", root, *sizes, *few, "--out", tmp_path / "b") == 0
 
 
+def test_a_value_that_is_ignored_may_be_kept(tmp_path, capsys):
+    words = ["segment", "--from-scratch", "--data", write_masked(tmp_path / "data", values=(0, 255)), "--epochs", "1"]
+    words += ["--warmup-epochs", "0", "--batch-size", "4", "--image-size", "16", "--patch-size", "8", "--width", "16"]
+    words += ["--depth", "1", "--device", "cpu", "--out", tmp_path / "a"]
+    refused(capsys, words, "show 1 classes", "--ignore none")
+    assert command(*words, "--ignore", "none") == 0
+
+
 @pytest.fixture(scope="module")
 def with_objects(tmp_path_factory):
     """An .npz of 60 + 12 images of two classes whose objects are known: rectangles, none in the first image of each part."""
@@ -481,6 +489,8 @@ def test_bad_input_ends_in_one_line(run, done, tmp_path, capsys):
     refused(capsys, [task, "--from-scratch", "--preset", "cifar100"], "cifar100 has no", "--data")
     refused(capsys, [task, run, "--epochs", "0"], "--epochs")
     refused(capsys, [task, run, "--colour", "red"], "--colour")
+    refused(capsys, ["segment", run, "--ignore", "nothing"], "--ignore: nothing is neither a value (0 to 255) nor none")
+    refused(capsys, ["segment", run, "--ignore", "256"], "--ignore 256 (0 to 255, or none)")
     refused(capsys, ["classify", run], "classify")
 
 

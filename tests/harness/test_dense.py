@@ -3,6 +3,7 @@
 MLO_MAE_FUZZ sets how many damaged files are tried.
 """
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -10,7 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FUZZ, coco_content, memory_is_bounded, mutated, said, write_coco, write_masked
+from helpers import (
+    FUZZ,
+    coco_content,
+    memory_is_bounded,
+    mutated,
+    oriented,
+    said,
+    turned_photo,
+    write_coco,
+    write_masked,
+)
 from PIL import Image
 
 import data
@@ -124,6 +135,113 @@ def test_a_folder_of_boxes(tmp_path):
     assert splits.test.labels[3].tolist() == [pytest.approx([24 * 1.6, 2 * 3.2, 32 * 1.6, 12 * 3.2, 0]), [-1] * 5]
 
 
+def rewritten(root, **changes):
+    """The folder of `write_coco`, after these changes in what it says about the images for the test."""
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(coco_content(**changes)))
+    return root
+
+
+def test_a_category_is_its_name(tmp_path):
+    alike = load_dense(write_coco(tmp_path / "a"), "boxes", image_size=16)
+    content = coco_content()
+    for row in content["annotations"]:
+        row["category_id"] = {5: 9, 9: 5}[row["category_id"]]
+    swapped = {"annotations": content["annotations"], "categories": [{"id": 5, "name": "dog"}, {"id": 9, "name": "cat"}]}
+    other = load_dense(rewritten(tmp_path / "a", **swapped), "boxes", image_size=16)
+    assert other.class_names == alike.class_names == ["cat", "dog"]
+    for part in ("train", "val", "test"):
+        assert torch.equal(getattr(other, part).labels, getattr(alike, part).labels)
+
+    unused = {"categories": [*content["categories"], {"id": 1, "name": "cow"}]}  # and so in nobody's way
+    assert load_dense(rewritten(tmp_path / "a", **unused), "boxes", image_size=16).class_names == ["cat", "dog"]
+    strange = {"categories": [{"id": 5, "name": "cow"}, {"id": 9, "name": "dog"}]}
+    with pytest.raises(
+        UserError, match=r"instances_val2017.json: it has boxes of cow, categories that train's .*\(cat, dog\)"
+    ):
+        load_dense(rewritten(tmp_path / "a", **strange), "boxes", image_size=16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_as_they_say(tmp_path, orientation):
+    """Pixels, boxes and masks are of one frame: that of the photo once it is turned."""
+    boxes, masks = write_coco(tmp_path / "boxes"), write_masked(tmp_path / "masks", values=(0, 1))
+    wanted = load_dense(boxes, "boxes", image_size=16), load_dense(masks, "masks", image_size=16)
+    for path in tmp_path.rglob("*.jpg"):  # saved so that nothing is lost, whatever their suffix
+        with Image.open(path) as image:
+            turned_photo(image, orientation).save(path, "png", exif=oriented(orientation))
+    for path in masks.glob("masks/val/*.png"):  # those of train are upright as they are
+        with Image.open(path) as mask:
+            turned_photo(mask, orientation).save(path, exif=oriented(orientation))
+    for before, after in zip(wanted, (load_dense(boxes, "boxes", image_size=16), load_dense(masks, "masks", image_size=16))):
+        for a, b in ((before.train, after.train), (before.test, after.test)):
+            assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
+
+
+def test_sizes_that_are_stated_are_those_that_are_there(tmp_path):
+    def stating(width, height):
+        images = [row | {"width": width, "height": height} for row in coco_content()["images"]]
+        return rewritten(tmp_path / "a", images=images)
+
+    write_coco(tmp_path / "a")  # 40 x 20
+    for width, height in ((20, 40), (40, 30), (1e300, 1e300)):
+        words = f"val2017/0.jpg: instances_val2017.json says that it has {width:g} x {height:g} pixels, but it has 40 x 20;"
+        with pytest.raises(UserError, match=words.replace("+", r"\+")):
+            load_dense(stating(width, height), "boxes", image_size=16)
+    for width, height in ((40, 20), (640, 320), (643, 315), (20, 10), (7, 4), ("40", "20")):  # scaled, sides rounded
+        load_dense(stating(width, height), "boxes", image_size=16)
+    path = tmp_path / "a" / "val2017" / "2.jpg"
+    Image.new("RGB", (40, 20)).save(path, exif=oriented(6))
+    with pytest.raises(UserError, match="2.jpg: .* but it has 20 x 40 once turned as its EXIF says"):
+        load_dense(stating(40, 20), "boxes", image_size=16)
+
+
+def test_masks_with_palettes_of_their_own(tmp_path):
+    """A value stands for its colour, so files in which it has different ones do not go together."""
+    root = write_masked(tmp_path, values=(0, 1))
+
+    def save(part, *colours):
+        path = root / "masks" / part / "1.png"
+        with Image.open(path) as mask:
+            palette = Image.fromarray(np.asarray(mask), mode="P")
+        palette.putpalette(sum(colours, ()))
+        palette.save(path)
+
+    save("train", (0, 0, 0), (200, 0, 0), (0, 200, 0))
+    for same in ([(0, 0, 0), (200, 0, 0), (9, 9, 0)], [(0, 0, 0), (1, 1, 1)]):  # a value not in use, or grey: no colours
+        save("val", *same)
+        load_dense(root, "masks", image_size=16)
+    save("val", (0, 0, 0), (0, 200, 0), (200, 0, 0))
+    with pytest.raises(
+        UserError, match=r"val/1.png: .* \[0, 200, 0\] for the value 1, that of .*train/1.png has \[200, 0, 0\]"
+    ):
+        load_dense(root, "masks", image_size=16)
+
+
+def test_ignored_pixels_are_counted_and_may_be_kept(tmp_path, capsys):
+    root = write_masked(tmp_path, values=(0, 128, 255))
+    splits = load_dense(root, "masks", image_size=16)
+    labels = torch.cat([split.labels for split in (splits.train, splits.val, splits.test)])
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "--ignore" in line]
+    share = 100 * (labels == IGNORED).float().mean().item()
+    assert 30 < share < 36 and line.startswith(
+        f"{root}: {share:.3g} % of the masks' pixels have the value 255, which is ignored"
+    )
+    assert splits.class_names == ["0", "128"]
+
+    splits = load_dense(root, "masks", image_size=16, ignored=None)
+    kept = torch.cat([split.labels for split in (splits.train, splits.val, splits.test)])
+    assert splits.class_names == ["0", "128", "255"] and "--ignore" not in capsys.readouterr().err
+    assert torch.equal(kept, labels.where(labels != IGNORED, 2))
+    moved = next(splits.train.stream(4, 0)).labels
+    assert (moved == IGNORED).any() and moved[moved != IGNORED].max() == 2  # beside the image there is no class still
+
+    load_dense(write_masked(tmp_path / "none", values=(0, 128)), "masks", image_size=16)
+    assert "--ignore" not in capsys.readouterr().err
+    with pytest.raises(UserError, match="show 1 classes; .* have the value 255, which is ignored; --ignore none keeps it"):
+        load_dense(write_masked(tmp_path / "binary", values=(0, 255)), "masks", image_size=16)
+    assert load_dense(tmp_path / "binary", "masks", image_size=16, ignored=None).class_names == ["0", "255"]
+
+
 def replaced(name, change):
     def damage(root):
         path = root / name
@@ -139,7 +257,10 @@ MASK_FAULTS = {
     "a cut mask": (replaced("masks/val/1.png", lambda p: p.write_bytes(p.read_bytes()[:60])), "masks/val/1.png"),
     "colours": (replaced("masks/val/1.png", lambda p: Image.new("RGB", (30, 21)).save(p)), "its mode is RGB"),
     "another size": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 30)).save(p)), "30 x 30 pixels, but"),
-    "an unknown class": (replaced("masks/val/1.png", lambda p: Image.new("L", (30, 21), 9).save(p)), "the value 9"),
+    "an unknown class": (
+        replaced("masks/val/1.png", lambda p: Image.new("L", (30, 21), 9).save(p)),
+        "masks/val/1.png: the value 9, which no mask for training has",
+    ),
     "no images": (replaced("images/val", lambda p: [file.unlink() for file in p.iterdir()]), "no images"),
     "no training": (replaced("masks/train", shutil.rmtree), "expected images/train/*.jpg"),
     "no test": (replaced("masks/val", shutil.rmtree), "expected images/train/*.jpg"),
@@ -162,19 +283,25 @@ def test_masks_of_one_class_teach_nothing(tmp_path):
 
 annotation, small = coco_content()["annotations"][0], {"id": 10, "file_name": "0.jpg", "width": 4, "height": 4}
 BOX_FAULTS = {
-    "a category": ({"annotations": [annotation | {"category_id": 6}]}, "KeyError"),
-    "an image": ({"annotations": [annotation | {"image_id": 1}]}, "KeyError"),
-    "three numbers": ({"annotations": [annotation | {"bbox": [1, 2, 3]}]}, "damaged"),
-    "a negative breadth": ({"annotations": [annotation | {"bbox": [1, 2, -3, 4]}]}, "a box [1, 2, -3, 4]"),
-    "not a number": ({"annotations": [annotation | {"bbox": [1, math.nan, 3, 4]}]}, "a box"),
-    "infinite": ({"annotations": [annotation | {"bbox": [1, 2, 3, math.inf]}]}, "a box"),
-    "no width": ({"images": [small | {"width": 0}], "annotations": [annotation]}, "damaged"),
+    "a category": ({"annotations": [annotation | {"category_id": 6}]}, "annotation number 1 is of category 6, which the file"),
+    "an image": ({"annotations": [annotation | {"image_id": 999, "id": 7}]}, "annotation 7 is of image 999, which the file"),
+    "no box": ({"annotations": [{"image_id": 10, "category_id": 5, "id": 7}]}, "annotation 7 has the bbox None"),
+    "of no image": ({"annotations": [{"category_id": 5, "bbox": [1, 2, 3, 4], "id": 7}]}, "annotation 7 has no image_id"),
+    "three numbers": ({"annotations": [annotation | {"bbox": [1, 2, 3]}]}, "has the bbox [1, 2, 3]; it must be"),
+    "a negative breadth": ({"annotations": [annotation | {"bbox": [1, 2, -3, 4]}]}, "has the bbox [1, 2, -3, 4]"),
+    "not a number": ({"annotations": [annotation | {"bbox": [1, math.nan, 3, 4]}]}, "has the bbox"),
+    "infinite": ({"annotations": [annotation | {"bbox": [1, 2, 3, math.inf]}]}, "has the bbox"),
+    "a width of 0": ({"images": [small | {"width": 0}], "annotations": [annotation]}, "image 10 the width 0 and height 4"),
+    "no width": ({"images": [{"id": 10, "file_name": "0.jpg"}], "annotations": [annotation]}, "the width None"),
     "no boxes": ({"annotations": []}, "up to 0 boxes"),
     "no categories": ({"categories": []}, "0 categories"),
-    "doubled categories": ({"categories": [{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]}, "2 categories, 1 of them"),
+    "doubled categories": ({"categories": [{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]}, "categories have the id 5"),
+    "doubled names": ({"categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "a"}]}, "categories have the name 'a'"),
+    "a nameless category": ({"categories": [{"id": 5}]}, "it has no 'name'"),
+    "doubled images": ({"images": [small, small]}, "2 images with 1 ids"),
     "a way out": ({"images": [small | {"file_name": "../0.jpg"}], "annotations": [annotation]}, "out of its folder"),
     "an absent image": ({"images": [small | {"file_name": "9.jpg"}], "annotations": [annotation]}, "9.jpg"),
-    "a list": ({"images": {"a": 1}}, "damaged"),
+    "no list": ({"images": {"a": 1}}, "cannot be used"),
 }
 
 
@@ -184,12 +311,19 @@ def test_boxes_that_cannot_be_used(tmp_path, fault):
     with pytest.raises(UserError) as caught:
         load_dense(write_coco(tmp_path / "a", **changes), "boxes", image_size=16)
     assert words in str(caught.value) and str(caught.value).isprintable()
+    assert "KeyError" not in str(caught.value) and "source" not in str(caught.value)  # a file of one's own has none
 
 
 def test_folders_of_boxes_that_cannot_be_used(tmp_path):
     root = write_coco(tmp_path / "a")
     path = root / "annotations" / "instances_val2017.json"
-    for content, words in ((b"{", "JSONDecodeError"), (b"[" * 10**5, "RecursionError"), (b"\xff" * 9, "damaged")):
+    for content, words in (
+        (b"{", "JSONDecodeError"),
+        (b"[" * 10**5, "RecursionError"),
+        (b"\xff" * 9, "cannot be used"),
+        (b"[]", "no object"),
+        (b"{}", "no 'categories'"),
+    ):
         path.write_bytes(content)
         with pytest.raises(UserError, match=words):
             load_dense(root, "boxes", image_size=16)

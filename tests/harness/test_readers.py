@@ -22,7 +22,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import FUZZ, consume, data_refused, equal, memory_is_bounded, mutated, picture, said, write_folder, write_npz
+from helpers import (
+    FUZZ,
+    consume,
+    data_refused,
+    equal,
+    memory_is_bounded,
+    mutated,
+    oriented,
+    picture,
+    said,
+    turned_photo,
+    write_folder,
+    write_npz,
+)
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -459,6 +472,54 @@ def test_draft_gives_the_same_picture(tmp_path, monkeypatch):
     full = [readers.decode(tmp_path / "a.jpg", 64, rng) for rng in (None, *(numpy_generator(k) for k in range(8)))]
     for a, b in zip(fast, full):
         assert np.abs(a.astype(int) - b.astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_upright(tmp_path, orientation):
+    """Whole, in the middle, and in crops; where a JPEG is decoded at a part of its size, and where it is not."""
+    upright = picture(1600, 1000)
+    upright.save(tmp_path / "a.jpg", quality=95)
+    turned_photo(upright, orientation).save(tmp_path / "b.jpg", quality=95, exif=oriented(orientation))
+    for size in (64, 400):
+        for key, whole in ((None, True), (None, False), *((k, False) for k in range(4))):
+            rngs = (None, None) if key is None else (numpy_generator(key), numpy_generator(key))
+            a, b = (readers.decode(tmp_path / name, size, rng, whole) for name, rng in zip(("a.jpg", "b.jpg"), rngs))
+            assert np.abs(a.astype(int) - b.astype(int)).mean() < 2
+
+
+def test_a_folder_of_turned_photos(tmp_path):
+    root = write_folder(tmp_path)
+    before = next(data.load(root, ".", image_size=16).test.ordered(6)).images
+    for path in (root / "val").rglob("*.jpg"):
+        with Image.open(path) as image:
+            turned_photo(image, 6).save(path, "png", exif=oriented(6))
+    after = next(data.load(root, ".", image_size=16).test.ordered(6)).images
+    assert torch.equal(before, after) and not torch.equal(before, before.transpose(2, 3))
+
+
+def test_metadata_that_says_nothing(tmp_path, recwarn):
+    """Orientations that there are not, and metadata that cannot be read: the pixels are taken as they are."""
+    picture(40, 30).save(tmp_path / "a.png")
+    wanted = readers.decode(tmp_path / "a.png", 16, None)
+    whole = oriented(6).tobytes()
+    for exif in (oriented(0).tobytes(), oriented(9).tobytes(), b"Exif\0\0nonsense", b"Exif\0\0", whole[:12]):
+        picture(40, 30).save(tmp_path / "b.png", exif=exif)
+        assert np.array_equal(readers.decode(tmp_path / "b.png", 16, None), wanted)
+    picture(40, 30).save(tmp_path / "c.png", exif=whole)
+    assert not np.array_equal(readers.decode(tmp_path / "c.png", 16, None), wanted)
+    assert not recwarn.list
+
+
+def test_faults_are_told_in_words():
+    for error, words in (
+        (KeyError("labels"), "a: it has no 'labels'; mend it"),
+        (ValueError("12 pixels"), "a: cannot be used (12 pixels); mend it"),
+        (IndexError("list"), "a: cannot be used (IndexError: list); mend it"),
+        (ValueError(), "a: cannot be used (ValueError: ); mend it"),
+    ):
+        with pytest.raises(UserError) as caught, readers.blaming("a", "mend it"):
+            raise error
+        assert str(caught.value) == words
 
 
 def test_crop_box():
