@@ -135,7 +135,7 @@ class Config:
     mask_ratio: float = flag(0.75, "share of the patches that is hidden", above=0, below=1)
     mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, drawn by p, highest p")
     masking_network: Literal["tokens", "shared", "mlp"] = flag("tokens", "T: linear on tokens, a small net, or the paper's")
-    masking_blocks: int = flag(2, "blocks of E before the tokens that T reads, or all that E has", least=0, most=1000)
+    masking_blocks: int = flag(4, "blocks of E before the tokens that T reads, or all that E has", least=0, most=1000)
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what shared and mlp read: pixels, or detached embeddings")
     masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
@@ -147,7 +147,7 @@ class Config:
 
     level2: Literal["ridge", "steps"] = flag("ridge", "the head: solved (ridge regression), or AdamW steps as published")
     pooling: Literal["mean", "cls"] = flag("mean", "features: mean of the patches' tokens, or CLS token as published")
-    ridge: float = flag(0.1, "penalty of the ridge regression, on standardised features", above=0)
+    ridge: float = flag(0.3, "penalty of the ridge regression, on standardised features", above=0)
     level2_memory: float = flag(0.0, "most that earlier batches weigh in its moments", least=0, below=1)
     head_norm: Literal["batch", "layer"] = flag("batch", "of the head's input (steps); layer as published")
 
