@@ -99,7 +99,7 @@ from harness.processes import (
     world,
 )
 from harness.randomness import DROPOUT, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, MASKS, draw_dropout, torch_generator
-from harness.run import Run, add_run_flags, read_metrics, settings_of
+from harness.run import Run, add_run_flags, first_name, read_metrics, settings_of
 from harness.schedule import schedule
 from harness.vectors import call, flatten, inverse_fan_in, size_of, unflatten, weight_decays
 from harness.weights import starting_weights
@@ -161,7 +161,7 @@ class Config:
     accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result", least=1, most=65536)
     checkpoint_activations: bool = flag(False, "compute activations again in the backward pass: less memory, same result")
     level1_steps: int = flag(16, "encoder and decoder steps a mask update", least=1, most=65536)
-    mask_batches: int = flag(4, "latest batches of level 1 that (9) is taken over", least=1, most=65536)
+    mask_batches: int = flag(4, "latest batches of level 1, at most --level1-steps, for (9)", least=1, most=65536)
     head_steps: int = flag(10, "head steps a mask update, on one batch (steps)", least=1, most=65536)
     lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder", least=0)
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head (steps)", least=0)
@@ -222,8 +222,11 @@ def check(cfg: Config) -> None:
         raise UserError("--mask-choice highest needs --masking-network mlp: the others start with all p equal")
     if cfg.masking == "learned" and cfg.mask_start >= cfg.mask_until:
         raise UserError(f"--mask-start {cfg.mask_start} must be below --mask-until {cfg.mask_until}: T learns in between")
-    if cfg.masking == "learned" and cfg.mask_batches > 1 and (cfg.unroll == "full" or cfg.mask_batches > cfg.level1_steps):
-        raise UserError(f"--mask-batches {cfg.mask_batches} goes with --unroll last and at least as many --level1-steps")
+    if cfg.masking == "learned" and cfg.mask_batches > 1 and cfg.unroll == "full":
+        raise UserError(f"--unroll full goes with --mask-batches 1, not {cfg.mask_batches}: it takes each step's batch")
+    by_deviation = cfg.level2 == "ridge" or cfg.head_norm == "batch"
+    if cfg.masking == "learned" and by_deviation and cfg.labelled_batch_size < 2:
+        raise UserError("--labelled-batch-size 1 has no deviation, by which the head's input is divided; give 2 or more")
     if cfg.masking_from and (cfg.masking, cfg.masking_network) != ("learned", "tokens"):
         raise UserError("--masking-from goes with --masking learned and --masking-network tokens")
     if cfg.masking_learns and not cfg.masking_from:
@@ -699,9 +702,9 @@ def within(cfg: Config, iteration: int, total: int, waited: int) -> tuple[int, i
 
 
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
-    """The outer iteration in which T learns first, and the one after its last, which waiting puts off."""
+    """The outer iteration in which T learns first, and the one after its last (one later at least), which waiting puts off."""
     start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.7 x 10 is above 7
-    return start, min(end + waited, total)
+    return start, min(max(end, start + 1) + waited, total)
 
 
 def learns_at(cfg: Config, iteration: int, total: int, waited: int) -> bool:
@@ -1045,6 +1048,8 @@ def build(
 
     sight: of the T of another run. Raises UserError where the sizes do not fit."""
     check_size(cfg, image_size, channels)
+    if channels * cfg.patch_size**2 == 1:
+        raise UserError("a patch of one value has no deviation, by which pixels are normalised; give --patch-size 2 or more")
     patches = (image_size // cfg.patch_size) ** 2
     seen, cell, inputs = read_by_masking(cfg, patches, channels)
     torch.manual_seed(cfg.seed)
@@ -1109,7 +1114,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
     start, end = window(cfg, total)
     if cfg.masking == "learned" and start == end and not is_given(cfg):
-        raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or --mask-until over --mask-start")
+        raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or lower --mask-start")
     looks = sum(learns_at(cfg, n, total, state.waited) for n in range(min(state.iteration, total)))  # labelled batches used
 
     def stream(purpose, split, size, used):
@@ -1129,7 +1134,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         row, previous = mask_statistics(prob, mask, previous, objects, cfg.patch_size), mask
         return {"epoch": epoch} | row | ({"waited": state.waited} if state.waited else {})
 
-    with run.at_work(total, state.iteration, f"{cfg.preset} {cfg.masking}"):
+    with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_masks(net, state, total)
             settled = stays(cfg, state.iteration, total, state.waited)
@@ -1204,7 +1209,7 @@ def sight_of(content: dict, here: dict, device: torch.device) -> Sight:
         raise UserError(f"its T sees images of {facts['channels']} channels, and these have {here['channels']}")
     names = "image_size", "patch_size", "width", "depth", "heads", "masking_blocks"
     seen = Config(**{name: facts[name] for name in names}, decoder_width=4, decoder_heads=1, masking_width=1)
-    seen = dataclasses.replace(seen, batch_size=world(), labelled_batch_size=world())
+    seen = dataclasses.replace(seen, batch_size=world(), labelled_batch_size=2 * world())
     check(seen)
     check_size(seen, seen.image_size, here["channels"])
     with torch.device("meta"):

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from harness import UserError, printable
 from harness.memory import keep_freed
-from harness.processes import first_to_fail, join, world
+from harness.processes import first_to_fail, join, started, world
 from kernels.backend import current
 
 
@@ -75,9 +74,13 @@ def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.F
         parser.add_argument(flag_name(field.name), **options)
 
 
-def reported(program: str, work: Callable[[], dict | None], remedy: str = "Lower --batch-size") -> int:
+NO_MEMORY = "can't allocate memory", "not enough memory"  # in what torch raises on a CPU, a plain RuntimeError
+LESS_MEMORY = "lower --batch-size or --labelled-batch-size, or give a larger --patch-size or a smaller --image-size"
+
+
+def reported(program: str, work: Callable[[], dict | None], remedy: str = LESS_MEMORY) -> int:
     """Print what work() returns, unless None, as one line of JSON. Exit status 0, 2 after one line for what the user can
-    mend, or 130 after one line at Ctrl-C; `remedy` is for a device out of memory."""
+    mend, or 130 after one line at Ctrl-C; `remedy` is for want of memory."""
     status = 2
     try:
         summary = work()
@@ -86,8 +89,11 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = "Lower
         return 0
     except UserError as error:
         message = str(error)
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory: {str(error).splitlines()[0]} {remedy}"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(map(str(error).__contains__, NO_MEMORY)):
+            raise
+        found = (str(error).splitlines() or [""])[0].split("DefaultCPUAllocator: ")[-1].rstrip(". ")
+        message = f"out of memory{found and f' ({found})'}; {remedy}"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
     except KeyboardInterrupt:  # outside of the loops that save first, or a second one inside
@@ -136,8 +142,10 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
     """Run the command that argv (None: the process's own) begins with, or pretrain(flags): the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "pretrain"
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if name in commands() and alone:
+    count = []
+    if status := reported("mlo_mae", lambda: count.append(started())):
+        return status
+    if name in commands() and count == [1]:
         return command(name).main(argv)
 
     def work():

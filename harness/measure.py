@@ -320,4 +320,4 @@ def run(program: str, command: str, parse: Callable[[], argparse.Namespace]) -> 
         wrong.extend(page.wrong)
         return finite({"verb": options.verb, "machine": facts} | found)
 
-    return cli.reported(program, report, "Choose a smaller size") or int(bool(wrong))
+    return cli.reported(program, report, "choose a smaller size") or int(bool(wrong))

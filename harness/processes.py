@@ -23,10 +23,33 @@ from harness import UserError
 Result = TypeVar("Result")
 
 
+NUMBERS = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}  # torchrun's, and the least
+
+
+def started() -> int:
+    """How many processes the environment says that torchrun has started; 1 without it. A variable that is empty is absent.
+    Raises UserError where the environment is not torchrun's."""
+    given = {name: os.environ.get(name, "") for name in (*NUMBERS, "MASTER_ADDR")}
+    remedy = "unset it, or start with torchrun, which sets all that several processes need"
+    for name, least in NUMBERS.items():
+        if given[name] and not (given[name].isdecimal() and int(given[name]) >= least):
+            found = f"the environment variable {name} is {given[name]!r}, and no whole number of at least {least}"
+            raise UserError(f"{found}; {remedy}")
+    count = int(given["WORLD_SIZE"] or 1)
+    if count == 1 or not given["RANK"]:
+        return 1
+    if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not given[name]]:
+        raise UserError(f"the environment variable WORLD_SIZE is {count}, but {' and '.join(absent)} absent; {remedy}")
+    if int(given["RANK"]) >= count:
+        raise UserError(f"the environment variable RANK is {given['RANK']}, but WORLD_SIZE is {count}; {remedy}")
+    return count
+
+
 def join() -> None:
-    """Join the processes that torchrun started, if it did. Raises UserError where this machine has too few GPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "RANK" in os.environ:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    """Join the processes that torchrun started, if it did. Raises UserError where this machine has too few GPUs, and as
+    `started` does."""
+    if started() > 1:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"  # machines may count differently
         with exchange():
@@ -58,7 +81,7 @@ def after_parent(action: Callable[[], None]) -> None:
 def end(status: int) -> NoReturn:
     """End this process. One of several that has finished ends at once: Python's own tear-down can meet a thread of the
     exchange that has not ended, and abort (seen in 1 of 24 restarted runs), whereupon torchrun calls the run failed."""
-    if status == 0 and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if status == 0 and started() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -188,7 +188,7 @@ class Run:
                     kept = f"{path} holds the last good state" if path.exists() else "there was no checkpoint yet"
                     raise UserError(
                         f"{name} is {value} at mask update {update} (level-1 step {update * steps}); {kept}; "
-                        "lower --lr, --head-lr or --mask-lr"
+                        "a lower --lr, --head-lr or --mask-lr may help"
                     )
         return rows
 

@@ -14,7 +14,7 @@ import torch
 from helpers import SCRIPT, arguments, refused
 
 import mlo_mae
-from harness import UserError, cli, printable
+from harness import UserError, cli, printable, processes
 from harness.cli import flag
 
 
@@ -120,7 +120,9 @@ def test_what_work_returns_is_one_line_of_json(capsys):
     [
         (UserError("--count 0: must be at least 1"), "program: --count 0: must be at least 1"),
         (UserError("two\nlines\x1b[2J"), "program: two?lines?[2J"),
-        (torch.OutOfMemoryError("2 GiB of 1 GiB.\nmore"), "program: out of memory: 2 GiB of 1 GiB. Lower --batch-size"),
+        (torch.OutOfMemoryError("2 GiB of 1 GiB.\nmore"), f"program: out of memory (2 GiB of 1 GiB); {cli.LESS_MEMORY}"),
+        (MemoryError(), f"program: out of memory; {cli.LESS_MEMORY}"),
+        (MemoryError("Unable to allocate 3. GiB"), f"program: out of memory (Unable to allocate 3. GiB); {cli.LESS_MEMORY}"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), "program: No such file or directory: a/b"),
         (PermissionError(13, "Permission denied", "a\nb"), "program: Permission denied: a?b"),
         (OSError("socket is closed"), "program: socket is closed"),
@@ -133,7 +135,44 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, line):
     assert printed.err == line + "\n" and printed.out == ""
 
 
-@pytest.mark.parametrize("error", [ValueError("a bug"), SystemExit(130)], ids=repr)
+def test_a_cpu_out_of_memory_is_one_line(capsys):
+    assert cli.reported("program", lambda: torch.empty(2**55)) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("program: out of memory (") and "allocate" in told and told.endswith(f"; {cli.LESS_MEMORY}\n")
+    assert "alloc_cpu" not in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["WORLD_SIZE is 2", "MASTER_ADDR and MASTER_PORT absent", "torchrun"]),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here"}, ["WORLD_SIZE is 2", "but MASTER_PORT absent"]),
+        ({"WORLD_SIZE": "many"}, ["WORLD_SIZE is 'many'", "unset it"]),
+        ({"WORLD_SIZE": "0"}, ["WORLD_SIZE is '0'", "at least 1"]),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, ["RANK is '-1'"]),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, ["RANK is 2, but WORLD_SIZE is 2"]),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "http"}, ["MASTER_PORT is 'http'"]),
+        ({"LOCAL_RANK": "x"}, ["LOCAL_RANK is 'x'"]),
+    ],
+)
+@pytest.mark.parametrize("command", [["--epochs", "1"], ["show", "RUN"]], ids=["pretrain", "show"])
+def test_an_environment_that_is_not_torchruns_is_one_line(monkeypatch, capsys, variables, words, command):
+    for name in (*processes.NUMBERS, "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    refused(command, capsys, *words)
+
+
+def test_variables_that_are_empty_are_absent(monkeypatch):
+    for name in (*processes.NUMBERS, "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+    assert processes.started() == 1
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of a batch system; without a rank this is one process of its own
+    assert processes.started() == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), SystemExit(130)], ids=repr)
 def test_a_bug_is_not_hidden(error):
     with pytest.raises(type(error)):
         cli.reported("program", failing(error))
@@ -204,9 +243,10 @@ def test_kernels_that_there_are_not_are_one_line():
         (["--mask-until", "1.5"], ["--mask-until 1.5: must be at most 1 and above 0"]),
         (["--mask-start", "0.5", "--mask-until", "0.4"], ["--mask-start 0.5 must be below --mask-until 0.4"]),
         (["--mask-start", "0.5", "--mask-until", "0.5"], ["--mask-start 0.5 must be below --mask-until 0.5"]),
-        (["--mask-start", "0.1", "--mask-until", "0.11", "--epochs", "4"], ["T would learn in none of 6 mask updates"]),
-        (["--mask-batches", "3"], ["--mask-batches 3", "--level1-steps"]),
-        (["--mask-batches", "2", "--unroll", "full"], ["--mask-batches 2", "--unroll last"]),
+        (["--mask-start", "0.9", "--mask-until", "0.95", "--epochs", "4"], ["T would learn in none of 6 mask updates"]),
+        (["--mask-batches", "2", "--unroll", "full"], ["--unroll full", "--mask-batches 1, not 2"]),
+        (["--labelled-batch-size", "1"], ["--labelled-batch-size 1", "give 2 or more"]),
+        (["--labelled-batch-size", "1", "--level2", "steps", "--head-norm", "batch"], ["--labelled-batch-size 1"]),
         (["--mask-batches", "0"], ["--mask-batches 0: must be at least 1"]),
         (["--masking-learns"], ["--masking-learns", "--masking-from"]),
         (["--masking-from", "RUN", "--masking", "random"], ["--masking-from", "--masking learned"]),
@@ -256,7 +296,9 @@ def test_a_command_is_found_by_its_name(capsys, monkeypatch):
 
 
 def test_several_processes_are_for_pretraining(capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "join", lambda: None)
     refused(["probe", "RUN"], capsys, "probe runs as one process; start it without torchrun")
 
 
