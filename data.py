@@ -133,6 +133,7 @@ class Images:
     """
 
     label_dtype = torch.int64
+    flip = crop = True  # whether `augmented` mirrors and crops
 
     def __init__(
         self, images: Array, labels: Array, mean: Colour, std: Colour, objects: Array | None = None, device: Device = "cpu"
@@ -167,11 +168,12 @@ class Images:
                 yield self.pick(indices[part])
 
     def augmented(self, indices: np.ndarray, rng: np.random.Generator, part: slice = slice(None)) -> Batch:
-        """These images after a random crop (from size/8 pixels of black around) and a random horizontal flip; of them, those
-        that the slice `part` names."""
+        """These images after a random crop (from size/8 pixels of black around) and a random horizontal flip, where `crop` and
+        `flip` say so; of them, those that the slice `part` names."""
         pad = self.images.shape[-1] // 8
-        draws = [rng.integers(0, high, len(indices)) for high in (2 * pad + 1, 2 * pad + 1, 2)]
-        drawn = np.stack([indices, *draws])[:, part]
+        top, left, flip = (rng.integers(0, high, len(indices)) for high in (2 * pad + 1, 2 * pad + 1, 2))
+        top, left = (top, left) if self.crop else (np.full_like(top, pad), np.full_like(left, pad))
+        drawn = np.stack([indices, top, left, flip * self.flip])[:, part]
         i, top, left, flip = torch.from_numpy(drawn).to(self.labels.device)  # each [B]; one transfer
         crops = moved(self.images.index_select(0, i), top, left, flip.bool())
         return Batch((crops - self.mean).div_(self.std), self.moved_labels(self.labels[i], top, left, flip.bool()))
@@ -181,7 +183,9 @@ class Images:
         is 0. They are kept in float16, with as many pixels as the images."""
         maps, scale = maps[:, None].half(), self.images.shape[-1] // maps.shape[-1]
         maps = maps.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        return Images(maps, self.labels, (0.0,), (1 / 255,), device=maps.device)
+        split = Images(maps, self.labels, (0.0,), (1 / 255,), device=maps.device)
+        split.flip, split.crop = self.flip, self.crop
+        return split
 
     def moved_labels(self, labels: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """The labels of images that were moved so, for labels that have places."""
@@ -448,6 +452,8 @@ def load(
     seed: int = 0,
     skip_corrupt: bool = False,
     workers: int = 0,
+    flip: bool = True,
+    crop: bool = True,
     device: Device = "cpu",
 ) -> Splits:
     """The data set `name`, split; what was found is said in a line on stderr.
@@ -461,6 +467,7 @@ def load(
     seed          of `limit` and `val_fraction` (drawn images are the same for every seed)
     skip_corrupt  folders: use the next image in place of one that cannot be decoded
     workers       folders: processes that decode; 0: this one
+    flip, crop    whether streams mirror images at random, and cut pieces out of them
     device        where resident images lie and batches arrive
 
     Raises UserError for data that is absent, damaged, hostile or does not fit together.
@@ -479,7 +486,7 @@ def load(
         parts, class_names = read_cifar(name, Path(data_dir))
     elif os.path.isdir(name):
         files, class_names, left_out = list_folder(name, image_size or 224, limit, val_fraction, seed, skip_corrupt)
-        decoder = Decoder(files, workers)
+        decoder = Decoder(files._replace(flip=flip, crop=crop), workers)
         splits = (Folder(decoder, split, device) for split in ("train", "val", "test"))
         return report(name, Splits(*splits, class_names, 3, files.size, IMAGENET_MEAN, IMAGENET_STD), left_out)
     elif os.path.isfile(name):
@@ -500,7 +507,14 @@ def load(
         }
     mean, std = (CIFAR_MEAN, CIFAR_STD) if name in CIFAR else channel_statistics(parts["train"][0])
     splits = (Images(*parts[s][:2], mean, std, *parts[s][2:], device=device) for s in ("train", "val", "test"))
-    return report(name, Splits(*splits, class_names, channels, size, mean, std))
+    return report(name, moving(Splits(*splits, class_names, channels, size, mean, std), flip, crop))
+
+
+def moving(splits: Splits, flip: bool, crop: bool) -> Splits:
+    """These splits of resident images, whose streams mirror and crop them as asked for."""
+    for split in (splits.train, splits.val, splits.test):
+        split.flip, split.crop = flip, crop
+    return splits
 
 
 def split_parts(parts: Parts, kept: np.ndarray, val_fraction: float, seed: int) -> Parts:

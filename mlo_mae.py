@@ -121,6 +121,8 @@ class Config:
     val_fraction: float = flag(0.2, "share of the training images held out for level 3", above=0, below=1)
     skip_corrupt: bool = flag(False, "replace images that cannot be decoded instead of stopping")
     workers: int = flag(0, "processes that decode images (folders only)", least=0, most=1024)
+    flip: bool = flag(True, "mirror images at random, at all levels (not where left and right tell classes apart)")
+    crop: bool = flag(True, "cut pieces out of images at random, at all levels")
 
     patch_size: int = flag(4, "pixels, square", least=1, most=65536)
     width: int = flag(64, "of the encoder's tokens", least=1, most=65536)
@@ -1162,7 +1164,8 @@ def mask_updates(cfg: Config, splits: data.Splits) -> int:
 
 def load_data(cfg: Config, device: torch.device) -> data.Splits:
     """The run's data, split. Raises UserError."""
-    same = {name: getattr(cfg, name) for name in ("image_size", "val_fraction", "seed", "skip_corrupt", "workers")}
+    names = "image_size", "val_fraction", "seed", "skip_corrupt", "workers", "flip", "crop"
+    same = {name: getattr(cfg, name) for name in names}
     return data.load(cfg.data, cfg.data_dir, limit=cfg.images, device=device, **same)
 
 

@@ -343,7 +343,7 @@ def load_moments(optimizer: torch.optim.Optimizer, content: dict) -> None:
 
 # Settings of Config that matter here; those of a run are its own, but for MACHINE_FIELDS.
 SETTINGS = (
-    *("preset", "data", "data_dir", "images", "image_size", "val_fraction", "skip_corrupt", "workers"),
+    *("preset", "data", "data_dir", "images", "image_size", "val_fraction", "skip_corrupt", "workers", "flip", "crop"),
     *("patch_size", "width", "depth", "heads", "device", "checkpoint_minutes"),
 )
 

@@ -331,7 +331,7 @@ def encoder_and_dense_data(
     if not known and "data" not in settings:
         where = "give --data DIR, a folder that has (transfer --help), or --data shapes"
         raise UserError(f"{cfg.data} has no {task.labels}; {where}")
-    same = {name: getattr(cfg, name) for name in ("image_size", "val_fraction", "seed")}
+    same = {name: getattr(cfg, name) for name in ("image_size", "val_fraction", "seed", "flip", "crop")}
     device = cli.choose_device(cfg.device)
     splits = load_dense(cfg.data, task.labels, limit=cfg.images, ignored=ignored, device=device, **same)
     net, (theta, _, _) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))

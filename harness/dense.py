@@ -25,7 +25,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DRAWN, IMAGENET_MEAN, IMAGENET_STD, MAX_SIZE, Device, Images, Splits, choose, load, moved, report, split_parts
+from data import (
+    DRAWN,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    MAX_SIZE,
+    Device,
+    Images,
+    Splits,
+    choose,
+    load,
+    moved,
+    moving,
+    report,
+    split_parts,
+)
 from harness import UserError, printable
 from harness.readers import (
     MAX_CLASSES,
@@ -346,6 +360,8 @@ def load_dense(
     val_fraction: float = 0.2,
     seed: int = 0,
     ignored: int | None = IGNORED,
+    flip: bool = True,
+    crop: bool = True,
     device: Device = "cpu",
 ) -> Splits:
     """As `data.load`, where images have masks or boxes for labels: Splits of Masked or Boxed.
@@ -372,7 +388,7 @@ def load_dense(
             objects, labels = split.objects.numpy(), split.labels.numpy()
             labels = objects * (1 + labels[:, None, None]) if kind == "masks" else tightest_boxes(objects, labels)
             splits.append(split_class(split.images, labels, plain.mean, plain.std, device=device))
-        return Splits(*splits, names, plain.channels, plain.image_size, plain.mean, plain.std)
+        return moving(Splits(*splits, names, plain.channels, plain.image_size, plain.mean, plain.std), flip, crop)
     if not os.path.isdir(name):
         raise UserError(f"--data {name}: neither shapes nor a folder of images with {kind}, nor an .npz file with objects")
     size, root = image_size or 224, Path(name)
@@ -380,4 +396,4 @@ def load_dense(
     kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)
     parts = split_parts(parts, kept, val_fraction, seed)
     splits = (split_class(*parts[s], IMAGENET_MEAN, IMAGENET_STD, device=device) for s in ("train", "val", "test"))
-    return report(name, Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD), left_out)
+    return report(name, moving(Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD), flip, crop), left_out)

@@ -139,8 +139,16 @@ def opened(
     return image, turn, image.size[::-1] if quarter else image.size
 
 
-def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | None, whole: bool = False) -> np.ndarray:
-    """One image file -> [3, size, size] uint8: cropped and flipped at random with `rng`, else the middle 224/256 of it.
+def decode(
+    file: str | Path | BinaryIO,
+    size: int,
+    rng: np.random.Generator | None,
+    whole: bool = False,
+    flip: bool = True,
+    crop: bool = True,
+) -> np.ndarray:
+    """One image file -> [3, size, size] uint8: with `rng`, and where `crop` and `flip` say so, cropped and flipped at random;
+    else the middle 224/256 of it.
 
     It is upright, as its EXIF says. With `whole`, all of it, squashed into the square. Raises whatever PIL raises where it
     cannot, and ValueError for decompression bombs.
@@ -153,7 +161,8 @@ def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | No
         if whole:
             left, top, w, h = 0, 0, width, height
         elif rng:
-            left, top, w, h = crop_box(width, height, rng)
+            box = crop_box(width, height, rng)
+            left, top, w, h = box if crop else (left, top, w, h)
         # JPEGs decode at 1/2, 1/4 or 1/8 for less work: the smallest that still gives the crop `size` pixels
         wanted = max(1, int(width * size / w)), max(1, int(height * size / h))
         image.draft(None, wanted if image.size == (width, height) else wanted[::-1])
@@ -166,7 +175,7 @@ def decode(file: str | Path | BinaryIO, size: int, rng: np.random.Generator | No
         x, y = image.width / width, image.height / height  # what draft made of the size
         box = left * x, top * y, min((left + w) * x, image.width), min((top + h) * y, image.height)
         pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    if rng and rng.random() < 0.5:
+    if rng and rng.random() < 0.5 and flip:
         pixels = pixels[:, ::-1]
     return pixels.transpose(2, 0, 1)
 
@@ -312,6 +321,8 @@ class Files(NamedTuple):
     skip_corrupt: bool  # use the next image in place of one that cannot be decoded
     paths: dict[str, np.ndarray]  # of each split: [N] bytes, relative to root
     labels: dict[str, np.ndarray]  # of each split: [N] int64
+    flip: bool = True  # whether a random key mirrors
+    crop: bool = True  # whether it cuts a piece out
 
     def batch(self, split: str, indices: np.ndarray, keys: list[Key] | None) -> tuple[torch.Tensor, torch.Tensor]:
         """images [B, 3, size, size] uint8, labels [B] int64; each cropped and flipped by its random key, unless keys is None.
@@ -332,7 +343,7 @@ class Files(NamedTuple):
                 file = open(path, "rb")
             try:
                 with file:
-                    out[:] = decode(file, self.size, numpy_generator(*key) if key else None)
+                    out[:] = decode(file, self.size, numpy_generator(*key) if key else None, flip=self.flip, crop=self.crop)
                 return self.labels[split][i]
             except Exception as error:
                 if not self.skip_corrupt:

@@ -10,6 +10,7 @@ from helpers import consume, data_refused, equal, picture, said, take, write_fol
 from PIL import Image
 
 import data
+from harness.dense import load_dense
 
 pytestmark = pytest.mark.usefixtures("no_hang", "drawn_once")
 
@@ -66,6 +67,44 @@ def test_augmentation_is_crop_and_flip(shapes):
         assert len(found) == 1
         seen.add(found[0])
     assert len(seen) > 10 and len({flip for _, _, flip in seen}) == 2
+
+
+@pytest.mark.parametrize("kind", ["images", "maps", "folder", "masks", "boxes", "file of masks"])
+def test_images_are_mirrored_and_cropped_only_where_asked(tmp_path, kind):
+    """An arrow's head is on its right; with neither, a stream shows images as they are."""
+    arrow = np.zeros((16, 16, 3), np.uint8)
+    arrow[6:10, 3:13], arrow[4:12, 9:11] = 120, 250
+    count, seen = 40, {}
+    objects = np.broadcast_to(arrow[..., 0] > 0, (count, 16, 16))
+    if kind in ("folder", "file of masks"):
+        tops = ("train/a", "train/b", "val/a", "val/b") if kind == "folder" else ("images/train", "images/val")
+        for top in tops:
+            (tmp_path / top).mkdir(parents=True)
+            for number in range(count // 2):
+                Image.fromarray(arrow).save(tmp_path / top / f"{number}.png")
+                if kind != "folder":
+                    (tmp_path / top.replace("images", "masks")).mkdir(parents=True, exist_ok=True)
+                    mask = Image.fromarray((arrow[..., 0] > 0).astype(np.uint8))
+                    mask.save(tmp_path / top.replace("images", "masks") / f"{number}.png")
+        path = tmp_path
+    else:
+        path = tmp_path / "arrows.npz"
+        arrays = {"images": np.broadcast_to(arrow, (count, 16, 16, 3)), "labels": np.arange(count) % 2, "objects": objects}
+        np.savez(path, **{f"{part}_{name}": array for part in ("train", "test") for name, array in arrays.items()})
+    for flip, crop in itertools.product([True, False], repeat=2):
+        how = {"image_size": 16, "flip": flip, "crop": crop}
+        dense = {"masks": "masks", "boxes": "boxes", "file of masks": "masks"}.get(kind)
+        split = (load_dense(path, dense, **how) if dense else data.load(path, "", **how)).train
+        split = split.accompanied(split.images[:, 0].float()) if kind == "maps" else split
+        images = torch.cat([batch.images for batch in take(split.stream(10, 0), 8)])
+        plain = next(split.ordered(1)).images[0]
+        mirrored = sum(torch.equal(image, plain.flip(2)) for image in images)
+        seen[flip, crop] = len({image.numpy().tobytes() for image in images}), mirrored
+        if not crop:
+            assert all(torch.equal(image, plain) or torch.equal(image, plain.flip(2)) for image in images)
+    assert seen[False, False] == (1, 0)
+    assert seen[True, False][0] == 2 and 20 < seen[True, False][1] < 60
+    assert seen[False, True][1] == 0 and 5 < seen[False, True][0] < seen[True, True][0]
 
 
 def test_every_crop_is_drawn(shapes):
