@@ -12,6 +12,7 @@ Randomness has no state: batch b of a stream is a function of (split, batch size
 batch b sees the batches that it would have seen, on any device and with any number of workers.
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -72,11 +73,14 @@ class Splits:
     image_size: int  # pixels; images are square
     mean: Colour
     std: Colour
+    digest: str = ""  # of what was read, see `digest_of`
 
     def facts(self) -> dict:
         """What a checkpoint says about the data."""
         names = ("image_size", "channels", "class_names")
-        return {name: getattr(self, name) for name in names} | {"mean": list(self.mean), "std": list(self.std)}
+        counts = {part: len(getattr(self, part)) for part in ("train", "val", "test")}
+        about = {"number_of_images": counts, "digest": self.digest, "mean": list(self.mean), "std": list(self.std)}
+        return {name: getattr(self, name) for name in names} | about
 
     def watched(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Validation images, [count, C, H, W] (all if there are fewer), and where their objects are, [count, H, W] bool on
@@ -87,6 +91,16 @@ class Splits:
         order = order[np.argsort(turns(labels[order]), kind="stable")][:count]
         objects = getattr(self.val, "objects", None)
         return self.val.pick(order).images, None if objects is None else objects[torch.from_numpy(order)].cpu()
+
+
+def digest_of(arrays: Iterable[np.ndarray]) -> str:
+    """A number, in hex, that tells these arrays from others. It is taken of what was read, since what is computed from that
+    may differ by machine: of pixels in arrays, of files' names in folders, and of labels."""
+    found = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        found.update(f"{array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).data)
+    return found.hexdigest()
 
 
 def turns(labels: np.ndarray) -> np.ndarray:
@@ -488,7 +502,8 @@ def load(
         files, class_names, left_out = list_folder(name, image_size or 224, limit, val_fraction, seed, skip_corrupt)
         decoder = Decoder(files._replace(flip=flip, crop=crop), workers)
         splits = (Folder(decoder, split, device) for split in ("train", "val", "test"))
-        return report(name, Splits(*splits, class_names, 3, files.size, IMAGENET_MEAN, IMAGENET_STD), left_out)
+        digest = digest_of(listed[split] for split in files.labels for listed in (files.paths, files.labels))
+        return report(name, Splits(*splits, class_names, 3, files.size, IMAGENET_MEAN, IMAGENET_STD, digest), left_out)
     elif os.path.isfile(name):
         parts, class_names = read_npz(Path(name))
     else:
@@ -500,6 +515,8 @@ def load(
     check_room(channels * size**2 * sum(len(part[0]) for part in parts.values()), name)
     kept = choose(parts["train"][1], limit, seed, name)
     parts = split_parts(parts, kept, val_fraction, seed)
+    read = slice(1, 2) if name in DRAWN else slice(None)
+    digest = digest_of(array for split in ("train", "val", "test") for array in parts[split][read])
     if size != native_size:
         parts = {
             split: (resized(images, size), labels, *(resized_objects(some, size) for some in objects))
@@ -507,7 +524,7 @@ def load(
         }
     mean, std = (CIFAR_MEAN, CIFAR_STD) if name in CIFAR else channel_statistics(parts["train"][0])
     splits = (Images(*parts[s][:2], mean, std, *parts[s][2:], device=device) for s in ("train", "val", "test"))
-    return report(name, moving(Splits(*splits, class_names, channels, size, mean, std), flip, crop))
+    return report(name, moving(Splits(*splits, class_names, channels, size, mean, std, digest), flip, crop))
 
 
 def moving(splits: Splits, flip: bool, crop: bool) -> Splits:

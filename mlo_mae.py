@@ -1088,6 +1088,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     device = cli.choose_device(cfg.device)
     run = Run(out, {"config": dataclasses.asdict(cfg)}, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes)
     splits = first_before_others(lambda: load_data(cfg, device))
+    run.compare("data", splits.facts(), set())
     source = (out if run.checkpoint else Path(cfg.masking_from)) / "checkpoint.pt"  # a run keeps what it needs of another's T
     learned = (run.checkpoint or newest(source.parent, FORMAT)) if cfg.masking_from and rank() == 0 else None
     with fitting(source):
@@ -1136,6 +1137,9 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         row, previous = mask_statistics(prob, mask, previous, objects, cfg.patch_size), mask
         return {"epoch": epoch} | row | ({"waited": state.waited} if state.waited else {})
 
+    seen = cfg.level1_steps * cfg.batch_size  # images of a mask update
+    if run.writer and (epochs := total * seen / len(splits.train)) > 1.05 * cfg.epochs:
+        print(f"data are seen {epochs:.1f} times, not {cfg.epochs}: a mask update takes {seen} images", file=sys.stderr)
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_masks(net, state, total)

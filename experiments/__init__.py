@@ -37,8 +37,10 @@ def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networ
         net, _ = mlo_mae.build(cfg, *sizes, sight)
         state = mlo_mae.restored(net, content, device)  # before the data, whose size a damaged file could make absurd
     splits = mlo_mae.load_data(cfg, device)
-    if [splits.image_size, splits.channels, list(splits.class_names)] != [*sizes[:2], facts["class_names"]]:
-        raise UserError(f"{cfg.data} is not the data that {run} was trained on: sizes or class names differ")
+    for name, value in splits.facts().items():
+        if name not in ("mean", "std") and facts.get(name) != value:
+            what = f"its {name.replace('_', ' ')} is {value}, not {facts.get(name)}"
+            raise UserError(f"{cfg.data} is not the data that {run} was trained on: {what}")
     return net, state, splits
 
 

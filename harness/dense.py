@@ -34,6 +34,7 @@ from data import (
     Images,
     Splits,
     choose,
+    digest_of,
     load,
     moved,
     moving,
@@ -388,7 +389,9 @@ def load_dense(
             objects, labels = split.objects.numpy(), split.labels.numpy()
             labels = objects * (1 + labels[:, None, None]) if kind == "masks" else tightest_boxes(objects, labels)
             splits.append(split_class(split.images, labels, plain.mean, plain.std, device=device))
-        return moving(Splits(*splits, names, plain.channels, plain.image_size, plain.mean, plain.std), flip, crop)
+        return moving(
+            Splits(*splits, names, plain.channels, plain.image_size, plain.mean, plain.std, plain.digest), flip, crop
+        )
     if not os.path.isdir(name):
         raise UserError(f"--data {name}: neither shapes nor a folder of images with {kind}, nor an .npz file with objects")
     size, root = image_size or 224, Path(name)
@@ -396,4 +399,5 @@ def load_dense(
     kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)
     parts = split_parts(parts, kept, val_fraction, seed)
     splits = (split_class(*parts[s], IMAGENET_MEAN, IMAGENET_STD, device=device) for s in ("train", "val", "test"))
-    return report(name, moving(Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD), flip, crop), left_out)
+    digest = digest_of(parts[split][1] for split in ("train", "val", "test"))
+    return report(name, moving(Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD, digest), flip, crop), left_out)

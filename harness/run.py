@@ -64,9 +64,13 @@ class Run:
         elif any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
             self.checkpoint = newest(out, form)
             for part, values in settings.items():
-                self._compare(part, values, machine)
+                self.compare(part, values, machine)
 
-    def _compare(self, part: str, values: dict, machine: set[str]) -> None:
+    def compare(self, part: str, values: dict, machine: set[str]) -> None:
+        """Raise UserError where the checkpoint, if there is one, was made with other `values` of its part `part`; those named
+        in `machine` may differ."""
+        if self.checkpoint is None:
+            return
         found = self.checkpoint.get(part)
         if not isinstance(found, dict) or found.keys() != values.keys():
             raise UserError(
@@ -75,10 +79,11 @@ class Run:
         with fitting(self.out / "checkpoint.pt"):  # where values stand, a file can hold tensors, whose comparison fails
             differ = [name for name, value in values.items() if name not in machine and found[name] != value]
         for name in differ:
-            shown = flag_name(name) if part != "data" else f"data whose {name} is"
+            shown = flag_name(name) if part != "data" else f"data whose {name.replace('_', ' ')} is"
+            own = "flags" if part != "data" else "data"
             raise UserError(
                 f"{self.out} was started with {shown} {found[name]}, not {values[name]}; "
-                "resume it with its own flags or choose another --out"
+                f"resume it with its own {own} or choose another --out"
             )
 
     @contextlib.contextmanager

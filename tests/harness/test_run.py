@@ -22,6 +22,7 @@ from helpers import (
     SCRIPT,
     Explosive,
     arguments,
+    bare,
     checkpoint_of,
     copied,
     finished_run,
@@ -29,6 +30,7 @@ from helpers import (
     same,
     stopped,
     weights,
+    write_sides,
 )
 
 import mlo_mae
@@ -340,6 +342,46 @@ def run_in(out, resume=False, minutes=0.0, **changes):
 def checkpoint_in(out, **changes):
     out.mkdir()
     torch.save({"format": "a format"} | settings() | changes, out / "checkpoint.pt")
+
+
+CHANGED = {  # and what is then said of them
+    "more images": (lambda images, labels: (np.tile(images, (2, 1, 1, 1)), np.tile(labels, 2)), "number of images"),
+    "other labels": (lambda images, labels: (images, 1 - labels), "digest"),
+    "one other pixel": (
+        lambda images, labels: (images ^ (np.arange(images.size).reshape(images.shape) == 5), labels),
+        "digest",
+    ),
+    "one label more": (lambda images, labels: (images, labels + (np.arange(len(labels)) < 6)), "class names"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
+    """A copy of the data, elsewhere and of another day, is the same; what differs is named, and nothing is written."""
+    data_file, run, (changed, words) = write_sides(tmp_path / "sides.npz"), tmp_path / "run", CHANGED[change]
+    with bare():
+        assert main(arguments(data_file, run)) == 0
+        os.utime(data_file, (1, 1))
+        assert main(arguments(data_file, run, "--resume")) == 0
+        assert main(["finetune", str(run), "--epochs", "2"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    arrays = dict(np.load(data_file))
+    images, labels = changed(arrays["train_images"], arrays["train_labels"])
+    np.savez(data_file, **arrays | {"train_images": images.astype(np.uint8), "train_labels": labels})
+    refused(arguments(data_file, run, "--resume"), capsys, run, f"data whose {words} is", "another --out")
+    for command in (["probe", run], ["show", run], ["finetune", run, "--resume"]):
+        refused(command, capsys, data_file, f"not the data that {run} was trained on: its {words} is")
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_epochs_that_make_no_whole_mask_updates_are_said(sides, tmp_path, capsys):
+    """48 images are trained on."""
+    with bare():
+        for batch, steps, words in ((24, 2, ""), (32, 2, "data are seen 1.3 times, not 1: a mask update takes 64 images\n")):
+            flags = ["--masking", "random", "--epochs", 1, "--batch-size", batch, "--level1-steps", steps]
+            assert main(arguments(sides, tmp_path / str(batch), *flags)) == 0
+            told = capsys.readouterr().err
+            assert words in told and ("data are seen" in told) == bool(words)
 
 
 def test_looking_at_a_folder_writes_nothing(tmp_path):
