@@ -515,8 +515,9 @@ def load(
     check_room(channels * size**2 * sum(len(part[0]) for part in parts.values()), name)
     kept = choose(parts["train"][1], limit, seed, name)
     parts = split_parts(parts, kept, val_fraction, seed)
-    read = slice(1, 2) if name in DRAWN else slice(None)
-    digest = digest_of(array for split in ("train", "val", "test") for array in parts[split][read])
+    read, kind = (slice(1, 2), name) if name in DRAWN else (slice(None), "")
+    arrays = (array for split in ("train", "val", "test") for array in parts[split][read])
+    digest = digest_of([np.frombuffer(kind.encode(), np.uint8), *arrays])
     if size != native_size:
         parts = {
             split: (resized(images, size), labels, *(resized_objects(some, size) for some in objects))

@@ -205,8 +205,8 @@ PRESETS = {
     "imagenet": IMAGENET,
     "imagenet-large": IMAGENET | {"width": 1024, "depth": 24, "heads": 16},
 }
-# What may change when a run is resumed, since the result does not depend on it.
-MACHINE_FIELDS = {"data_dir", "device", "workers", "checkpoint_minutes", "accumulate", "checkpoint_activations"}
+# What may change when a run is resumed, since the result does not depend on it; data may lie elsewhere, and must be the same.
+MACHINE_FIELDS = {"data", "data_dir", "device", "workers", "checkpoint_minutes", "accumulate", "checkpoint_activations"}
 MAX_WEIGHTS = 2**31  # of a model; a damaged file must not ask for more
 
 

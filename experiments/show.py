@@ -76,7 +76,8 @@ def run_command(argv: list[str] | None) -> dict:
     """Run `show` with these flags; returns what its last line reports."""
     parser = cli.Parser(prog="mlo_mae.py show", description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where the data lies now")
+    parser.add_argument("--data", default=argparse.SUPPRESS, help="the same data, where it lies now")
+    parser.add_argument("--data-dir", default=argparse.SUPPRESS, help="where CIFAR lies now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     flags = vars(parser.parse_args(argv))
     run = flags["run"]

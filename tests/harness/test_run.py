@@ -364,6 +364,17 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
         os.utime(data_file, (1, 1))
         assert main(arguments(data_file, run, "--resume")) == 0
         assert main(["finetune", str(run), "--epochs", "2"]) == 0
+    moved = data_file.rename(tmp_path / "moved.npz")
+    refused(["probe", run], capsys, data_file, "--data")
+    with bare():
+        for command in (
+            ["probe", run],
+            ["show", run],
+            ["finetune", run, "--resume", "--epochs", 2],
+            arguments(moved, run, "--resume"),
+        ):
+            assert main([*map(str, command), "--data", str(moved)]) == 0, command
+    moved.rename(data_file)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     arrays = dict(np.load(data_file))
     images, labels = changed(arrays["train_images"], arrays["train_labels"])
