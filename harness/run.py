@@ -264,8 +264,9 @@ def settings_of(flags: dict, kind: type, presets: dict[str, dict], name: str) ->
 
 
 def first_name(cfg: Any, presets: dict[str, dict]) -> str:
-    """What the name of a default folder begins with: the preset, or the name of data that are not the preset's."""
-    own = cfg.data == presets[cfg.preset].get("data", type(cfg).data)
+    """What the name of a default folder begins with: the preset, or the name of data that are not the preset's. (An
+    experiment's own preset, which is not among these, is named after its data.)"""
+    own = cfg.data == presets.get(cfg.preset, {}).get("data", type(cfg).data)
     return cfg.preset if own else Path(os.path.abspath(cfg.data)).stem or cfg.preset  # the root folder has no name
 
 
