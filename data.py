@@ -45,6 +45,7 @@ from harness.readers import (
     say_levels,
 )
 
+COMPUTED = {"mean", "std"}  # facts about data whose last digits may differ by machine
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # as the paper's code, for CIFAR-10 and -100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_SIZE = 4096  # pixels of an image's side

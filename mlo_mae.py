@@ -1088,7 +1088,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     device = cli.choose_device(cfg.device)
     run = Run(out, {"config": dataclasses.asdict(cfg)}, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes)
     splits = first_before_others(lambda: load_data(cfg, device))
-    run.compare("data", splits.facts(), set())
+    run.compare("data", splits.facts(), data.COMPUTED)
     source = (out if run.checkpoint else Path(cfg.masking_from)) / "checkpoint.pt"  # a run keeps what it needs of another's T
     learned = (run.checkpoint or newest(source.parent, FORMAT)) if cfg.masking_from and rank() == 0 else None
     with fitting(source):

@@ -10,6 +10,7 @@ import data
 import mlo_mae
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, whole_number
+from harness.run import difference
 from harness.weights import starting_weights
 
 
@@ -38,8 +39,9 @@ def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networ
         state = mlo_mae.restored(net, content, device)  # before the data, whose size a damaged file could make absurd
     splits = mlo_mae.load_data(cfg, device)
     for name, value in splits.facts().items():
-        if name not in ("mean", "std") and facts.get(name) != value:
-            what = f"its {name.replace('_', ' ')} is {value}, not {facts.get(name)}"
+        if name not in data.COMPUTED and facts.get(name) != value:
+            with fitting(run / "checkpoint.pt"):
+                what = difference(name, facts.get(name), value)
             raise UserError(f"{cfg.data} is not the data that {run} was trained on: {what}")
     return net, state, splits
 

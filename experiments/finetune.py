@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo_mae
-from data import Batch, Folder, Images, Splits
+from data import COMPUTED, Batch, Folder, Images, Splits
 from experiments import first_weights, open_run
 from harness import UserError, cli
 from harness.augmentation import cutmix, erase, mixup, rand_augment, soft_targets
@@ -239,7 +239,7 @@ def finetune(
     where SIGINT or SIGTERM asked to stop."""
     check(recipe)
     settings = {"recipe": asdict(recipe), "config": asdict(net.cfg), "data": splits.facts()}
-    run = Run(out, settings, resume, task.format, MACHINE_FIELDS, net.cfg.checkpoint_minutes)
+    run = Run(out, settings, resume, task.format, MACHINE_FIELDS | COMPUTED, net.cfg.checkpoint_minutes)
     run.beside["config.json"] = json.dumps(settings, indent=2).encode()
     model, measure = start(net, theta, splits, recipe, task.model), f"val_{task.measure}"
     optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, 0.999))

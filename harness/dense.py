@@ -165,7 +165,7 @@ def read_all(
 
 
 def masked_folder(root: Path, size: int, ignored: int | None) -> tuple[Parts, list[str], Counter[str]]:
-    """{"train": (images, masks), "test", and "val" where there are three}, class names, of images/<split>/*.jpg and
+    """{"train": (images, masks, names), "test", and "val" where there are three}, class names, of images/<split>/*.jpg and
     masks/<split>/*.png of the same names (as ADE20K has them: annotations/); and how many files were left out, for each
     reason.
 
@@ -221,7 +221,9 @@ def number_classes(root: Path, parts: Parts, ignored: int | None) -> tuple[Parts
             )
     if share:
         print(printable(f"{root}: {note}"), file=sys.stderr)
-    return {part: (images, classes[masks]) for part, (images, masks, _) in parts.items()}, [str(value) for value in values]
+    names = {part: np.array([os.path.basename(file) for file in files]) for part, (_, _, files) in parts.items()}
+    parts = {part: (images, classes[masks], names[part]) for part, (images, masks, _) in parts.items()}
+    return parts, [str(value) for value in values]
 
 
 def with_test(root: Path, parts: Parts, expected: str) -> Parts:
@@ -236,9 +238,9 @@ def with_test(root: Path, parts: Parts, expected: str) -> Parts:
 
 
 def coco_folder(root: Path, size: int) -> tuple[Parts, list[str], Counter[str]]:
-    """{"train": (images, boxes), "test", and "val" where there are three}, class names, of annotations/instances_<name>.json
-    and the images in <name>/, where <name> begins with train, val or test (as COCO has them); and how many files were left
-    out, for each reason.
+    """{"train": (images, boxes, names), "test", and "val" where there are three}, class names, of
+    annotations/instances_<name>.json and the images in <name>/, where <name> begins with train, val or test (as COCO has
+    them); and how many files were left out, for each reason.
 
     A category is its name: the ids of each file are its own. Crowds are left out. Raises UserError."""
     parts, names, left_out = {}, [], Counter()
@@ -261,7 +263,7 @@ def coco_folder(root: Path, size: int) -> tuple[Parts, list[str], Counter[str]]:
             return squashed(image[0], size)
 
         listed = [(folder / name, stated) for name, stated in zip(images, sizes)]
-        parts[part] = read_all(checked, listed, size, (3, size, size), f"{root}, {part}"), labels
+        parts[part] = read_all(checked, listed, size, (3, size, size), f"{root}, {part}"), labels, np.array(images)
         tops = {Path(image).parts[0] for image in images}
         left_out[f"that {files[0].name} does not list"] = sum(name not in tops for name in os.listdir(folder))
         say_levels(folder, map(os.fsencode, images))
@@ -398,6 +400,6 @@ def load_dense(
     parts, names, left_out = masked_folder(root, size, ignored) if kind == "masks" else coco_folder(root, size)
     kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)
     parts = split_parts(parts, kept, val_fraction, seed)
-    splits = (split_class(*parts[s], IMAGENET_MEAN, IMAGENET_STD, device=device) for s in ("train", "val", "test"))
-    digest = digest_of(parts[split][1] for split in ("train", "val", "test"))
+    splits = (split_class(*parts[s][:2], IMAGENET_MEAN, IMAGENET_STD, device=device) for s in ("train", "val", "test"))
+    digest = digest_of(array for split in ("train", "val", "test") for array in parts[split][1:])  # labels and names
     return report(name, moving(Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD, digest), flip, crop), left_out)

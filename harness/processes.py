@@ -31,6 +31,8 @@ def started() -> int:
     Raises UserError where the environment is not torchrun's."""
     given = {name: os.environ.get(name, "") for name in (*NUMBERS, "MASTER_ADDR")}
     remedy = "unset it, or start with torchrun, which sets all that several processes need"
+    if given["WORLD_SIZE"] in ("", "1"):  # nothing else is read: Kubernetes sets MASTER_PORT=tcp://... for a service "master"
+        return 1
     for name, least in NUMBERS.items():
         if given[name] and not (given[name].isdecimal() and int(given[name]) >= least):
             found = f"the environment variable {name} is {given[name]!r}, and no whole number of at least {least}"

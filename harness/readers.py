@@ -348,7 +348,9 @@ class Files(NamedTuple):
             except Exception as error:
                 if not self.skip_corrupt:
                     reason = f"not a readable image ({type(error).__name__}: {str(error)[:200]})"
-                    remedy = "put a readable one there, or pass --skip-corrupt to use the next image in its place"
+                    remedy = (
+                        "put a readable one there, or start a run with --skip-corrupt, which uses the next image in its place"
+                    )
                     raise UserError(f"{path}: {reason}; {remedy}") from None
         raise UserError(f"{self.root}: none of the {count} images of the {split} split can be decoded")
 

@@ -24,6 +24,7 @@ from harness.checkpoints import fitting, newest
 from harness.cli import add_flags, check, flag_name
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
+from harness.readers import first_of
 
 try:
     import fcntl
@@ -79,12 +80,12 @@ class Run:
         with fitting(self.out / "checkpoint.pt"):  # where values stand, a file can hold tensors, whose comparison fails
             differ = [name for name, value in values.items() if name not in machine and found[name] != value]
         for name in differ:
-            shown = flag_name(name) if part != "data" else f"data whose {name.replace('_', ' ')} is"
-            own = "flags" if part != "data" else "data"
-            raise UserError(
-                f"{self.out} was started with {shown} {found[name]}, not {values[name]}; "
-                f"resume it with its own {own} or choose another --out"
-            )
+            if part == "data":
+                with fitting(self.out / "checkpoint.pt"):
+                    shown, own = f"other data: {difference(name, found[name], values[name])}", "data"
+            else:
+                shown, own = f"{flag_name(name)} {found[name]}, not {values[name]}", "flags"
+            raise UserError(f"{self.out} was started with {shown}; resume it with its own {own} or choose another --out")
 
     @contextlib.contextmanager
     def at_work(self, total: int, done: int, label: str, unit: str = "update") -> Iterator["Run"]:
@@ -203,6 +204,19 @@ class Run:
             if self.writer:
                 print(f"stopped at {what} {iteration} of {self.total}; continue with --resume", file=sys.stderr)
             raise SystemExit(128 + self.stop)
+
+
+def difference(name: str, theirs: object, ours: object) -> str:
+    """How a run's data and those at hand differ in the fact `name` of `Splits.facts`."""
+    if name == "digest":
+        return "images (of a folder: the names of its files) or labels differ"
+    name = name.replace("_", " ")
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):  # there may be a thousand
+        number = next(i for i, (one, other) in enumerate(zip(theirs, ours)) if one != other)
+        name, theirs, ours = f"{name}, number {number}", theirs[number], ours[number]
+    elif isinstance(ours, list):
+        theirs, ours = (f"{len(some)} ({first_of(list(map(str, some)))})" for some in (theirs, ours))
+    return f"{name}: {theirs} there, {ours} here"
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -306,7 +306,7 @@ def mismatch(weights: dict[str, Tensor], expected: dict[str, Shape]) -> str:
         if name not in weights:
             return f"{name} is missing"
         if not usable(weights[name]):
-            known = weights[name].device.type == "cpu"
+            known = weights[name].dtype not in FLOATS and weights[name].device.type == "cpu"
             return f"{name} is not of floating-point numbers but {weights[name].dtype if known else 'of a type unknown here'}"
         found = tuple(weights[name].shape)
         if found != shape and not (name.endswith("pos_embed") and resizable(found, shape)):

@@ -643,7 +643,7 @@ FORGED = {  # a change, and words of what is said
     "a step too early": (setter("step", 3), "step 3 of 24"),
     "a step too late": (setter("step", 10**9), "step 1000000000 of 24"),
     "losses of another shape": (setter("loss_sum", torch.zeros(2)), "is damaged"),
-    "other data": (setter("data", "image_size", 32), "data whose image size is 32, not 16"),
+    "other data": (setter("data", "image_size", 32), "other data: image size: 32 there, 16 here"),
 }
 
 

@@ -152,7 +152,7 @@ def test_a_cpu_out_of_memory_is_one_line(capsys):
         ({"WORLD_SIZE": "2", "RANK": "-1"}, ["RANK is '-1'"]),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}, ["RANK is 2, but WORLD_SIZE is 2"]),
         ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "http"}, ["MASTER_PORT is 'http'"]),
-        ({"LOCAL_RANK": "x"}, ["LOCAL_RANK is 'x'"]),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "x"}, ["LOCAL_RANK is 'x'"]),
     ],
 )
 @pytest.mark.parametrize("command", [["--epochs", "1"], ["show", "RUN"]], ids=["pretrain", "show"])
@@ -169,6 +169,13 @@ def test_variables_that_are_empty_are_absent(monkeypatch):
         monkeypatch.setenv(name, "")
     assert processes.started() == 1
     monkeypatch.setenv("WORLD_SIZE", "4")  # of a batch system; without a rank this is one process of its own
+    assert processes.started() == 1
+
+
+@pytest.mark.parametrize("count", ["", "1"])
+def test_one_process_does_not_read_the_others_variables(monkeypatch, count):
+    for name, value in {"WORLD_SIZE": count, "RANK": "0", "MASTER_PORT": "tcp://10.0.0.1:80"}.items():
+        monkeypatch.setenv(name, value)
     assert processes.started() == 1
 
 

@@ -110,6 +110,25 @@ def test_a_folder_of_masks(tmp_path, names):
     assert np.array_equal(splits.test.labels[1], np.select([values == 3, values == 200], [0, 1], IGNORED))
 
 
+def test_folders_are_told_apart_by_labels_and_names(tmp_path):
+    roots = {"masks": write_masked(tmp_path / "masked"), "boxes": write_coco(tmp_path / "boxed")}
+    for kind, root in roots.items():
+        first = load_dense(root, kind, image_size=16).digest
+        root = root.rename(tmp_path / f"moved-{kind}")
+        assert load_dense(root, kind, image_size=16).digest == first
+        if kind == "masks":
+            for path in (root / "images/train/0.jpg", root / "masks/train/0.png"):
+                path.rename(path.with_stem("00"))
+        else:
+            name, file = (
+                next(path.name for path in (root / "train2017").iterdir()),
+                root / "annotations/instances_train2017.json",
+            )
+            (root / "train2017" / name).rename(root / "train2017" / f"x{name}")
+            file.write_text(file.read_text().replace(f'"{name}"', f'"x{name}"'))
+        assert load_dense(root, kind, image_size=16).digest != first
+
+
 def test_palette_masks_and_a_val_folder_of_its_own(tmp_path):
     root = write_masked(tmp_path, values=(0, 1))
     for top, suffix in (("images", ".jpg"), ("masks", ".png")):

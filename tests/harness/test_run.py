@@ -41,6 +41,7 @@ from harness.files import read_rows
 from harness.run import (
     Run,
     add_run_flags,
+    difference,
     read_masks,
     read_metrics,
     read_settings,
@@ -345,13 +346,16 @@ def checkpoint_in(out, **changes):
 
 
 CHANGED = {  # and what is then said of them
-    "more images": (lambda images, labels: (np.tile(images, (2, 1, 1, 1)), np.tile(labels, 2)), "number of images"),
-    "other labels": (lambda images, labels: (images, 1 - labels), "digest"),
+    "more images": (lambda images, labels: (np.tile(images, (2, 1, 1, 1)), np.tile(labels, 2)), "number of images: {"),
+    "other labels": (lambda images, labels: (images, 1 - labels), "or labels differ"),
     "one other pixel": (
         lambda images, labels: (images ^ (np.arange(images.size).reshape(images.shape) == 5), labels),
-        "digest",
+        "images (of a folder: the names of its files)",
     ),
-    "one label more": (lambda images, labels: (images, labels + (np.arange(len(labels)) < 6)), "class names"),
+    "one label more": (
+        lambda images, labels: (images, labels + (np.arange(len(labels)) < 6)),
+        "class names: 2 (0, 1) there, 3 (0, 1, 2) here",
+    ),
 }
 
 
@@ -379,10 +383,28 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
     arrays = dict(np.load(data_file))
     images, labels = changed(arrays["train_images"], arrays["train_labels"])
     np.savez(data_file, **arrays | {"train_images": images.astype(np.uint8), "train_labels": labels})
-    refused(arguments(data_file, run, "--resume"), capsys, run, f"data whose {words} is", "another --out")
+    refused(arguments(data_file, run, "--resume"), capsys, run, "started with other data: ", words, "another --out")
     for command in (["probe", run], ["show", run], ["finetune", run, "--resume"]):
-        refused(command, capsys, data_file, f"not the data that {run} was trained on: its {words} is")
+        refused(command, capsys, data_file, f"not the data that {run} was trained on: ", words)
     assert before == {path: path.read_bytes() for path in before}
+
+
+def test_the_class_that_differs_among_many_is_told():
+    theirs = [str(number) for number in range(1000)]
+    assert difference("class_names", theirs, [*theirs[:-1], "other"]) == "class names, number 999: 999 there, other here"
+
+
+def test_last_digits_of_the_mean_do_not_keep_a_run_from_going_on(sides, tmp_path):
+    """They may differ by machine."""
+    with bare():
+        assert main(arguments(sides, tmp_path / "run")) == 0
+        assert main(["finetune", str(tmp_path / "run"), "--epochs", "2"]) == 0
+        for path in (tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "finetune-short-0" / "checkpoint.pt"):
+            content = torch.load(path, weights_only=True)
+            content["data"]["mean"] = [math.nextafter(value, 1) for value in content["data"]["mean"]]
+            torch.save(content, path)
+        assert main(arguments(sides, tmp_path / "run", "--resume")) == 0
+        assert main(["finetune", str(tmp_path / "run"), "--epochs", "2", "--resume"]) == 0
 
 
 def test_epochs_that_make_no_whole_mask_updates_are_said(sides, tmp_path, capsys):
@@ -411,13 +433,13 @@ def test_looking_at_a_folder_writes_nothing(tmp_path):
     "config, data, words",
     [
         ({"width": 32}, {"size": 3}, "--width 32, not 16; resume it with its own flags or choose another --out"),
-        ({"width": 16}, {"size": 4}, "started with data whose size is 4, not 3"),
+        ({"width": 16}, {"size": 4}, "started with other data: size: 4 there, 3 here"),
         ({"height": 16}, {"size": 3}, "another version or another command"),
         ({}, {"size": 3}, "another version or another command"),
         (None, {"size": 3}, "another version or another command"),
         ({"width": 16}, None, "another version or another command"),
         ({"width": torch.ones(3)}, {"size": 3}, "checkpoint.pt is damaged or of another version (RuntimeError"),
-        ({"width": 16}, {"size": [torch.ones(3)]}, "started with data whose size is [tensor"),
+        ({"width": 16}, {"size": [torch.ones(3)]}, "started with other data: size: [tensor"),
         ({"width": 16, "device": "cuda"}, {"size": 3}, None),
     ],
     ids=str,

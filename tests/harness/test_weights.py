@@ -150,7 +150,7 @@ def test_an_encoder_of_other_sizes_names_the_flags_to_change(changes, words):
             lambda w: w.update({"norm.bias": torch.ones(16, dtype=torch.int64)}),
             "norm.bias is not of floating-point numbers but torch.int64",
         ),
-        (lambda w: w.update({"norm.bias": torch.eye(4).to_sparse()}), "norm.bias is not of floating-point numbers"),
+        (lambda w: w.update({"norm.bias": torch.eye(4).to_sparse()}), "floating-point numbers but of a type unknown"),
         (lambda w: w.update({"norm.bias": torch.ones(16, device="meta")}), "norm.bias is not of floating-point numbers"),
         (lambda w: w.update({"patch_embed.proj.weight": torch.ones(16, 3, 4, 4).bool()}), "no ViT with square patches"),
         (
