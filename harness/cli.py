@@ -36,6 +36,13 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def given_as(name: str, value: object) -> str:
+    """How a command line gives this value of a setting."""
+    if isinstance(value, bool):
+        return flag_name(name if value else f"no_{name}")
+    return f"{flag_name(name)} {value}"
+
+
 def check(settings: Any) -> None:
     """Raise UserError where a field of this dataclass has another type than its own, a number that is not finite or out of
     its bounds, or none of its choices; it names the flag to change."""

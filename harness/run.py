@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from harness import UserError
 from harness.checkpoints import fitting, newest
-from harness.cli import add_flags, check, flag_name
+from harness.cli import add_flags, check, flag_name, given_as
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
 from harness.readers import first_of
@@ -84,7 +84,8 @@ class Run:
                 with fitting(self.out / "checkpoint.pt"):
                     shown, own = f"other data: {difference(name, found[name], values[name])}", "data"
             else:
-                shown, own = f"{flag_name(name)} {found[name]}, not {values[name]}", "flags"
+                here = given_as(name, values[name]).removeprefix(f"{flag_name(name)} ")
+                shown, own = f"{given_as(name, found[name])}, not {here}", "flags"
             raise UserError(f"{self.out} was started with {shown}; resume it with its own {own} or choose another --out")
 
     @contextlib.contextmanager

@@ -543,7 +543,7 @@ def test_a_fine_tuning_is_never_overwritten_nor_resumed_as_another(run, tuned, t
     before = {path.name: path.read_bytes() for path in tuned.iterdir()}
     refused(command(run, tuned), capsys, tuned, "--resume", "--out")
     refused(command(run, tuned, "--resume", lr=0.5), capsys, "started with --lr 0.02, not 0.5")
-    refused(command(run, tuned, "--resume", "--from-scratch"), capsys, "started with --from-scratch False, not True")
+    refused(command(run, tuned, "--resume", "--from-scratch"), capsys, "started with --no-from-scratch, not --from-scratch")
     assert before == {path.name: path.read_bytes() for path in tuned.iterdir()}
     cut = tmp_path / "cut"
     cut.mkdir()

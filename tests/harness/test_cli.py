@@ -190,6 +190,11 @@ def test_ctrl_c_outside_of_a_loop_is_one_line(capsys):
     assert capsys.readouterr() == ("", "program: interrupted; what was written before is whole\n")
 
 
+def test_a_setting_is_named_as_a_command_line_gives_it():
+    for value, words in ((True, "--dry-run"), (False, "--no-dry-run"), (3, "--dry-run 3"), ("a", "--dry-run a")):
+        assert cli.given_as("dry_run", value) == words
+
+
 def test_what_is_printed_cannot_steer_a_terminal():
     assert printable("a\x1b]0;b\x07\u202ec\n") == "a?]0;b??c?" and len(printable("x" * 10**6)) == 600
     assert str(UserError("a\r\x9bb" + "x" * 1000)).startswith("a??bx") and len(str(UserError("x" * 1000))) == 600

@@ -433,6 +433,7 @@ def test_looking_at_a_folder_writes_nothing(tmp_path):
     "config, data, words",
     [
         ({"width": 32}, {"size": 3}, "--width 32, not 16; resume it with its own flags or choose another --out"),
+        ({"width": False}, {"size": 3}, "started with --no-width, not 16;"),
         ({"width": 16}, {"size": 4}, "started with other data: size: 4 there, 3 here"),
         ({"height": 16}, {"size": 3}, "another version or another command"),
         ({}, {"size": 3}, "another version or another command"),
