@@ -1050,8 +1050,6 @@ def build(
 
     sight: of the T of another run. Raises UserError where the sizes do not fit."""
     check_size(cfg, image_size, channels)
-    if channels * cfg.patch_size**2 == 1:
-        raise UserError("a patch of one value has no deviation, by which pixels are normalised; give --patch-size 2 or more")
     patches = (image_size // cfg.patch_size) ** 2
     seen, cell, inputs = read_by_masking(cfg, patches, channels)
     torch.manual_seed(cfg.seed)
@@ -1089,6 +1087,8 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     run = Run(out, {"config": dataclasses.asdict(cfg)}, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes)
     splits = first_before_others(lambda: load_data(cfg, device))
     run.compare("data", splits.facts(), data.COMPUTED)
+    if splits.channels * cfg.patch_size**2 == 1:
+        raise UserError("a patch of one value has no deviation, by which pixels are normalised; give --patch-size 2 or more")
     source = (out if run.checkpoint else Path(cfg.masking_from)) / "checkpoint.pt"  # a run keeps what it needs of another's T
     learned = (run.checkpoint or newest(source.parent, FORMAT)) if cfg.masking_from and rank() == 0 else None
     with fitting(source):

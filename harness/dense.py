@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,7 @@ from data import (
     report,
     split_parts,
 )
-from harness import UserError, printable
+from harness import UserError
 from harness.readers import (
     MAX_CLASSES,
     MAX_RESIDENT,
@@ -53,6 +52,7 @@ from harness.readers import (
     decode,
     opened,
     read_file,
+    say,
     say_levels,
     why_left_out,
 )
@@ -220,7 +220,7 @@ def number_classes(root: Path, parts: Parts, ignored: int | None) -> tuple[Parts
                 f"{files[row]}: the value {strange}, which no mask for training has; correct it, or let --ignore name it"
             )
     if share:
-        print(printable(f"{root}: {note}"), file=sys.stderr)
+        say(f"{root}: {note}")
     names = {part: np.array([os.path.basename(file) for file in files]) for part, (_, _, files) in parts.items()}
     parts = {part: (images, classes[masks], names[part]) for part, (images, masks, _) in parts.items()}
     return parts, [str(value) for value in values]

@@ -37,9 +37,9 @@ def started() -> int:
         if given[name] and not (given[name].isdecimal() and int(given[name]) >= least):
             found = f"the environment variable {name} is {given[name]!r}, and no whole number of at least {least}"
             raise UserError(f"{found}; {remedy}")
-    count = int(given["WORLD_SIZE"] or 1)
-    if count == 1 or not given["RANK"]:
+    if not given["RANK"]:
         return 1
+    count = int(given["WORLD_SIZE"])
     if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not given[name]]:
         raise UserError(f"the environment variable WORLD_SIZE is {count}, but {' and '.join(absent)} absent; {remedy}")
     if int(given["RANK"]) >= count:

@@ -30,6 +30,7 @@ from helpers import (
     same,
     stopped,
     weights,
+    write_npz,
     write_sides,
 )
 
@@ -415,6 +416,15 @@ def test_epochs_that_make_no_whole_mask_updates_are_said(sides, tmp_path, capsys
             assert main(arguments(sides, tmp_path / str(batch), *flags)) == 0
             told = capsys.readouterr().err
             assert words in told and ("data are seen" in told) == bool(words)
+
+
+def test_patches_of_one_value_are_refused_where_they_are_reconstructed(tmp_path, capsys):
+    """Their pixels would be divided by a deviation of 0. Fine-tuning reconstructs nothing."""
+    grey = write_npz(tmp_path / "grey.npz", n=30, colour=False)
+    refused(arguments(grey, tmp_path / "run", "--patch-size", 1), capsys, "a patch of one value", "--patch-size 2 or more")
+    assert not (tmp_path / "run").exists()
+    tiny = ["--patch-size", "1", "--width", "8", "--depth", "1", "--heads", "2", "--epochs", "2"]
+    assert main(["finetune", "--from-scratch", "--data", str(grey), "--out", str(tmp_path / "tuned"), *tiny]) == 0
 
 
 def test_looking_at_a_folder_writes_nothing(tmp_path):
