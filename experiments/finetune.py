@@ -6,14 +6,15 @@
     python mlo_mae.py finetune --from-scratch --data FILE.npz  # the same without a run
     python mlo_mae.py finetune FILE.pth --preset imagenet --data DIR    # a public encoder, .pth or .safetensors
 
-The training split teaches. After each epoch the validation split is read, and the weights that do best on it are kept;
-those are tested once, at the end. Unlike pretraining, which differentiates through its steps, this is ordinary training:
-a module with parameters of its own, and torch's AdamW. In this order: recipes, the classifier, a task (classification;
-transfer.py has others), the loop, where it starts, command line.
+The training split teaches. After each epoch the validation split is read, and the weights that do best on it are kept, of
+epochs that do equally well those with the lowest loss on it; they are tested once, at the end. Unlike pretraining, which
+differentiates through its steps, this is ordinary training: a module with parameters of its own, and torch's AdamW. In this
+order: recipes, the classifier, a task (classification; transfer.py has others), the loop, where it starts, command line.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -139,7 +140,7 @@ class Task(NamedTuple):
     format: str  # of checkpoint.pt: the state to resume from, and the chosen weights under "best"
     model: Callable  # (Config, Splits, recipe) -> an Encoder with a head
     loss: Callable  # (model, Batch, drop path's factors, recipe, Splits, step) -> a scalar
-    evaluate: Callable  # (model, split) -> {measure: share}
+    evaluate: Callable  # (model, split) -> {measure: share, "loss": of the split}
     measure: str  # what the weights to keep are chosen by
     labels: str = "classes"  # or those of harness.dense: "masks", "boxes"
     draw: Callable | None = None  # (model, Splits, folder): write pictures there
@@ -170,16 +171,19 @@ def classification_loss(
 
 @torch.no_grad()
 def evaluate(model: Classifier, split: Images | Folder) -> dict[str, float]:
-    """{"top1": share of the images whose class comes first, and "top5": among the first 5, where there are more classes}"""
-    hits = []
+    """{"top1": share of the images whose class comes first, "top5": among the first 5, where there are more classes, "loss":
+    mean cross-entropy}"""
+    hits, loss = [], 0.0
     for images, labels in split.ordered(256):
         logits = model(images)  # [B, classes]
         hits.append((logits.topk(min(5, logits.shape[1])).indices == labels[:, None]).cpu().double())
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
     hits = torch.cat(hits)  # [images, 5], at most one 1 a row
-    return {"top1": hits[:, 0].mean().item()} | ({"top5": hits.sum(1).mean().item()} if logits.shape[1] > 5 else {})
+    shares = {"top1": hits[:, 0].mean().item()} | ({"top5": hits.sum(1).mean().item()} if logits.shape[1] > 5 else {})
+    return shares | {"loss": loss / len(hits)}
 
 
-FORMAT = "mlo-mae fine-tuning 1"
+FORMAT = "mlo-mae fine-tuning 2"
 CLASSIFY = Task("finetune", FORMAT, Classifier, classification_loss, evaluate, "top1")
 
 # ------------------------------------------------------------------------------------------------------- the loop
@@ -235,8 +239,8 @@ def finetune(
     """Fine-tune the encoder of theta, a run's or any; a fresh one where recipe.from_scratch. See the top of this file.
 
     With `out`, write that folder, and with `resume` continue what is there; else touch no file. Returns the measures
-    (shares) and what they are of (see the end). Raises UserError, and with `out` SystemExit (130, 143) after a checkpoint
-    where SIGINT or SIGTERM asked to stop."""
+    (shares; losses in nats) and what they are of (see the end; tied_epochs: how many reached the best measure). Raises
+    UserError, and with `out` SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(recipe)
     settings = {"recipe": asdict(recipe), "config": asdict(net.cfg), "data": splits.facts()}
     run = Run(out, settings, resume, task.format, MACHINE_FIELDS | COMPUTED, net.cfg.checkpoint_minutes)
@@ -245,7 +249,7 @@ def finetune(
     optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, 0.999))
     per_epoch = max(1, len(splits.train) // recipe.batch_size)
     total = recipe.epochs * per_epoch
-    step, seconds, best = 0, 0.0, {measure: -1.0}
+    step, seconds, best = 0, 0.0, {measure: -1.0, "loss": math.inf, "tied": 0}
     loss_sum = torch.zeros((), device=splits.train.mean.device)  # of this epoch; read seldom: that waits for the device
     if run.checkpoint is not None:
         with fitting(out / "checkpoint.pt"):
@@ -278,14 +282,18 @@ def finetune(
                 kept = f"{out} holds the last good state, if any; " if out else ""
                 raise UserError(f"the loss or a weight is not finite by step {step}; {kept}lower --lr")
             if not within:
-                share, train_loss = task.evaluate(model, splits.val)[task.measure], loss_sum.item() / per_epoch
-                if share > best[measure]:
+                found, train_loss = task.evaluate(model, splits.val), loss_sum.item() / per_epoch
+                share, val_loss = found[task.measure], found["loss"]
+                tied = best["tied"] + 1 if share == best[measure] else 1  # a small split cannot tell many epochs apart
+                if (share, -val_loss) > (best[measure], -best["loss"]):
                     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-                    best = {measure: share, "epoch": epoch, "model": weights}
+                    best = {measure: share, "loss": val_loss, "epoch": epoch, "model": weights}
+                if share == best[measure]:
+                    best["tied"] = tied
                 run.bar.set_postfix(loss=f"{train_loss:.3f}", val=f"{share:.1%}")
                 loss_sum.zero_()
                 if out:
-                    row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, measure: share}
+                    row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, measure: share}
                     append_line(out / "metrics.jsonl", row)
             if due:
                 state = {"step": step, "seconds": seconds + time.monotonic() - began, "best": best, "loss_sum": loss_sum}
@@ -297,7 +305,7 @@ def finetune(
     result = {
         **{"recipe": getattr(recipe, "recipe", task.name), "from_scratch": recipe.from_scratch, "seed": recipe.seed},
         **{f"test_{name}": share for name, share in task.evaluate(model, splits.test).items()},
-        **{measure: best[measure], "epoch": best["epoch"], "epochs": recipe.epochs},
+        **{measure: best[measure], "epoch": best["epoch"], "tied_epochs": best["tied"], "epochs": recipe.epochs},
         **{"train_labels": len(splits.train), "val_labels": len(splits.val)},
         "seconds": round(seconds + time.monotonic() - began, 1),
     }
@@ -314,7 +322,8 @@ def restored(content: dict, model: Tuned, optimizer: torch.optim.Optimizer, meas
     flatten([model], content["model"])  # the check of names, shapes and values
     model.load_state_dict(content["model"])
     load_moments(optimizer, content["optimizer"])
-    best = {measure: float(content["best"][measure])}
+    best = {name: float(content["best"][name]) for name in (measure, "loss")}
+    best["tied"] = whole_number(content["best"]["tied"])
     if "model" in content["best"]:
         flatten([model], content["best"]["model"])
         best |= {"epoch": whole_number(content["best"]["epoch"]), "model": content["best"]["model"]}

@@ -82,18 +82,24 @@ def pixel_loss(
     model: Segmenter, batch: Batch, scales: Tensor | None, recipe: DenseRecipe, splits: Splits, step: int
 ) -> Tensor:
     """Mean cross-entropy of the pixels that have a class."""
-    labels = batch.labels.long()  # [B, H, W]
-    total = F.cross_entropy(model(batch.images, scales), labels, ignore_index=IGNORED, reduction="sum")
-    return total / (labels != IGNORED).sum().clamp_min(1)
+    total, count = pixel_errors(model(batch.images, scales), batch.labels)
+    return total / count.clamp_min(1)
+
+
+def pixel_errors(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits [B, classes, H, W], summed over the pixels that have a class [B, H, W], and their number."""
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="sum"), (labels != IGNORED).sum()
 
 
 @torch.no_grad()
 def evaluate_pixels(model: Segmenter, split: Masked) -> dict[str, float]:
     """{"miou": intersection over union of each class's true and predicted pixels in the whole split, mean over the classes
-    that are either; "pixels": share of the pixels whose class is right}. Pixels without a class do not count."""
-    confusion = 0  # [classes, classes]: truth, prediction
+    that are either; "pixels": share of the pixels whose class is right; "loss": their mean cross-entropy}. Pixels without a
+    class do not count."""
+    confusion, loss = 0, 0.0  # [classes, classes]: truth, prediction
     for images, labels in split.ordered(64):
         logits, counted = model(images), labels != IGNORED
+        loss += pixel_errors(logits, labels)[0].item()
         classes = logits.shape[1]
         pairs = labels[counted].long() * classes + logits.argmax(1)[counted]
         confusion = confusion + torch.bincount(pairs, minlength=classes**2).view(classes, classes).cpu().double()
@@ -102,6 +108,7 @@ def evaluate_pixels(model: Segmenter, split: Masked) -> dict[str, float]:
     return {
         "miou": (shares.sum() / (union > 0).sum().clamp_min(1)).item(),
         "pixels": (right.sum() / confusion.sum().clamp_min(1)).item(),
+        "loss": loss / confusion.sum().clamp_min(1).item(),
     }
 
 
@@ -167,12 +174,18 @@ def focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:
 
 def box_loss(model: Detector, batch: Batch, scales: Tensor | None, recipe: DenseRecipe, splits: Splits, step: int) -> Tensor:
     """Focal loss of all scores, and 1 - generalised IoU of the boxes of patches that have one to find; by their number."""
-    logits, boxes = model(batch.images, scales)
-    index, found = assign(batch.labels, centres(batch.images.shape[2], model.patch, boxes.device), model.patch)
-    wanted = batch.labels.gather(1, index[..., None].expand(-1, -1, 5))  # [B, N, 5]
-    labels = F.one_hot(wanted[..., 4].clamp_min(0).long(), logits.shape[2]) * found[..., None]
+    total, count = box_errors(*model(batch.images, scales), batch.labels, batch.images.shape[2], model.patch)
+    return total / count.clamp_min(1)
+
+
+def box_errors(logits: Tensor, boxes: Tensor, labels: Tensor, size: int, patch: int) -> tuple[Tensor, Tensor]:
+    """`box_loss` before the division, of a detector's logits [B, N, classes] and boxes [B, N, 4], and the number of patches
+    that have a box to find, of labels [B, M, 5]. Images are `size` pixels wide."""
+    index, found = assign(labels, centres(size, patch, boxes.device), patch)
+    wanted = labels.gather(1, index[..., None].expand(-1, -1, 5))  # [B, N, 5]
+    classes = F.one_hot(wanted[..., 4].clamp_min(0).long(), logits.shape[2]) * found[..., None]
     iou, apart = overlap(boxes[found], wanted[found][:, :4])
-    return (focal_loss(logits, labels.float()).sum() + (1 - iou + apart).sum()) / found.sum().clamp_min(1)
+    return focal_loss(logits, classes.float()).sum() + (1 - iou + apart).sum(), found.sum()
 
 
 def detections(logits: Tensor, boxes: Tensor, size: int, most: int = 100, least: float = 0.05, same: float = 0.5) -> Tensor:
@@ -235,12 +248,15 @@ def average_precision(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[
 
 @torch.no_grad()
 def evaluate_boxes(model: Detector, split: Boxed) -> dict[str, float]:
-    """`average_precision` of a split."""
-    found, truth = [], []
+    """`average_precision` of a split, and "loss": that of `box_loss`, of all patches that have a box to find."""
+    found, truth, loss, count = [], [], 0.0, 0
     for images, labels in split.ordered(64):
-        found += [boxes[boxes[:, 4] > 0] for boxes in detections(*model(images), images.shape[2]).cpu()]
+        logits, boxes = model(images)
+        errors, patches = box_errors(logits, boxes, labels, images.shape[2], model.patch)
+        loss, count = loss + errors.item(), count + patches.item()
+        found += [boxes[boxes[:, 4] > 0] for boxes in detections(logits, boxes, images.shape[2]).cpu()]
         truth += [boxes[boxes[:, 4] >= 0] for boxes in labels.cpu()]
-    return average_precision(found, truth)
+    return average_precision(found, truth) | {"loss": loss / max(1, count)}
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
@@ -288,7 +304,7 @@ def draw_boxes(axes: np.ndarray, found: tuple[Tensor, Tensor], boxes: Tensor, cl
 
 SEGMENT = finetune.Task(
     name="segment",
-    format="mlo-mae segmentation 1",
+    format="mlo-mae segmentation 2",
     model=Segmenter,
     loss=pixel_loss,
     evaluate=evaluate_pixels,
@@ -298,7 +314,7 @@ SEGMENT = finetune.Task(
 )
 DETECT = finetune.Task(
     name="detect",
-    format="mlo-mae detection 1",
+    format="mlo-mae detection 2",
     model=Detector,
     loss=box_loss,
     evaluate=evaluate_boxes,

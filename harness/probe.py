@@ -21,13 +21,14 @@ Probe = Callable[[Tensor], Tensor]  # features [N, D] -> logits [N, classes]
 def linear_probe(train: Labelled, val: Labelled, test: Labelled, classes: int, recipe: str = "lbfgs") -> dict[str, float]:
     """Multinomial logistic regression on frozen features; PROBES holds the recipes.
 
-    Each recipe fits several probes to `train`; one is chosen on `val`, and `test` is then looked at once.
+    Each recipe fits several probes to `train`; one is chosen on `val` (of equal accuracies the one with the lowest
+    cross-entropy), and `test` is then looked at once.
     Returns {"test_accuracy", "val_accuracy": shares, and the name of what the probes differ in: its chosen value}."""
     differ_in, fit = PROBES[recipe]
     probes = fit(*train, classes)
-    val_accuracy = {value: accuracy(probe, *val) for value, probe in probes.items()}
-    best = max(val_accuracy, key=val_accuracy.get)
-    return {"test_accuracy": accuracy(probes[best], *test), "val_accuracy": val_accuracy[best], differ_in: best}
+    quality = {v: (accuracy(probe, *val), -F.cross_entropy(probe(val[0]), val[1]).item()) for v, probe in probes.items()}
+    best = max(quality, key=quality.get)
+    return {"test_accuracy": accuracy(probes[best], *test), "val_accuracy": quality[best][0], differ_in: best}
 
 
 def accuracy(probe: Probe, features: Tensor, labels: Tensor) -> float:

@@ -99,7 +99,7 @@ def test_a_step_uses_each_groups_rate(given):
     recipe = Recipe(epochs=1, batch_size=96, warmup_epochs=0.0, layer_decay=0.5, weight_decay=0.0, lr=1e-2)
     before = finetune.start(net, theta, splits, recipe).state_dict()
     models = []
-    task = finetune.CLASSIFY._replace(evaluate=lambda model, split: models.append(model) or {"top1": 0.5})
+    task = finetune.CLASSIFY._replace(evaluate=lambda model, split: models.append(model) or {"top1": 0.5, "loss": 1.0})
     finetune.finetune(net, theta, splits, recipe, task=task)
     scales = {"head.bias": 1, "blocks.1.mlp.fc2.bias": 0.5, "blocks.0.mlp.fc2.bias": 0.25, "pos_embed": 0.125}
     for name, scale in scales.items():
@@ -227,17 +227,24 @@ def test_top1_and_top5_count_the_right_answers():
             yield data.Batch(logits[:3], torch.tensor([0, 4, 6]))
             yield data.Batch(logits[3:], torch.tensor([5]))
 
-    assert finetune.evaluate(lambda images: images, Split()) == {"top1": 0.5, "top5": 0.75}
-    assert finetune.evaluate(lambda images: F.pad(images, (0, -2)), Split()).keys() == {"top1"}  # 5 classes
+    loss = F.cross_entropy(logits, torch.tensor([0, 4, 6, 5])).item()
+    assert finetune.evaluate(lambda images: images, Split()) == {"top1": 0.5, "top5": 0.75, "loss": pytest.approx(loss)}
+    five = Split()
+    five.ordered = lambda batch_size: [data.Batch(logits[:1], torch.tensor([0]))]
+    assert finetune.evaluate(lambda images: F.pad(images, (0, -2)), five).keys() == {"top1", "loss"}  # 5 classes
 
 
 def test_in_memory_it_learns_and_touches_no_file(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net, theta, splits = given
     recipe = Recipe(epochs=12, batch_size=12, lr=1e-2, layer_decay=1.0)
-    losses, real = [], F.cross_entropy
-    monkeypatch.setattr(F, "cross_entropy", lambda *arguments: losses.append(real(*arguments)) or losses[-1])
-    result = finetune.finetune(net, theta, splits, recipe)
+    losses = []
+
+    def watched(*arguments):
+        losses.append(finetune.classification_loss(*arguments))
+        return losses[-1]
+
+    result = finetune.finetune(net, theta, splits, recipe, task=finetune.CLASSIFY._replace(loss=watched))
     losses = [loss.item() for loss in losses]
     assert len(losses) == 12 * (96 // 12) and losses[0] == pytest.approx(math.log(6), rel=0.02)
     assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
@@ -271,18 +278,20 @@ def test_the_test_split_is_read_once_and_has_no_say(given):
 
 def test_the_weights_of_the_best_validation_epoch_are_tested(given):
     net, theta, splits = given
-    scores, seen, tested = iter([0.2, 0.7, 0.7, 0.4]), [], []
+    shares, losses = [0.2, 0.7, 0.7, 0.7, 0.4], [9.0, 3.0, 2.0, 2.0, 1.0]  # of equal shares the lowest loss decides
+    scores, seen, tested = iter(zip(shares, losses)), [], []
 
     def scored(model, split):
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         (tested if split is splits.test else seen).append(weights)
-        return {"top1": 0.1 if split is splits.test else next(scores)}
+        return dict(zip(("top1", "loss"), (0.1, 5.0) if split is splits.test else next(scores)))
 
     task = finetune.CLASSIFY._replace(evaluate=scored)
-    result = finetune.finetune(net, theta, splits, Recipe(epochs=4, batch_size=48), task=task)
-    assert (result["epoch"], result["val_top1"], result["test_top1"], len(seen), len(tested)) == (2, 0.7, 0.1, 4, 1)
-    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in tested[0].items())
-    assert not torch.equal(tested[0]["head.weight"], seen[2]["head.weight"])
+    result = finetune.finetune(net, theta, splits, Recipe(epochs=5, batch_size=48), task=task)
+    assert (result["epoch"], result["val_top1"], result["test_top1"], len(seen), len(tested)) == (3, 0.7, 0.1, 5, 1)
+    assert result["tied_epochs"] == 3
+    assert all(torch.equal(tensor, seen[2][name]) for name, tensor in tested[0].items())
+    assert not torch.equal(tested[0]["head.weight"], seen[1]["head.weight"])
 
 
 def command(run, out, *more, **recipe):
@@ -639,6 +648,8 @@ FORGED = {  # a change, and words of what is said
     ),
     "a best epoch": (setter("best", "epoch", -1), "-1 stands where a count should"),
     "a best measure": (lambda content: content["best"].pop("val_top1"), "is damaged"),
+    "a best loss": (lambda content: content["best"].pop("loss"), "is damaged"),
+    "tied epochs": (setter("best", "tied", -1), "-1 stands where a count should"),
     "no best weights": (lambda content: content["best"].pop("model"), "step 24 of 24"),
     "a step too early": (setter("step", 3), "step 3 of 24"),
     "a step too late": (setter("step", 10**9), "step 1000000000 of 24"),

@@ -68,9 +68,15 @@ def test_intersection_over_union_is_of_the_whole_split():
     found = torch.tensor([[[0, 1], [1, 1]], [[0, 2], [2, 1]]])
     split = Fixed(*((F.one_hot(f, 4).movedim(-1, 1).float(), t) for f, t in zip(found[:, None], truth[:, None])))
     result = transfer.evaluate_pixels(lambda images: images, split)
-    assert result == {"miou": pytest.approx((2 / 3 + 3 / 5 + 0) / 3), "pixels": pytest.approx(5 / 7)}
+    chances = torch.tensor([math.e, 1]) / (math.e + 3)  # of the class that is found, and of another
+    loss = -(5 * chances[0].log() + 2 * chances[1].log()).item() / 7
+    assert result == {
+        "miou": pytest.approx((2 / 3 + 3 / 5 + 0) / 3),
+        "pixels": pytest.approx(5 / 7),
+        "loss": pytest.approx(loss),
+    }
     nothing = Fixed((torch.zeros(1, 4, 2, 2), torch.full((1, 2, 2), IGNORED, dtype=torch.uint8)))
-    assert transfer.evaluate_pixels(lambda images: images, nothing) == {"miou": 0, "pixels": 0}
+    assert transfer.evaluate_pixels(lambda images: images, nothing) == {"miou": 0, "pixels": 0, "loss": 0}
 
 
 def test_pixels_without_a_class_do_not_teach():
@@ -286,14 +292,15 @@ def test_boxes_of_the_truth_are_all_right():
     labels = F.one_hot(splits.test.labels[:, 0, 4].long(), 8) * 20.0 - 10
 
     class Oracle:
-        at = 0
+        at, patch = 0, 32  # one patch an image, as large as it is
 
         def __call__(self, images):
             rows = slice(self.at, self.at + len(images))
             self.at += len(images)
             return labels[rows, None], splits.test.labels[rows, :, :4]
 
-    assert transfer.evaluate_boxes(Oracle(), splits.test) == {"ap": pytest.approx(1), "ap50": pytest.approx(1)}
+    result = transfer.evaluate_boxes(Oracle(), splits.test)
+    assert result == {"ap": pytest.approx(1), "ap50": pytest.approx(1), "loss": pytest.approx(0, abs=1e-4)}
 
 
 # ----------------------------------------------------------------------------------------------- from start to end
@@ -303,8 +310,8 @@ def test_frozen_encoders_stay_as_they_are():
     model, net, theta, splits, recipe = model_of("segment", frozen=True)
     groups = finetune.layer_groups(model, recipe)
     assert {id(p) for group in groups for p in group["params"]} == set(map(id, model.head.parameters()))
-    finals = []
-    task = transfer.SEGMENT._replace(evaluate=lambda model, split: finals.append(model.state_dict()) or {"miou": 0.5})
+    finals, found = [], {"miou": 0.5, "loss": 1.0}
+    task = transfer.SEGMENT._replace(evaluate=lambda model, split: finals.append(model.state_dict()) or found)
     finetune.finetune(net, theta, splits, DenseRecipe(frozen=True, epochs=2, warmup_epochs=0.5, batch_size=8), task=task)
     for name, tensor in unflatten(net.encoder, theta[: net.encoder_size]).items():
         assert torch.equal(finals[-1][name], tensor), name

@@ -1,6 +1,7 @@
 """Linear probes against torch's own modules, and statistics of masks that are known."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -75,6 +76,15 @@ def test_validation_chooses_and_the_test_split_does_not(recipe):
     found = linear_probe(train, val, test, 3, recipe)
     assert (found[differ_in], found["val_accuracy"], found["test_accuracy"]) == (best, *shares[best])
     assert found | {"test_accuracy": 0} == linear_probe(train, val, (test[0], test[1] + 3), 3, recipe)  # no such class
+
+
+def test_of_probes_that_are_right_alike_the_loss_chooses(monkeypatch):
+    sure = {"dull": partial(torch.mul, 0.1), "good": partial(torch.mul, 2.0), "far": partial(torch.mul, 0.5)}
+    monkeypatch.setitem(PROBES, "three", ("scale", lambda *_: sure))
+    right = torch.eye(3), torch.arange(3)
+    assert linear_probe(right, right, right, 3, "three") == {"test_accuracy": 1, "val_accuracy": 1, "scale": "good"}
+    mixed = torch.eye(3).roll(1, 0) * 0.9, torch.arange(3)  # all are wrong: the least sure loses least
+    assert linear_probe(right, mixed, right, 3, "three")["scale"] == "dull"
 
 
 # -------------------------------------------------------------------------------------------------------- masks
