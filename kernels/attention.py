@@ -7,13 +7,17 @@ keeps all queries of a row in one program, so that every product is made once; a
 in products of vectors, beside the tensor cores.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.autograd.forward_ad as fwAD
 
-from .backend import ByFormula, apply_fused, architecture, jit, launch, pushforward, runs_triton, tl, triton
+from .backend import ByFormula, apply_fused, architecture, current, jit, launch, pushforward, runs_triton, tl, triton
 
 WIDEST_HEAD = 128  # beyond it the backward's tiles outgrow the registers
+LONG = 128  # rows of at least so many tokens go through torch's tiles on a CPU; shorter ones gain little there
+SCORES = 2**26  # elements of the N x N matrices that a CPU holds at once where a tangent is wanted
 LOG2_E = 1.4426950408889634  # the kernels' softmax runs on exp2, so the scale carries this factor
 
 
@@ -594,33 +598,78 @@ def jvp_formula(qkv, tangent):
     return pushforward(attention_reference, (qkv,), (tangent,))
 
 
+# -- a CPU's tiles: torch has a forward and a backward, but no forward mode and no second derivatives -----------------
+
+
+def heads_first(qkv):
+    """Queries, keys and values, each [B, H, N, d]."""
+    return qkv.permute(2, 0, 3, 1, 4)
+
+
+def forward_torch(qkv):
+    """Output and log-sum-exps, [B, N, H*d] and as torch keeps them."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first(qkv))
+    return out.transpose(1, 2).flatten(2), lse
+
+
+def backward_torch(out, lse, qkv, grad):
+    """The cotangent of qkv."""
+    out, grad = (x.unflatten(2, qkv.shape[3:]).transpose(1, 2) for x in (out, grad))  # [B, H, N, d]
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return torch.stack(backward(grad, *heads_first(qkv), out, lse, 0.0, False)).permute(1, 3, 0, 2, 4)  # [B, N, 3, H, d]
+
+
+def attention_on_a_cpu(qkv):
+    """Without an N x N matrix but where a tangent is wanted: there it is of a few images at a time."""
+    if fwAD.unpack_dual(qkv).tangent is None:
+        return Attention.apply(TORCH, qkv)[0]
+    B, N, _, H, _ = qkv.shape
+    return torch.cat([attention_reference(images) for images in qkv.split(max(1, SCORES // (H * N**2)))])
+
+
+# -- the Function, and what chooses -----------------------------------------------------------------------------------
+
+
+class Kernels(NamedTuple):
+    """Of one kind of device."""
+
+    forward: Callable
+    backward: Callable
+    jvp: Callable
+
+
+TRITON = Kernels(forward_triton, backward_triton, jvp_triton)
+TORCH = Kernels(forward_torch, backward_torch, jvp_formula)
+
+
 def with_tangent(qkv, tangent):
     return ByFormula.apply(jvp_triton, jvp_formula, 0, qkv, tangent)
 
 
 class Attention(torch.autograd.Function):
     @staticmethod
-    def forward(qkv):
-        return forward_triton(qkv)
+    def forward(kernels, qkv):
+        return kernels.forward(qkv)
 
     @staticmethod
     def setup_context(ctx, inputs, outputs):
+        ctx.kernels, qkv = inputs
         ctx.mark_non_differentiable(outputs[1])
-        ctx.save_for_backward(*outputs, *inputs)
-        ctx.save_for_forward(*inputs)
+        ctx.save_for_backward(*outputs, qkv)
+        ctx.save_for_forward(qkv)
 
     @staticmethod
     def backward(ctx, grad, _):
-        out, lse, qkv = ctx.saved_tensors
-        return ByFormula.apply(backward_triton, backward_formula, 2, out, lse, qkv, grad)
+        return None, ByFormula.apply(ctx.kernels.backward, backward_formula, 2, *ctx.saved_tensors, grad)
 
     @staticmethod
-    def jvp(ctx, tangent):
-        return with_tangent(ctx.saved_tensors[-1], tangent)[1], None
+    def jvp(ctx, _, tangent):
+        return ByFormula.apply(ctx.kernels.jvp, jvp_formula, 0, ctx.saved_tensors[-1], tangent)[1], None
 
 
 def attention(qkv):
-    """softmax(q k' / sqrt(d)) v of every head, with no N x N matrix in memory on the Triton path.
+    """softmax(q k' / sqrt(d)) v of every head, with no N x N matrix in memory on the Triton path, nor on a CPU unless a
+    tangent is wanted.
 
     qkv     [B, N, 3, H, d]  any N; d up to 128 on the Triton path
     returns [B, N, H*d]      heads side by side
@@ -635,5 +684,7 @@ def attention(qkv):
         qkv = qkv.to(torch.get_autocast_dtype(device))  # as autocast does to the matrix products of the reference
     d = qkv.shape[-1]
     if runs_triton("attention", qkv, limit=f"head dim {d} exceeds {WIDEST_HEAD}" if d > WIDEST_HEAD else None):
-        return apply_fused(lambda x: Attention.apply(x)[0], with_tangent, qkv)
+        return apply_fused(lambda x: Attention.apply(TRITON, x)[0], with_tangent, qkv)
+    if qkv.is_cpu and current() != "reference" and qkv.shape[1] >= LONG:
+        return attention_on_a_cpu(qkv)
     return attention_reference(qkv)

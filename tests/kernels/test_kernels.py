@@ -115,6 +115,42 @@ def check(function, reference, inputs, seed=0):
     judge(measured, rounded, exact, max(torch.finfo(x.dtype).eps for x in inputs))
 
 
+def duals(function, t):
+    """x -> the derivative of function along t, by dual numbers."""
+
+    def derivative(x):
+        with fwAD.dual_level():
+            return fwAD.unpack_dual(function(fwAD.make_dual(x, t))).tangent
+
+    return derivative
+
+
+def slope(function):
+    """x -> the gradient of sum(function(x)), by autograd.grad with a graph."""
+
+    def gradient(x):
+        x = x if x.requires_grad else x.requires_grad_()
+        return torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
+
+    return gradient
+
+
+jvp, grad = torch.func.jvp, torch.func.grad
+NESTED = {
+    "backward of backward": lambda f, x, t, u: slope(lambda y: slope(f)(y) * u)(x),
+    "backward three times": lambda f, x, t, u: slope(lambda z: slope(lambda y: slope(f)(y) * u)(z) * t)(x),
+    "duals of backward": lambda f, x, t, u: duals(slope(f), t)(x.requires_grad_()),
+    "backward of duals": lambda f, x, t, u: slope(duals(f, t))(x),
+    "backward of jvp": lambda f, x, t, u: slope(lambda y: jvp(f, (y,), (t,))[1])(x),
+    "grad of grad": lambda f, x, t, u: grad(lambda y: (grad(f)(y) * u).sum())(x),
+    "grad of jvp": lambda f, x, t, u: grad(lambda y: jvp(f, (y,), (t,))[1])(x),
+    "jvp of grad": lambda f, x, t, u: jvp(grad(f), (x,), (t,))[1],
+    "duals of grad": lambda f, x, t, u: duals(grad(f), t)(x),
+    "jvp of jvp": lambda f, x, t, u: jvp(lambda y: jvp(f, (y,), (t,))[1], (x,), (u,))[1],
+    "jvp of jvp of grad": lambda f, x, t, u: jvp(lambda z: jvp(grad(f), (z,), (t,))[1], (x,), (u,))[1],
+}
+
+
 # -- each function, at odd sizes -------------------------------------------------------------------------------------
 
 
@@ -419,6 +455,42 @@ def test_a_tangent_that_all_keys_share_does_not_cost_attention_its_accuracy(N):
 # -- the same by chance, and from awkward memory ---------------------------------------------------------------------
 
 
+def on_a_cpu(qkv):
+    with kernels.use("auto"):
+        return kernels.attention(qkv)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("B, N, H, d", [(2, 128, 2, 16), (3, 197, 3, 20), (1, 301, 1, 5)])
+def test_long_rows_on_a_cpu(B, N, H, d, dtype):
+    check(on_a_cpu, attention_reference, [normal(B, N, 3, H, d, dtype=dtype)])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+@pytest.mark.parametrize("nesting", NESTED.keys() - {"backward of duals"})  # PyTorch's own softmax raises an error
+def test_derivatives_of_derivatives_of_long_rows_on_a_cpu(nesting):
+    x, t, u = (normal(1, 128, 3, 1, 2, seed=seed, dtype=torch.float64) for seed in range(3))
+    measured, exact = (
+        NESTED[nesting](lambda y: (f((1.5 * y).sin()) ** 3).sum(), x.clone(), t, u) for f in (on_a_cpu, attention_reference)
+    )
+    torch.testing.assert_close(measured, exact, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+def test_long_rows_on_a_cpu_never_hold_all_scores(monkeypatch):
+    """The plain formula sees a few images at a time, and none where no tangent is wanted."""
+    x, t = normal(5, 130, 3, 2, 4, dtype=torch.float64).requires_grad_(), normal(5, 130, 3, 2, 4, seed=1, dtype=torch.float64)
+    tangent, seen = jvp(attention_reference, (x.detach(),), (t,))[1], []
+    module = kernels.attention.__globals__
+    monkeypatch.setitem(module, "SCORES", 2 * 2 * 130**2)
+    monkeypatch.setitem(module, "attention_reference", lambda x: seen.append(len(x)) or attention_reference(x))
+    torch.autograd.grad(on_a_cpu(x).sum(), x)
+    assert not seen
+    torch.testing.assert_close(jvp(on_a_cpu, (x.detach(),), (t,))[1], tangent, rtol=1e-12, atol=1e-12)
+    assert seen == [2, 2, 1]
+
+
 @needs_triton
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.slow
@@ -552,42 +624,6 @@ def test_autocast_gives_the_dtypes_of_eager():
 
 
 # -- beyond the first derivative: right, to any order -----------------------------------------------------------------
-
-
-def duals(function, t):
-    """x -> the derivative of function along t, by dual numbers."""
-
-    def derivative(x):
-        with fwAD.dual_level():
-            return fwAD.unpack_dual(function(fwAD.make_dual(x, t))).tangent
-
-    return derivative
-
-
-def slope(function):
-    """x -> the gradient of sum(function(x)), by autograd.grad with a graph."""
-
-    def gradient(x):
-        x = x if x.requires_grad else x.requires_grad_()
-        return torch.autograd.grad(function(x).sum(), x, create_graph=True)[0]
-
-    return gradient
-
-
-jvp, grad = torch.func.jvp, torch.func.grad
-NESTED = {
-    "backward of backward": lambda f, x, t, u: slope(lambda y: slope(f)(y) * u)(x),
-    "backward three times": lambda f, x, t, u: slope(lambda z: slope(lambda y: slope(f)(y) * u)(z) * t)(x),
-    "duals of backward": lambda f, x, t, u: duals(slope(f), t)(x.requires_grad_()),
-    "backward of duals": lambda f, x, t, u: slope(duals(f, t))(x),
-    "backward of jvp": lambda f, x, t, u: slope(lambda y: jvp(f, (y,), (t,))[1])(x),
-    "grad of grad": lambda f, x, t, u: grad(lambda y: (grad(f)(y) * u).sum())(x),
-    "grad of jvp": lambda f, x, t, u: grad(lambda y: jvp(f, (y,), (t,))[1])(x),
-    "jvp of grad": lambda f, x, t, u: jvp(grad(f), (x,), (t,))[1],
-    "duals of grad": lambda f, x, t, u: duals(grad(f), t)(x),
-    "jvp of jvp": lambda f, x, t, u: jvp(lambda y: jvp(f, (y,), (t,))[1], (x,), (u,))[1],
-    "jvp of jvp of grad": lambda f, x, t, u: jvp(lambda z: jvp(grad(f), (z,), (t,))[1], (x,), (u,))[1],
-}
 
 
 def of_scalars(name):
