@@ -32,7 +32,6 @@ from data import (
     Device,
     Images,
     Splits,
-    choose,
     digest_of,
     load,
     moved,
@@ -398,8 +397,9 @@ def load_dense(
         raise UserError(f"--data {name}: neither shapes nor a folder of images with {kind}, nor an .npz file with objects")
     size, root = image_size or 224, Path(name)
     parts, names, left_out = masked_folder(root, size, ignored) if kind == "masks" else coco_folder(root, size)
-    kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)
-    parts = split_parts(parts, kept, val_fraction, seed)
+    names_of_train = list(map(os.fsencode, parts["train"][2]))
+    no_labels = np.zeros(len(names_of_train), np.int64)
+    parts = split_parts(parts, no_labels, limit, val_fraction, seed, name, names_of_train)
     splits = (split_class(*parts[s][:2], IMAGENET_MEAN, IMAGENET_STD, device=device) for s in ("train", "val", "test"))
     digest = digest_of(array for split in ("train", "val", "test") for array in parts[split][1:])  # labels and names
     return report(name, moving(Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD, digest), flip, crop), left_out)

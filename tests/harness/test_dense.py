@@ -129,6 +129,39 @@ def test_folders_are_told_apart_by_labels_and_names(tmp_path):
         assert load_dense(root, kind, image_size=16).digest != first
 
 
+@pytest.mark.parametrize("kind, place", [("masks", "images/train"), ("boxes", "train2017")])
+def test_images_are_held_out_by_their_names(tmp_path, kind, place):
+    """The split does not depend on where the folder lies; an image that goes changes the side of one other at most."""
+    random, root = np.random.default_rng(0), tmp_path / "a"
+    root.mkdir()
+    write_masked(root) if kind == "masks" else write_coco(root, **coco_content(24))
+    for i in range(24):
+        Image.fromarray(random.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(root / place / f"{i}.jpg")
+        if kind == "masks":
+            mask = random.choice([3, 7, 200], (20, 40)).astype(np.uint8)
+            Image.fromarray(mask).save(root / "masks" / "train" / f"{i}.png")
+
+    def sides(root):
+        splits = load_dense(root, kind, image_size=16)
+        return tuple({image.numpy().tobytes() for image in split.images} for split in (splits.train, splits.val))
+
+    train, val = sides(root)
+    assert (len(train), len(val)) == (19, 5) and sides(shutil.copytree(root, tmp_path / "b" / "c")) == (train, val)
+    for gone in range(0, 24, 3):
+        if kind == "masks":
+            file = root / place / f"{gone}.jpg"
+            file.rename(tmp_path / file.name)
+            others, held = sides(root)
+            (tmp_path / file.name).rename(file)
+        else:
+            content = coco_content(24)
+            del content["images"][gone]
+            content["annotations"] = [some for some in content["annotations"] if some["image_id"] != 10 + gone]
+            (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+            others, held = sides(root)
+        assert len(others | held) == 23 and len(train & held | val & others) <= 1
+
+
 def test_palette_masks_and_a_val_folder_of_its_own(tmp_path):
     root = write_masked(tmp_path, values=(0, 1))
     for top, suffix in (("images", ".jpg"), ("masks", ".png")):
