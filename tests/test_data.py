@@ -275,6 +275,7 @@ def test_limit_and_hold_out(tmp_path):
     ids = lambda split: set(split.images[:, 0, 0, 0].tolist())  # noqa: E731
     whole = consume(data.load(tmp_path / "a.npz", "."))
     assert (len(whole.train), len(whole.val)) == (80, 20) and not ids(whole.train) & ids(whole.val)
+    assert sorted(ids(whole.val))[:9] == [14, 16, 17, 27, 34, 45, 46, 53, 56]  # as it was when tables were measured
     some = data.load(tmp_path / "a.npz", ".", limit=45, val_fraction=0.4)
     assert (len(some.train), len(some.val), len(some.test)) == (27, 18, 12) and not ids(some.train) & ids(some.val)
     assert torch.cat([some.train.labels, some.val.labels]).bincount().tolist() == [18, 17, 10]
