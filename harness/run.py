@@ -275,7 +275,10 @@ def settings_of(flags: dict, kind: type, presets: dict[str, dict], name: str) ->
         flags = read_settings(out / "config.json", kind) | flags
     preset = flags.get("preset", kind.preset)
     cfg = kind(**{"preset": preset} | presets[preset] | flags)
-    return cfg, out or Path("runs") / f"{first_name(cfg, presets)}-{name.replace('<masking>', cfg.masking)}-{cfg.seed}", resume
+    folder = Path("runs") / f"{first_name(cfg, presets)}-{name.replace('<masking>', cfg.masking)}-{cfg.seed}"
+    if resume and not out and "data" in flags and not folder.exists():  # data that has moved would begin a run of its own
+        raise UserError(f"there is no {folder}; with --data, say with --out which run is to go on, or where one is to begin")
+    return cfg, out or folder, resume
 
 
 def first_name(cfg: Any, presets: dict[str, dict]) -> str:

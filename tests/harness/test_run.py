@@ -237,14 +237,19 @@ class Settings:
     ],
     ids=str,
 )
-def test_a_run_is_named_after_its_preset_or_its_own_data(given, name):
+def test_a_run_is_named_after_its_preset_or_its_own_data(monkeypatch, given, name):
     parser = cli.Parser()
     add_run_flags(parser, Settings, "<masking>")
     presets = {"small": {}, "large": {"data": "c100"}}
     assert settings_of(vars(parser.parse_args(given)), Settings, presets, "<masking>")[1] == Path("runs") / name
     flags = vars(parser.parse_args([*given, "--out", "there"]))
     assert settings_of(flags, Settings, presets, "<masking>")[1:] == (Path("there"), False)
-    cfg, out, resume = settings_of(vars(parser.parse_args([*given, "--resume"])), Settings, presets, "method")
+    again = vars(parser.parse_args([*given, "--resume"]))
+    if "data" in again:  # perhaps of a run that is elsewhere, under the data's former name
+        with pytest.raises(UserError, match=r"there is no runs.*; with --data, say with --out which run is to go on"):
+            settings_of(dict(again), Settings, presets, "method")
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    cfg, out, resume = settings_of(again, Settings, presets, "method")
     assert resume and out.name == name.replace(cfg.masking, "method")
 
 
