@@ -396,6 +396,9 @@ def encoder_and_data(run: Path | None, recipe: Training, settings: dict) -> tupl
 # --------------------------------------------------------------------------------------------------- command line
 
 
+LESS_MEMORY = "lower --batch-size, or where no run settles these, give a larger --patch-size or a smaller --image-size"
+
+
 def add_training_flags(
     parser: argparse.ArgumentParser, recipe: type[Training], settings: tuple[str, ...], folder: str
 ) -> argparse._ArgumentGroup:
@@ -431,7 +434,7 @@ def run_command(argv: list[str] | None) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 after one line for what the user can mend."""
-    return cli.reported("mlo_mae", lambda: run_command(argv), f"lower --batch-size, {cli.FEWER_PATCHES}")
+    return cli.reported("mlo_mae", lambda: run_command(argv), LESS_MEMORY)
 
 
 if __name__ == "__main__":
