@@ -397,7 +397,9 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
 
 def test_the_class_that_differs_among_many_is_told():
     theirs = [str(number) for number in range(1000)]
-    assert difference("class_names", theirs, [*theirs[:-1], "other"]) == "class names, number 999: 999 there, other here"
+    theirs, ours = {"class_names": theirs, "mean": 1}, {"class_names": [*theirs[:-1], "other"], "mean": 2}
+    assert difference(theirs, ours, {"mean"}) == "class names, number 999: 999 there, other here"
+    assert difference(theirs, ours, {"class_names", "mean"}) == ""
 
 
 def test_last_digits_of_the_mean_do_not_keep_a_run_from_going_on(sides, tmp_path):
