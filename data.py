@@ -583,7 +583,8 @@ def list_folder(
     for part in own:
         _, *listed[part], more = list_images(root, part if has[part] else "val", class_names)
         left_out += more
-    say_levels(root, itertools.chain.from_iterable(paths for paths, _ in listed.values()))
+    for paths, _ in listed.values():
+        say_levels(root, paths)
     names = [path.replace(os.sep.encode(), b"/").split(b"/", 2)[2] for path in pool[0]]  # within their class folders
     listed = split_parts(listed, pool[1], limit, val_fraction, seed, "train/", names)
     paths, labels = ({split: pair[i] for split, pair in listed.items()} for i in (0, 1))

@@ -187,6 +187,18 @@ def test_a_folder_of_boxes(tmp_path):
     assert splits.test.labels[3].tolist() == [pytest.approx([24 * 1.6, 2 * 3.2, 32 * 1.6, 12 * 3.2, 0]), [-1] * 5]
 
 
+def test_boxes_that_reach_out_of_their_images_are_counted(tmp_path, capsys):
+    """As most do whose bbox gives two corners."""
+    boxes = [[0, 0, 40, 20], [-1, 0, 42, 20], [30, 2, 38, 10], [0, -2, 8, 8], [1, 15, 8, 19]]
+    annotations = [annotation | {"id": 5 + i, "bbox": box} for i, box in enumerate(boxes)]
+    load_dense(write_coco(tmp_path, annotations=annotations), "boxes", image_size=40, val_fraction=0.25)
+    (line,) = (line for line in said(capsys) if "cut off" in line)
+    assert line.startswith(
+        f"data {tmp_path / 'annotations' / 'instances_train2017.json'}: 3 of 5 boxes reach out of their images"
+    )
+    assert "as that of annotation 7; a bbox is left, top, width and height in pixels" in line
+
+
 def rewritten(root, **changes):
     """The folder of `write_coco`, after these changes in what it says about the images for the test."""
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(coco_content(**changes)))
@@ -341,6 +353,7 @@ BOX_FAULTS = {
     "of no image": ({"annotations": [{"category_id": 5, "bbox": [1, 2, 3, 4], "id": 7}]}, "annotation 7 has no image_id"),
     "three numbers": ({"annotations": [annotation | {"bbox": [1, 2, 3]}]}, "has the bbox [1, 2, 3]; it must be"),
     "a negative breadth": ({"annotations": [annotation | {"bbox": [1, 2, -3, 4]}]}, "has the bbox [1, 2, -3, 4]"),
+    "shares": ({"annotations": [annotation | {"bbox": [0.1, 0.2, 0.5, 1]}]}, "no number in its boxes is above 1; a bbox is"),
     "not a number": ({"annotations": [annotation | {"bbox": [1, math.nan, 3, 4]}]}, "has the bbox"),
     "infinite": ({"annotations": [annotation | {"bbox": [1, 2, 3, math.inf]}]}, "has the bbox"),
     "a width of 0": ({"images": [small | {"width": 0}], "annotations": [annotation]}, "image 10 the width 0 and height 4"),
