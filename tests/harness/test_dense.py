@@ -189,7 +189,7 @@ def test_a_folder_of_boxes(tmp_path):
 
 def test_boxes_that_reach_out_of_their_images_are_counted(tmp_path, capsys):
     """As most do whose bbox gives two corners."""
-    boxes = [[0, 0, 40, 20], [-1, 0, 42, 20], [30, 2, 38, 10], [0, -2, 8, 8], [1, 15, 8, 19]]
+    boxes = [[0, 0, 40, 20], [-1, 0, 42, 20], [30, 2, 12, 10], [0, -2, 8, 8], [1, 15, 8, 19]]
     annotations = [annotation | {"id": 5 + i, "bbox": box} for i, box in enumerate(boxes)]
     load_dense(write_coco(tmp_path, annotations=annotations), "boxes", image_size=40, val_fraction=0.25)
     (line,) = (line for line in said(capsys) if "cut off" in line)
