@@ -907,7 +907,7 @@ def fuzz_npy(tmp_path, monkeypatch):
 
 def fuzz_folder(suffix):
     def prepare(tmp_path, monkeypatch):
-        root = write_folder(tmp_path / "a", (("train", 2), ("val", 1)), suffix=suffix)
+        root = write_folder(tmp_path / "a", (("train", 5), ("val", 1)), suffix=suffix)
         return [root / "train" / "cat" / f"0{suffix}"], {"name": root, "data_dir": ".", "image_size": 16}, None
 
     return prepare
