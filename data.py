@@ -17,7 +17,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -393,7 +393,15 @@ def shapes(size: int, background: Background, area: tuple[float, float], seed: i
 # --------------------------------------------------------------------------------------------------------------- load
 
 
-def choose(labels: np.ndarray, limit: int, seed: int, what: str) -> np.ndarray:
+def drawn_order(count: int, names: Sequence[bytes] | None, seed: int, purpose: int) -> np.ndarray:
+    """0 to count - 1 at random. Images that have names are ordered by their hashes: where one goes, the rest stay in order."""
+    if names is None:
+        return numpy_generator(seed, purpose).permutation(count)
+    key = f"{seed} {purpose}".encode()
+    return np.argsort([hashlib.blake2b(name, digest_size=8, key=key).digest() for name in names], kind="stable")
+
+
+def choose(labels: np.ndarray, limit: int, seed: int, what: str, names: Sequence[bytes] | None = None) -> np.ndarray:
     """Indices of `limit` images at random (all if 0), as many of each class as can be; in order.
 
     Raises UserError where `what` has fewer."""
@@ -401,17 +409,23 @@ def choose(labels: np.ndarray, limit: int, seed: int, what: str) -> np.ndarray:
         raise UserError(f"--images {limit}: {what} has only {len(labels)} images")
     if not limit:
         return np.arange(len(labels))
-    order = numpy_generator(seed, LIMIT).permutation(len(labels))
+    order = drawn_order(len(labels), names, seed, LIMIT)
     return np.sort(order[np.lexsort((labels[order], turns(labels[order])))[:limit]])
 
 
-def hold_out(indices: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two parts of the indices, at random: all but `fraction` of them, and that fraction. Each in order.
+def hold_out(
+    labels: np.ndarray, fraction: float, seed: int, names: Sequence[bytes] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of labels [N] in two parts, at random: all but `fraction` of them, and that fraction. Each in order.
 
-    Raises UserError where one would be empty."""
-    order, held = numpy_generator(seed, SPLIT).permutation(indices), round(fraction * len(indices))
-    if not 0 < held < len(indices):
-        raise UserError(f"{fraction} of {len(indices)} training images cannot be held out; use more images")
+    Of images with names, it is that fraction of each class, and where one is added or goes, about one other changes sides.
+    Raises UserError where a part would be empty."""
+    held, order = round(fraction * len(labels)), drawn_order(len(labels), names, seed, SPLIT)
+    if not 0 < held < len(labels):
+        raise UserError(f"{fraction} of {len(labels)} training images cannot be held out; use more images")
+    if names is not None:  # by the place in its class, of 0 to 1
+        labels = labels[order]
+        order = order[np.argsort((turns(labels) + 0.5) / np.bincount(labels)[labels], kind="stable")]
     return np.sort(order[held:]), np.sort(order[:held])
 
 
@@ -478,7 +492,7 @@ def load(
     data_dir      where CIFAR is, or is downloaded to
     image_size    pixels to resize to; 0: as the data has them, 224 for folders
     limit         images of the training pool to use, at random and from all classes alike; 0: all
-    val_fraction  share of that pool that is held out as `val`, at random, unless the data has a `val` and a `test` of its own
+    val_fraction  share of that pool that is held out as `val` (see `hold_out`), unless the data has a `val` and a `test`
     seed          of `limit` and `val_fraction` (drawn images are the same for every seed)
     skip_corrupt  folders: use the next image in place of one that cannot be decoded
     workers       folders: processes that decode; 0: this one
@@ -514,8 +528,7 @@ def load(
     channels, native_size = parts["train"][0].shape[1:3]
     size = image_size or native_size
     check_room(channels * size**2 * sum(len(part[0]) for part in parts.values()), name)
-    kept = choose(parts["train"][1], limit, seed, name)
-    parts = split_parts(parts, kept, val_fraction, seed)
+    parts = split_parts(parts, parts["train"][1], limit, val_fraction, seed, name)
     read, kind = (slice(1, 2), name) if name in DRAWN else (slice(None), "")
     arrays = (array for split in ("train", "val", "test") for array in parts[split][read])
     digest = digest_of([np.frombuffer(kind.encode(), np.uint8), *arrays])
@@ -536,12 +549,23 @@ def moving(splits: Splits, flip: bool, crop: bool) -> Splits:
     return splits
 
 
-def split_parts(parts: Parts, kept: np.ndarray, val_fraction: float, seed: int) -> Parts:
-    """train, val and test: of train the images `kept`, out of which val is held where there is none of its own."""
+def split_parts(
+    parts: Parts,
+    labels: np.ndarray,
+    limit: int,
+    val_fraction: float,
+    seed: int,
+    what: str,
+    names: Sequence[bytes] | None = None,
+) -> Parts:
+    """train, val and test: of train, whose images have these labels and perhaps names, `limit` images (all if 0), out of which
+    val is held where there is none of its own. Raises UserError as `choose` and `hold_out` do."""
+    kept = choose(labels, limit, seed, what, names)
     pool = {"train": kept} | {split: np.arange(len(part[0])) for split, part in parts.items() if split != "train"}
     if "val" not in parts:
         parts = parts | {"val": parts["train"]}
-        pool["train"], pool["val"] = hold_out(kept, val_fraction, seed)
+        kept_names = None if names is None else [names[i] for i in kept]
+        pool["train"], pool["val"] = (kept[part] for part in hold_out(labels[kept], val_fraction, seed, kept_names))
     return {split: tuple(array[pool[split]] for array in part) for split, part in parts.items()}
 
 
@@ -554,13 +578,14 @@ def list_folder(
     if not has["train"] or not (has["val"] or has["test"]):
         raise UserError(f"{root}: expected train/<class>/*.jpg and val/<class>/*.jpg (or test/) in it")
     class_names, *pool, left_out = list_images(root, "train")
-    kept = choose(pool[1], limit, seed, "train/")
     listed = {"train": pool}
     own = ("test", "val") if has["test"] and has["val"] else ("test",)
     for part in own:
         _, *listed[part], more = list_images(root, part if has[part] else "val", class_names)
         left_out += more
-    say_levels(root, itertools.chain.from_iterable(paths for paths, _ in listed.values()))
-    listed = split_parts(listed, kept, val_fraction, seed)
+    for paths, _ in listed.values():
+        say_levels(root, paths)
+    names = [path.replace(os.sep.encode(), b"/").split(b"/", 2)[2] for path in pool[0]]  # within their class folders
+    listed = split_parts(listed, pool[1], limit, val_fraction, seed, "train/", names)
     paths, labels = ({split: pair[i] for split, pair in listed.items()} for i in (0, 1))
     return Files(root, size, skip_corrupt, paths, labels), class_names, left_out

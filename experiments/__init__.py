@@ -38,11 +38,10 @@ def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networ
         net, _ = mlo_mae.build(cfg, *sizes, sight)
         state = mlo_mae.restored(net, content, device)  # before the data, whose size a damaged file could make absurd
     splits = mlo_mae.load_data(cfg, device)
-    for name, value in splits.facts().items():
-        if name not in data.COMPUTED and facts.get(name) != value:
-            with fitting(run / "checkpoint.pt"):
-                what = difference(name, facts.get(name), value)
-            raise UserError(f"{cfg.data} is not the data that {run} was trained on: {what}")
+    with fitting(run / "checkpoint.pt"):
+        what = difference(facts, splits.facts(), data.COMPUTED)
+    if what:
+        raise UserError(f"{cfg.data} is not the data that {run} was trained on: {what}")
     return net, state, splits
 
 

@@ -367,7 +367,7 @@ def run_command(argv: list[str] | None) -> dict | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 after one line for what the user can mend."""
-    return cli.reported("mlo_mae", lambda: run_command(argv))
+    return cli.reported("mlo_mae", lambda: run_command(argv), cli.LESS_MEMORY)
 
 
 if __name__ == "__main__":

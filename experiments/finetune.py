@@ -350,11 +350,12 @@ def load_moments(optimizer: torch.optim.Optimizer, content: dict) -> None:
 
 # ------------------------------------------------------------------------------------------------ where it starts
 
-# Settings of Config that matter here; those of a run are its own, but for MACHINE_FIELDS.
+# Settings of Config that matter here; those of a run are its own, but for MACHINE_FIELDS and MOVES.
 SETTINGS = (
     *("preset", "data", "data_dir", "images", "image_size", "val_fraction", "skip_corrupt", "workers", "flip", "crop"),
     *("patch_size", "width", "depth", "heads", "device", "checkpoint_minutes"),
 )
+MOVES = {"flip", "crop"}  # which a fine-tuning may have otherwise than its run
 
 
 def is_run(run: Path | None, own: set[str]) -> bool:
@@ -378,7 +379,7 @@ def encoder_and_data(run: Path | None, recipe: Training, settings: dict) -> tupl
     """(Networks, theta or its encoder's part, Splits) of a run's folder; or by `settings`, with the weights of the public
     checkpoint `run`, or fresh ones without: here, and nowhere else, it is decided which weights and images a fine-tuning
     starts from. Raises UserError."""
-    if is_run(run, settings.keys() - MACHINE_FIELDS):
+    if is_run(run, settings.keys() - MACHINE_FIELDS - MOVES):
         net, state, splits = open_run(run, **settings)
         return net, state.theta.params, splits
     if recipe.from_scratch == (run is not None):
@@ -393,6 +394,9 @@ def encoder_and_data(run: Path | None, recipe: Training, settings: dict) -> tupl
 
 
 # --------------------------------------------------------------------------------------------------- command line
+
+
+LESS_MEMORY = "lower --batch-size, or where no run settles these, give a larger --patch-size or a smaller --image-size"
 
 
 def add_training_flags(
@@ -430,7 +434,7 @@ def run_command(argv: list[str] | None) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, or 2 after one line for what the user can mend."""
-    return cli.reported("mlo_mae", lambda: run_command(argv))
+    return cli.reported("mlo_mae", lambda: run_command(argv), LESS_MEMORY)
 
 
 if __name__ == "__main__":

@@ -82,12 +82,14 @@ def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.F
 
 
 NO_MEMORY = "can't allocate memory", "not enough memory"  # in what torch raises on a CPU, a plain RuntimeError
+MORE_MEMORY = "close other programs, or use a machine with more memory"
+# of programs that pretrain
 LESS_MEMORY = "lower --batch-size or --labelled-batch-size, or give a larger --patch-size or a smaller --image-size"
 
 
-def reported(program: str, work: Callable[[], dict | None], remedy: str = LESS_MEMORY) -> int:
+def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_MEMORY) -> int:
     """Print what work() returns, unless None, as one line of JSON. Exit status 0, 2 after one line for what the user can
-    mend, or 130 after one line at Ctrl-C; `remedy` is for want of memory."""
+    mend, or 130 after one line at Ctrl-C; `remedy` is for want of memory, by flags that the program has."""
     status = 2
     try:
         summary = work()
@@ -163,4 +165,4 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
             raise UserError(f"{name} is no command; choose from pretrain, {', '.join(commands())}")
         return pretrain(argv)
 
-    return reported("mlo_mae", work)
+    return reported("mlo_mae", work, LESS_MEMORY)

@@ -32,7 +32,6 @@ from data import (
     Device,
     Images,
     Splits,
-    choose,
     digest_of,
     load,
     moved,
@@ -255,7 +254,7 @@ def coco_folder(root: Path, size: int) -> tuple[Parts, list[str], Counter[str]]:
             if not isinstance(content, dict):
                 raise UserError("it holds no object with images, annotations and categories, as COCO's files do; give it one")
             names = names or list(coco_names(content).values())
-            images, sizes, labels = coco_boxes(content, names, size)
+            images, sizes, labels = coco_boxes(content, names, size, files[0])
         folder = root / files[0].stem.removeprefix("instances_")
 
         def checked(image: tuple[Path, tuple[float, float]], size: int, source: str = files[0].name) -> np.ndarray:
@@ -284,18 +283,20 @@ def coco_names(content: dict) -> dict[int | str, str]:
     return dict(named)
 
 
-def coco_boxes(content: dict, names: list[str], size: int) -> tuple[list[str], list[tuple[float, float]], np.ndarray]:
+def coco_boxes(
+    content: dict, names: list[str], size: int, source: Path
+) -> tuple[list[str], list[tuple[float, float]], np.ndarray]:
     """File names of the images, the widths and heights that are stated of them, and their boxes [N, M, 5] float32 as
     `Boxed` has them, in pixels of images of this size.
 
-    names: of the classes, in order. Raises UserError and others for what is damaged, does not fit together, or leads out
-    of the folder."""
+    names: of the classes, in order; source: the file, of which a line says how many boxes reach out of their images.
+    Raises UserError and others for what is damaged, does not fit together, or leads out of the folder."""
     categories, images = coco_names(content), {image["id"]: image for image in content["images"]}
     if len(images) < len(content["images"]):
         raise UserError(f"it lists {len(content['images'])} images with {len(images)} ids; give each its own")
     sizes = {key: coco_size(image) for key, image in images.items()}
     label_of = {name: label for label, name in enumerate(names)}
-    boxes, strange = {key: [] for key in images}, set()
+    boxes, strange, largest, outside = {key: [] for key in images}, set(), 0.0, []
     for number, annotation in enumerate(content["annotations"], 1):
         if annotation.get("iscrowd"):
             continue
@@ -311,6 +312,9 @@ def coco_boxes(content: dict, names: list[str], size: int) -> tuple[list[str], l
             problem = f"{which} has the bbox {annotation.get('bbox')}"
             raise UserError(f"{problem}; it must be left, top, width and height in pixels")
         width, height = sizes[annotation["image_id"]]
+        largest = max(largest, x, y, w, h)
+        if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:  # by more than a pixel
+            outside.append(which)
         corners = [size * x / width, size * y / height, size * (x + w) / width, size * (y + h) / height]
         name = categories[annotation["category_id"]]
         if name in label_of:
@@ -321,6 +325,12 @@ def coco_boxes(content: dict, names: list[str], size: int) -> tuple[list[str], l
         problem = f"it has boxes of {', '.join(sorted(strange)[:9])}, categories that train's file does not have"
         raise UserError(f"{problem} ({', '.join(names[:9])}); name them as there, or leave these boxes out")
     most = max(map(len, boxes.values()), default=0)
+    unit = "a bbox is left, top, width and height in pixels of the width and height that are stated"
+    if most and largest <= 1:
+        raise UserError(f"no number in its boxes is above 1; {unit}")
+    if outside:
+        count = f"{len(outside)} of {sum(map(len, boxes.values()))} boxes"
+        say(f"data {source}: {count} reach out of their images and are cut off, as that of {outside[0]}; {unit}")
     if not images or not most or most * len(images) > MAX_RESIDENT // 20:
         raise UserError(f"it has {len(images)} images, and up to {most} boxes in one")
     labels = np.full((len(images), most, 5), -1, np.float32)
@@ -398,8 +408,9 @@ def load_dense(
         raise UserError(f"--data {name}: neither shapes nor a folder of images with {kind}, nor an .npz file with objects")
     size, root = image_size or 224, Path(name)
     parts, names, left_out = masked_folder(root, size, ignored) if kind == "masks" else coco_folder(root, size)
-    kept = choose(np.zeros(len(parts["train"][0]), np.int64), limit, seed, name)
-    parts = split_parts(parts, kept, val_fraction, seed)
+    names_of_train = list(map(os.fsencode, parts["train"][2]))
+    no_labels = np.zeros(len(names_of_train), np.int64)
+    parts = split_parts(parts, no_labels, limit, val_fraction, seed, name, names_of_train)
     splits = (split_class(*parts[s][:2], IMAGENET_MEAN, IMAGENET_STD, device=device) for s in ("train", "val", "test"))
     digest = digest_of(array for split in ("train", "val", "test") for array in parts[split][1:])  # labels and names
     return report(name, moving(Splits(*splits, names, 3, size, IMAGENET_MEAN, IMAGENET_STD, digest), flip, crop), left_out)

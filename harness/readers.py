@@ -278,39 +278,47 @@ def first_of(names: list[str]) -> str:
 
 LOOKED_AT = 64  # images whose values are looked at
 FEW_LEVELS = 64  # of 256: so few are worth a line
+BLACK = 2  # levels, which nobody can tell apart
 
 
 def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
-    """Say in a line where images of more than 8 bits a value leave few of the 256 levels that `decode` makes of them: a file
-    tells what its values could be, not what they are. Some of those PNGs and TIFFs are looked at; paths are relative to root.
-    """
-    deep = [path for path in paths if path.lower().endswith((b".png", b".tif", b".tiff"))]
-    found = []  # of each image: levels, highest and lowest value, and the value that is taken for white
-    for number in np.linspace(0, len(deep) - 1, min(LOOKED_AT, len(deep))).astype(int):
+    """Say in a line where images have few of the 256 levels that `decode` makes of them: a file tells what its values could
+    be, not what they are. Some of the PNGs and TIFFs are looked at; paths are relative to root.
+
+    Raises UserError where all images are such files, and what is left of them is black."""
+    paths = list(paths)
+    told = [path for path in paths if path.lower().endswith((b".png", b".tif", b".tiff"))]
+    numbers = np.linspace(0, len(told) - 1, min(LOOKED_AT, len(told))).astype(int)
+    found = {True: [], False: []}  # of more than 8 bits a value, or not: levels, highest and lowest value, white, and path
+    for path in (os.fsdecode(told[number]) for number in numbers):
         with warnings.catch_warnings(), suppress(Exception):  # what cannot be decoded is told where it is needed
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(os.path.join(root, os.fsdecode(deep[number])), formats=list(FORMATS)) as image:
-                white, sixteen = 255 if image.mode == "F" else 65535, ";16" in str(image.tile)
+            with Image.open(os.path.join(root, path), formats=list(FORMATS)) as image:
+                deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+                white = 65535 if deep and image.mode != "F" else 255
+                if not deep and max(found[False], default=(0,))[0] > FEW_LEVELS:
+                    continue  # a bright one is enough, as most are
                 if image.mode[0] in "IF":
                     pixels = np.asarray(image).astype(np.float64)
                     low, high = pixels.min(), pixels.max()
-                elif sixteen:  # of 16 bits a colour PIL keeps the higher 8
-                    pixels = np.asarray(image.convert("RGB"))
-                    low, high = 256 * int(pixels.min()), 256 * int(pixels.max()) + 255
                 else:
-                    continue
-            found.append((int(np.clip(high, 0, white) * 256 // (white + 1)) + 1, high, low, white))
-    if found:
-        levels, high, low, white = max(found)
-        low = min(some[2] for some in found)
+                    pixels = np.asarray(image.convert("RGB"))
+                    low, high = int(pixels.min()), int(pixels.max())
+                    low, high = (256 * low, 256 * high + 255) if deep else (low, high)  # of 16 bits PIL keeps the higher 8
+            found[deep].append((int(np.clip(high, 0, white) * 256 // (white + 1)) + 1, high, low, white, path))
+    for deep, some in found.items():
+        levels, high, low, white, path = max(some, default=(256, 0, 0, 0, ""))
+        low = min((each[2] for each in some), default=0)
         outside = low < 0 or high > white
         if levels <= FEW_LEVELS or outside:
-            about = (
-                f"{len(found)} images of more than 8 bits have values from {low:g} to {high:g}, and {white} is taken for white"
-            )
+            kind = f"{len(some)} images{' of more than 8 bits' * deep}, as {path},"
+            about = f"{root}: {kind} have values from {low:g} to {high:g}, and {white} is taken for white"
             left = f"at most {levels} of 256 levels are left{', and what lies outside is cut off' if outside else ''}"
-            say(f"data {root}: {about}: {left}; if that is wrong, write them again with values from 0 to {white}")
+            mend = f"write them again with values from 0 to {white}"
+            if levels <= BLACK and len(some) == len(numbers) and len(told) == len(paths):
+                raise UserError(f"{about}: {left}; {mend}")
+            say(f"data {about}: {left}; if that is wrong, {mend}")
 
 
 class Files(NamedTuple):
@@ -727,10 +735,9 @@ def read_npz(path: Path) -> tuple[Parts, list[str]]:
                 problem = f"{part}_labels has class {found} ({count} images), which train_labels does not have ({known})"
                 raise UserError(f"{problem}; number the classes alike, or leave these images out")
             parts[part] = images, np.searchsorted(values, labels), *objects
-        highest = int(parts["train"][0].max())
-        if highest < FEW_LEVELS:
-            levels = f"and 255 is taken for white: at most {highest + 1} of 256 levels are left"
-            say(f"data {path}: train_images go up to {highest}, {levels}; if that is wrong, scale them to 255")
+            if (highest := int(images.max())) < FEW_LEVELS:
+                levels = f"and 255 is taken for white: at most {highest + 1} of 256 levels are left"
+                say(f"data {path}: {part}_images go up to {highest}, {levels}; if that is wrong, scale them to 255")
         return parts, list(map(str, values))
 
 

@@ -78,14 +78,9 @@ class Run:
                 f"{self.out} was written by another version or another command; resume it with that, or start again"
             )
         with fitting(self.out / "checkpoint.pt"):  # where values stand, a file can hold tensors, whose comparison fails
-            differ = [name for name, value in values.items() if name not in machine and found[name] != value]
-        for name in differ:
-            if part == "data":
-                with fitting(self.out / "checkpoint.pt"):
-                    shown, own = f"other data: {difference(name, found[name], values[name])}", "data"
-            else:
-                here = given_as(name, values[name]).removeprefix(f"{flag_name(name)} ")
-                shown, own = f"{given_as(name, found[name])}, not {here}", "flags"
+            shown = difference(found, values, machine, flags=part != "data")
+        if shown:
+            shown, own = (f"other data: {shown}", "data") if part == "data" else (shown, "flags")
             raise UserError(f"{self.out} was started with {shown}; resume it with its own {own} or choose another --out")
 
     @contextlib.contextmanager
@@ -207,8 +202,15 @@ class Run:
             raise SystemExit(128 + self.stop)
 
 
-def difference(name: str, theirs: object, ours: object) -> str:
-    """How a run's data and those at hand differ in the fact `name` of `Splits.facts`."""
+def difference(theirs: dict, ours: dict, free: set[str], flags: bool = False) -> str:
+    """How a run's facts, which come from a file, and ours differ: of the data (`Splits.facts`), or settings that `flags` give.
+    The first that differs in words, or ""; those named in `free` may differ. Raises what comparing may: see `fitting`."""
+    name = next((name for name, value in ours.items() if name not in free and theirs.get(name) != value), "")
+    if not name:
+        return ""
+    theirs, ours = theirs.get(name), ours[name]
+    if flags:
+        return f"{given_as(name, theirs)}, not {given_as(name, ours).removeprefix(f'{flag_name(name)} ')}"
     if name == "digest":
         return "images (of a folder: the names of its files) or labels differ"
     name = name.replace("_", " ")
@@ -275,7 +277,10 @@ def settings_of(flags: dict, kind: type, presets: dict[str, dict], name: str) ->
         flags = read_settings(out / "config.json", kind) | flags
     preset = flags.get("preset", kind.preset)
     cfg = kind(**{"preset": preset} | presets[preset] | flags)
-    return cfg, out or Path("runs") / f"{first_name(cfg, presets)}-{name.replace('<masking>', cfg.masking)}-{cfg.seed}", resume
+    folder = Path("runs") / f"{first_name(cfg, presets)}-{name.replace('<masking>', cfg.masking)}-{cfg.seed}"
+    if resume and not out and "data" in flags and not folder.exists():  # data that has moved would begin a run of its own
+        raise UserError(f"there is no {folder}; with --data, say with --out which run is to go on, or where one is to begin")
+    return cfg, out or folder, resume
 
 
 def first_name(cfg: Any, presets: dict[str, dict]) -> str:

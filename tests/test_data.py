@@ -275,6 +275,7 @@ def test_limit_and_hold_out(tmp_path):
     ids = lambda split: set(split.images[:, 0, 0, 0].tolist())  # noqa: E731
     whole = consume(data.load(tmp_path / "a.npz", "."))
     assert (len(whole.train), len(whole.val)) == (80, 20) and not ids(whole.train) & ids(whole.val)
+    assert sorted(ids(whole.val))[:9] == [14, 16, 17, 27, 34, 45, 46, 53, 56]  # as it was when tables were measured
     some = data.load(tmp_path / "a.npz", ".", limit=45, val_fraction=0.4)
     assert (len(some.train), len(some.val), len(some.test)) == (27, 18, 12) and not ids(some.train) & ids(some.val)
     assert torch.cat([some.train.labels, some.val.labels]).bincount().tolist() == [18, 17, 10]
@@ -355,6 +356,60 @@ def test_folder(tmp_path):
     assert splits.train.labels.bincount().tolist() == [2, 2]
     splits = data.load(write_folder(tmp_path / "c", (("train", 5), ("test", 4))), ".")
     assert (len(splits.train), len(splits.val), len(splits.test), splits.image_size) == (8, 2, 8, 224)
+
+
+def listed_folder(root, sizes):
+    """A folder of empty files, so many of each class, some of them one folder deeper; val/ has one of each."""
+    for label, size in enumerate(sizes):
+        for part, count in (("train", size), ("val", 1)):
+            (root / part / f"c{label}" / "more").mkdir(parents=True)
+            for k in range(count):
+                (root / part / f"c{label}" / ("more" * (k % 3 == 0)) / f"{k}.jpg").touch()
+    return root
+
+
+def sides(root, **options):
+    """The names of the images that train, and of those that are held out."""
+    files = data.load(root, ".", **options).train.decoder.files
+    return tuple({name.decode().replace("\\", "/") for name in files.paths[split]} for split in ("train", "val"))
+
+
+@pytest.mark.parametrize("sizes, most", [((60, 60), 1), ((61, 12, 5), 2)])
+def test_an_image_that_goes_or_comes_changes_the_side_of_about_one_other(tmp_path, sizes, most):
+    root = listed_folder(tmp_path, sizes)
+    options = {"seed": 2, "val_fraction": 0.25}
+    train, val = sides(root, **options)
+    for name in [*sorted(train)[::5], *sorted(val)[::5]]:
+        (root / name).unlink()
+        others, held = sides(root, **options)
+        assert others | held == (train | val) - {name} and len(train & held | val & others) <= most
+        (root / name).touch()
+    (root / "train" / "c0" / "another.jpg").touch()
+    others, held = sides(root, **options)
+    assert len(train & held | val & others) <= most
+
+
+def test_some_images_of_a_folder_stay_chosen_when_one_goes(tmp_path):
+    root = listed_folder(tmp_path, (30, 30))
+    train, val = sides(root, limit=40)
+    for name in [*sorted(train)[::5], *sorted(val)[::3]]:
+        (root / name).unlink()
+        others, held = sides(root, limit=40)
+        assert len((others | held) - (train | val)) == 1 and len(train & held | val & others) <= 2
+        (root / name).touch()
+
+
+def test_a_share_of_each_class_is_held_out_by_names_alone(tmp_path):
+    """Wherever the folder lies, whatever the system lists first, whatever the Python: some names, as they were."""
+    train, val = sides(listed_folder(tmp_path / "a", (60, 20, 10)))
+    assert [sum(f"/c{label}/" in name for name in val) for label in range(3)] == [12, 4, 2]
+    kept = ["c1/7.jpg", "c1/more/0.jpg", "c1/more/18.jpg", "c1/more/6.jpg", "c2/more/0.jpg", "c2/more/6.jpg"]
+    assert [name.removeprefix("train/") for name in sorted(val)[-6:]] == kept
+    assert sides(listed_folder(tmp_path / "b" / "c", (60, 20, 10))) == (train, val)
+    assert sides(tmp_path / "a", seed=1)[1] != val
+    (tmp_path / "a" / "train" / "c0").rename(tmp_path / "a" / "train" / "c9")  # the class's name does not count
+    (tmp_path / "a" / "val" / "c0").rename(tmp_path / "a" / "val" / "c9")
+    assert sides(tmp_path / "a")[1] == {name.replace("c0", "c9") for name in val}
 
 
 @pytest.mark.parametrize(

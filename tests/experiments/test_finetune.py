@@ -380,6 +380,23 @@ def test_from_scratch_starts_elsewhere(run, tuned, tmp_path):
     assert scratch_metrics != metrics
 
 
+def test_how_images_are_moved_is_a_fine_tunings_own_affair(run, tmp_path, monkeypatch, capsys):
+    """Of a run's settings it alone may be other; it is recorded, and a fine-tuning goes on with it alone."""
+    moved = []
+    augmented = data.Images.augmented
+    monkeypatch.setattr(
+        data.Images, "augmented", lambda split, *rest: moved.append((split.flip, split.crop)) or augmented(split, *rest)
+    )
+    short = {"epochs": 2, "warmup_epochs": 0}
+    assert main(command(run, tmp_path / "out", "--no-flip", **short)) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["config"]
+    assert set(moved) == {(False, True)} and (config["flip"], config["crop"]) == (False, True)
+    assert main(command(run, tmp_path / "out", "--no-flip", "--resume", **short)) == 0
+    refused(command(run, tmp_path / "out", "--resume", **short), capsys, "started with --no-flip, not --flip")
+    other = command(run, tmp_path / "out", "--no-flip", "--no-crop", "--resume", **short)
+    refused(other, capsys, "started with --crop, not --no-crop")
+
+
 def test_bf16_trains_with_float32_weights(given):
     net, theta, splits = given
     result = finetune.finetune(net, theta, splits, Recipe(epochs=2, batch_size=24, precision="bf16"))

@@ -492,6 +492,7 @@ def test_bad_input_ends_in_one_line(run, done, tmp_path, capsys):
     refused(capsys, [task, tmp_path / "no"], "does not exist")
     refused(capsys, [task, tmp_path], "checkpoint.pt does not exist", "give a folder that has it")
     refused(capsys, [task, run, "--width", "32"], "--width", "own affair")
+    refused(capsys, [task, run, *FEW, "--out", out, "--resume", "--no-flip"], "started with --flip, not --no-flip")
     refused(capsys, [task, run, "--data", "cifar100"], "cifar100: neither shapes nor a folder")
     refused(capsys, [task, "--from-scratch", "--preset", "cifar100"], "cifar100 has no", "--data")
     refused(capsys, [task, run, "--epochs", "0"], "--epochs")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def test_a_flag_that_is_wrong_points_to_the_help(argv, words):
 
 
 def failing(error):
-    def work():
+    def work(*_):
         raise error
 
     return work
@@ -120,9 +121,9 @@ def test_what_work_returns_is_one_line_of_json(capsys):
     [
         (UserError("--count 0: must be at least 1"), "program: --count 0: must be at least 1"),
         (UserError("two\nlines\x1b[2J"), "program: two?lines?[2J"),
-        (torch.OutOfMemoryError("2 GiB of 1 GiB.\nmore"), f"program: out of memory (2 GiB of 1 GiB); {cli.LESS_MEMORY}"),
-        (MemoryError(), f"program: out of memory; {cli.LESS_MEMORY}"),
-        (MemoryError("Unable to allocate 3. GiB"), f"program: out of memory (Unable to allocate 3. GiB); {cli.LESS_MEMORY}"),
+        (torch.OutOfMemoryError("2 GiB of 1 GiB.\nmore"), f"program: out of memory (2 GiB of 1 GiB); {cli.MORE_MEMORY}"),
+        (MemoryError(), f"program: out of memory; {cli.MORE_MEMORY}"),
+        (MemoryError("Unable to allocate 3. GiB"), f"program: out of memory (Unable to allocate 3. GiB); {cli.MORE_MEMORY}"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), "program: No such file or directory: a/b"),
         (PermissionError(13, "Permission denied", "a\nb"), "program: Permission denied: a?b"),
         (OSError("socket is closed"), "program: socket is closed"),
@@ -138,8 +139,24 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(capsys, error, line):
 def test_a_cpu_out_of_memory_is_one_line(capsys):
     assert cli.reported("program", lambda: torch.empty(2**55)) == 2
     told = capsys.readouterr().err
-    assert told.startswith("program: out of memory (") and "allocate" in told and told.endswith(f"; {cli.LESS_MEMORY}\n")
+    assert told.startswith("program: out of memory (") and "allocate" in told and told.endswith(f"; {cli.MORE_MEMORY}\n")
     assert "alloc_cpu" not in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["pretrain", *cli.commands()])
+def test_a_remedy_names_flags_that_the_program_has(monkeypatch, capsys, name):
+    """And the sizes that a program takes are among them."""
+    module = mlo_mae if name == "pretrain" else cli.command(name)
+    words = {"baselines": ["u-mae"], "transfer": ["segment"]}.get(name, [])
+    with pytest.raises(SystemExit):
+        mlo_mae.main([name, *words, "--help"])
+    has = set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    work = {"pretrain": "pretrain", "published": "train"}.get(name, "run_command")
+    monkeypatch.setattr(module, work, failing(MemoryError()))
+    assert mlo_mae.main([name]) == 2
+    told = capsys.readouterr().err
+    sizes = {"--batch-size", "--labelled-batch-size", "--patch-size", "--image-size"}
+    assert "out of memory" in told and set(re.findall(r"--[a-z-]+", told)) == sizes & has
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,39 @@ def test_folders_are_told_apart_by_labels_and_names(tmp_path):
         assert load_dense(root, kind, image_size=16).digest != first
 
 
+@pytest.mark.parametrize("kind, place", [("masks", "images/train"), ("boxes", "train2017")])
+def test_images_are_held_out_by_their_names(tmp_path, kind, place):
+    """The split does not depend on where the folder lies; an image that goes changes the side of one other at most."""
+    random, root = np.random.default_rng(0), tmp_path / "a"
+    root.mkdir()
+    write_masked(root) if kind == "masks" else write_coco(root, **coco_content(24))
+    for i in range(24):
+        Image.fromarray(random.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(root / place / f"{i}.jpg")
+        if kind == "masks":
+            mask = random.choice([3, 7, 200], (20, 40)).astype(np.uint8)
+            Image.fromarray(mask).save(root / "masks" / "train" / f"{i}.png")
+
+    def sides(root):
+        splits = load_dense(root, kind, image_size=16)
+        return tuple({image.numpy().tobytes() for image in split.images} for split in (splits.train, splits.val))
+
+    train, val = sides(root)
+    assert (len(train), len(val)) == (19, 5) and sides(shutil.copytree(root, tmp_path / "b" / "c")) == (train, val)
+    for gone in range(0, 24, 3):
+        if kind == "masks":
+            file = root / place / f"{gone}.jpg"
+            file.rename(tmp_path / file.name)
+            others, held = sides(root)
+            (tmp_path / file.name).rename(file)
+        else:
+            content = coco_content(24)
+            del content["images"][gone]
+            content["annotations"] = [some for some in content["annotations"] if some["image_id"] != 10 + gone]
+            (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+            others, held = sides(root)
+        assert len(others | held) == 23 and len(train & held | val & others) <= 1
+
+
 def test_palette_masks_and_a_val_folder_of_its_own(tmp_path):
     root = write_masked(tmp_path, values=(0, 1))
     for top, suffix in (("images", ".jpg"), ("masks", ".png")):
@@ -152,6 +185,18 @@ def test_a_folder_of_boxes(tmp_path):
     assert torch.equal(splits.test.labels[0, :, :4], torch.tensor([[0, 2, 8, 12], [4, 2, 12, 12]]) * scale)  # no crowd
     assert splits.test.labels[0, :, 4].tolist() == [0, 1]
     assert splits.test.labels[3].tolist() == [pytest.approx([24 * 1.6, 2 * 3.2, 32 * 1.6, 12 * 3.2, 0]), [-1] * 5]
+
+
+def test_boxes_that_reach_out_of_their_images_are_counted(tmp_path, capsys):
+    """As most do whose bbox gives two corners."""
+    boxes = [[0, 0, 40, 20], [-1, 0, 42, 20], [30, 2, 12, 10], [0, -2, 8, 8], [1, 15, 8, 19]]
+    annotations = [annotation | {"id": 5 + i, "bbox": box} for i, box in enumerate(boxes)]
+    load_dense(write_coco(tmp_path, annotations=annotations), "boxes", image_size=40, val_fraction=0.25)
+    (line,) = (line for line in said(capsys) if "cut off" in line)
+    assert line.startswith(
+        f"data {tmp_path / 'annotations' / 'instances_train2017.json'}: 3 of 5 boxes reach out of their images"
+    )
+    assert "as that of annotation 7; a bbox is left, top, width and height in pixels" in line
 
 
 def rewritten(root, **changes):
@@ -308,6 +353,7 @@ BOX_FAULTS = {
     "of no image": ({"annotations": [{"category_id": 5, "bbox": [1, 2, 3, 4], "id": 7}]}, "annotation 7 has no image_id"),
     "three numbers": ({"annotations": [annotation | {"bbox": [1, 2, 3]}]}, "has the bbox [1, 2, 3]; it must be"),
     "a negative breadth": ({"annotations": [annotation | {"bbox": [1, 2, -3, 4]}]}, "has the bbox [1, 2, -3, 4]"),
+    "shares": ({"annotations": [annotation | {"bbox": [0.1, 0.2, 0.5, 1]}]}, "no number in its boxes is above 1; a bbox is"),
     "not a number": ({"annotations": [annotation | {"bbox": [1, math.nan, 3, 4]}]}, "has the bbox"),
     "infinite": ({"annotations": [annotation | {"bbox": [1, 2, 3, math.inf]}]}, "has the bbox"),
     "a width of 0": ({"images": [small | {"width": 0}], "annotations": [annotation]}, "image 10 the width 0 and height 4"),

@@ -560,15 +560,19 @@ def ramp(top, dtype=np.uint16):
 @pytest.mark.parametrize(
     "suffix, pixels, words",
     [
-        (".png", ramp(255), ["from 0 to 255, and 65535 is taken for white: at most 1 of 256 levels"]),
-        (".png", ramp(4095), ["4 images", "from 0 to 4095, and 65535", "at most 16 of 256 levels are left;"]),
+        (
+            ".png",
+            ramp(4095),
+            ["2 images of more than 8 bits, as train/", "0 to 4095, and 65535", "at most 16 of 256 levels are"],
+        ),
         (".tif", ramp(4095), ["from 0 to 4095", "at most 16 of 256"]),
-        (".tiff", ramp(1, np.float32), ["from 0 to 1, and 255 is taken for white", "at most 2 of 256 levels are left;"]),
+        (".tiff", ramp(9, np.float32), ["from 0 to 9, and 255 is taken for white", "at most 10 of 256 levels are left;"]),
         (".tif", ramp(300, np.float32), ["from 0 to 300, and 255", "what lies outside is cut off"]),
         (".tif", ramp(10**6, np.int32), ["from 0 to 1e+06, and 65535", "what lies outside is cut off"]),
         (".png", ramp(65535), []),
         (".tif", ramp(255, np.float32), []),
-        (".png", ramp(9, np.uint8), []),  # of 8 bits: nothing is divided
+        (".png", ramp(9, np.uint8), ["2 images, as train/", "from 0 to 9, and 255", "at most 10 of 256 levels"]),
+        (".png", ramp(1, bool), []),  # 1 is white
     ],
 )
 def test_a_line_says_where_few_levels_are_left(tmp_path, capsys, suffix, pixels, words):
@@ -579,11 +583,36 @@ def test_a_line_says_where_few_levels_are_left(tmp_path, capsys, suffix, pixels,
         Image.fromarray(pixels).save(path)
     splits = data.load(tmp_path, ".", image_size=16, val_fraction=0.5)
     lines = said(capsys)
-    assert len(lines) == 1 + bool(words) and "train 1 images of 1 classes" in lines[-1]
+    assert len(lines) == 1 + 2 * bool(words) and "train 1 images of 1 classes" in lines[-1]  # of train/ and val/
     assert all(word in lines[0] for word in words), lines[0]
-    if words and "at most 1 of" in words[0]:
-        black = splits.test.pick(np.arange(2)).images * splits.test.std + splits.test.mean
-        assert black.abs().max() < 1e-3  # as the line says
+    if words and "at most" in words[-1]:
+        dark = splits.test.pick(np.arange(2)).images * splits.test.std + splits.test.mean
+        assert dark.max() < 16  # as the line says
+
+
+@pytest.mark.parametrize(
+    "suffix, pixels, words",
+    [
+        (".png", ramp(255), "from 0 to 255, and 65535 is taken for white: at most 1 of 256 levels are left; write them again"),
+        (".tiff", ramp(1, np.float32), "from 0 to 1, and 255 is taken for white: at most 2 of 256 levels"),
+        (
+            ".tif",
+            2 * ramp(1, np.float32) - 1,
+            "from -1 to 1, and 255 is taken for white: at most 2 of 256 levels are left, and",
+        ),
+        (".png", ramp(1, np.uint8), "from 0 to 1, and 255 is taken for white: at most 2 of 256 levels"),
+    ],
+)
+def test_images_of_which_black_is_left_are_refused(tmp_path, capsys, suffix, pixels, words):
+    """But where there are others beside them, that is said."""
+    root = write_folder(tmp_path, (("train", 2), ("val", 1)), suffix=".jpg")
+    for path in root.rglob("*.jpg"):
+        Image.fromarray(pixels).save(path.with_suffix(suffix))
+    data.load(root, ".", image_size=16)
+    assert words.split(";")[0] in said(capsys)[0]
+    for path in root.rglob("*.jpg"):
+        path.unlink()
+    data_refused(root, f"4 images{' of more than 8 bits' * (pixels.dtype != np.uint8)}, as train/", words, name=root)
 
 
 def png16(pixels):
@@ -610,11 +639,12 @@ def test_sixteen_bits_a_colour_too(tmp_path, capsys, channels):
 
 
 def test_a_line_says_where_few_levels_are_left_in_an_npz(tmp_path, capsys):
-    for top, words in ((1, "train_images go up to 1, and 255 is taken for white: at most 2 of 256 levels"), (64, None)):
+    for top, words in ((1, "_images go up to 1, and 255 is taken for white: at most 2 of 256 levels"), (64, None)):
         images = np.linspace(0, top, 12 * 64).round().astype(np.uint8).reshape(12, 8, 8, 1).repeat(3, 3)
-        consume(data.load(write_npz(tmp_path / f"{top}.npz", train_images=images), "."))
-        lines = said(capsys)
-        assert len(lines) == 1 + bool(words) and (not words or words in lines[0])
+        for part in ("train", "val"):
+            consume(data.load(write_npz(tmp_path / f"{part}{top}.npz", **{f"{part}_images": images}), "."))
+            lines = said(capsys)
+            assert len(lines) == 1 + bool(words) and (not words or f"{part}{words}" in lines[0])
 
 
 def test_a_turned_tiff_is_upright(tmp_path):
@@ -877,7 +907,7 @@ def fuzz_npy(tmp_path, monkeypatch):
 
 def fuzz_folder(suffix):
     def prepare(tmp_path, monkeypatch):
-        root = write_folder(tmp_path / "a", (("train", 2), ("val", 1)), suffix=suffix)
+        root = write_folder(tmp_path / "a", (("train", 5), ("val", 1)), suffix=suffix)
         return [root / "train" / "cat" / f"0{suffix}"], {"name": root, "data_dir": ".", "image_size": 16}, None
 
     return prepare

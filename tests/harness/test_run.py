@@ -237,14 +237,19 @@ class Settings:
     ],
     ids=str,
 )
-def test_a_run_is_named_after_its_preset_or_its_own_data(given, name):
+def test_a_run_is_named_after_its_preset_or_its_own_data(monkeypatch, given, name):
     parser = cli.Parser()
     add_run_flags(parser, Settings, "<masking>")
     presets = {"small": {}, "large": {"data": "c100"}}
     assert settings_of(vars(parser.parse_args(given)), Settings, presets, "<masking>")[1] == Path("runs") / name
     flags = vars(parser.parse_args([*given, "--out", "there"]))
     assert settings_of(flags, Settings, presets, "<masking>")[1:] == (Path("there"), False)
-    cfg, out, resume = settings_of(vars(parser.parse_args([*given, "--resume"])), Settings, presets, "method")
+    again = vars(parser.parse_args([*given, "--resume"]))
+    if "data" in again:  # perhaps of a run that is elsewhere, under the data's former name
+        with pytest.raises(UserError, match=r"there is no runs.*; with --data, say with --out which run is to go on"):
+            settings_of(dict(again), Settings, presets, "method")
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    cfg, out, resume = settings_of(again, Settings, presets, "method")
     assert resume and out.name == name.replace(cfg.masking, "method")
 
 
@@ -392,7 +397,9 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
 
 def test_the_class_that_differs_among_many_is_told():
     theirs = [str(number) for number in range(1000)]
-    assert difference("class_names", theirs, [*theirs[:-1], "other"]) == "class names, number 999: 999 there, other here"
+    theirs, ours = {"class_names": theirs, "mean": 1}, {"class_names": [*theirs[:-1], "other"], "mean": 2}
+    assert difference(theirs, ours, {"mean"}) == "class names, number 999: 999 there, other here"
+    assert difference(theirs, ours, {"class_names", "mean"}) == ""
 
 
 def test_last_digits_of_the_mean_do_not_keep_a_run_from_going_on(sides, tmp_path):
