@@ -157,10 +157,13 @@ def read_all(
     """reader(file, size) of each, [N, *shape] uint8, by as many threads as there are cores. Raises UserError."""
     check_room(len(files) * math.prod(shape), what)
     result = np.empty((len(files), *shape), np.uint8)
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         found = pool.map(reader, files, itertools.repeat(size))
         for row, pixels in enumerate(tqdm(found, desc=f"reading {what}", total=len(files))):
             result[row] = pixels
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, or a signal, nothing is waited for
     return result
 
 

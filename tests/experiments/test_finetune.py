@@ -1,5 +1,6 @@
 """finetune.py: recipes, the classifier, the loop, whole fine-tunings, resuming, public encoders, bad input."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -327,9 +328,9 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("how, step", [("crash", 11), ("stop", 5), ("stop", 15), ("crash", 3)])
+@pytest.mark.parametrize("how, step", [("crash", 11), ("stop", 5), ("stop", 15), ("crash", 3), ("evaluation", 7)])
 def test_interrupted_and_resumed_ends_bit_for_bit_the_same(run, tuned, tmp_path, monkeypatch, how, step):
-    """8 steps an epoch: within an epoch, and in an epoch's last step."""
+    """8 steps an epoch: within an epoch, in an epoch's last step, and in the evaluation after it, which ends at once."""
     real, out = finetune.augment, tmp_path / "cut"
 
     def interrupted(*arguments):
@@ -339,14 +340,19 @@ def test_interrupted_and_resumed_ends_bit_for_bit_the_same(run, tuned, tmp_path,
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(finetune, "augment", interrupted)
-    with pytest.raises(Crash if how == "crash" else SystemExit) as ended:
-        main(command(run, out))
-    assert how == "crash" or ended.value.code == 128 + signal.SIGTERM
+    def ended(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the evaluation goes on")
+
+    with monkeypatch.context() as patch, pytest.raises(Crash) if how == "crash" else contextlib.nullcontext():
+        if how == "evaluation":
+            patch.setattr(data.Images, "ordered", ended)
+        else:
+            patch.setattr(finetune, "augment", interrupted)
+        assert main(command(run, out)) == 128 + signal.SIGTERM
     assert not (out / "result.json").exists()
-    if how == "stop":
+    if how != "crash":
         assert read_saved(out / "checkpoint.pt", finetune.FORMAT)["step"] == step + 1
-    monkeypatch.setattr(finetune, "augment", real)
     assert main(command(run, out, "--resume")) == 0
     assert all(map(equal, outcome(out), outcome(tuned)))
 

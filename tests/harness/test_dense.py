@@ -6,6 +6,7 @@ MLO_MAE_FUZZ sets how many damaged files are tried.
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from helpers import (
 from PIL import Image
 
 import data
-from harness import UserError
+from harness import UserError, dense
 from harness.dense import IGNORED, Boxed, Masked, load_dense, tightest_boxes
 
 pytestmark = pytest.mark.usefixtures("no_hang", "drawn_once")
@@ -405,3 +406,16 @@ def test_fuzz(tmp_path, kind, write):
 def test_options_out_of_range(option, value):
     with pytest.raises(UserError, match="out of range"):
         load_dense("shapes", "masks", **{option: value})
+
+
+def test_one_image_that_fails_ends_the_reading_of_all():
+    def reader(number, size):
+        if number == 0:
+            raise UserError("it cannot be read")
+        time.sleep(0.05)
+        return np.zeros(1, np.uint8)
+
+    began = time.monotonic()
+    with pytest.raises(UserError, match="it cannot be read"):
+        dense.read_all(reader, range(1000), 1, (1,), "images")
+    assert time.monotonic() - began < 1
