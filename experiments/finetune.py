@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,7 +52,9 @@ class Training:
     batch_size: int = flag(64, "images a step", least=1, most=65536)
     lr: float = flag(2e-3, "peak learning rate of the head, for this batch size (MAE's blr x batch / 256)", least=0)
     min_lr: float = flag(0.0, "learning rate at the end of its cosine", least=0)
-    warmup_epochs: float = flag(1.0, "epochs over which the learning rate rises", least=0)
+    warmup_epochs: float = flag(
+        1.0, "epochs over which the learning rate rises; a tenth of all where there are no more", least=0
+    )
     layer_decay: float = flag(0.75, "each layer's learning rate, as a share of that of the layer above", least=0, most=1)
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
     drop_path: float = flag(0.0, "how often the last block's branches are left out; the first's never are", least=0, most=0.99)
@@ -88,6 +90,13 @@ RECIPES = {
     "mae": MAE,
     "mae-large": MAE | {"epochs": 50, "lr": 4e-3, "layer_decay": 0.75, "drop_path": 0.2},
 }
+
+
+def warmed(recipe: Training, given: dict) -> Training:
+    """The recipe; a --warmup-epochs that is not `given`, and for which there are too few epochs, is a tenth of them."""
+    if "warmup_epochs" in given or recipe.warmup_epochs < recipe.epochs:
+        return recipe
+    return replace(recipe, warmup_epochs=recipe.epochs / 10)
 
 
 def check(recipe: Training) -> None:
@@ -429,7 +438,7 @@ def run_command(argv: list[str] | None) -> dict:
     flags = vars(parser.parse_args(argv))
     run, out, resume = (flags.pop(name) for name in ("run", "out", "resume"))
     settings = {name: flags.pop(name) for name in SETTINGS if name in flags}
-    recipe = Recipe(**RECIPES[flags.get("recipe", "short")] | flags)
+    recipe = warmed(Recipe(**RECIPES[flags.get("recipe", "short")] | flags), flags)
     check(recipe)
     net, theta, splits = encoder_and_data(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"

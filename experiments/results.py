@@ -305,8 +305,9 @@ def cell_process() -> concurrent.futures.ProcessPoolExecutor:
 
 
 def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
-    """Run what is not finished, each cell in a process that does nothing else, as soon as what it needs is there. Where one fails, or a
-    signal comes, the others stop: in a loop they save first, for which they have GRACE. Raises UserError."""
+    """Run what is not finished, each cell in a process that does nothing else, as soon as what it needs is there.
+    Where one fails, or a signal comes, the others stop: in a loop they save first, for which they have GRACE. Raises
+    UserError."""
     todo, running, idle = [cell for cell in cells if not is_finished(cell, grid)], {}, []
     try:
         while todo or running:

@@ -19,6 +19,7 @@ import data
 import mlo_mae
 from experiments import finetune
 from experiments.finetune import RECIPES, Recipe
+from harness import UserError
 from harness.checkpoints import read_saved
 from harness.vectors import unflatten
 from harness.weights import read_weights, write_safetensors
@@ -695,3 +696,12 @@ def test_a_second_fine_tuning_of_a_folder_is_refused(run, tmp_path, capsys):
     refused(command(run, out, "--resume"), capsys, "another process is at work")
     holder.communicate("")
     assert main(command(run, out, "--resume")) == 0
+
+
+def test_a_warmup_that_is_not_given_follows_the_epochs():
+    for given, warmup in (({"epochs": 1}, 0.1), ({"epochs": 3}, 1.0), ({"epochs": 1, "warmup_epochs": 0.5}, 0.5)):
+        recipe = finetune.warmed(Recipe(**given), given)
+        finetune.check(recipe)
+        assert recipe.warmup_epochs == warmup
+    with pytest.raises(UserError, match="--warmup-epochs 1.0 must be fewer than the 1 --epochs"):
+        finetune.check(finetune.warmed(Recipe(epochs=1, warmup_epochs=1.0), {"epochs": 1, "warmup_epochs": 1.0}))

@@ -257,7 +257,7 @@ def test_ignored_pixels_are_counted_and_may_be_kept(tmp_path, capsys):
 
     load_dense(write_masked(tmp_path / "none", values=(0, 128)), "masks", image_size=16)
     assert "--ignore" not in capsys.readouterr().err
-    with pytest.raises(UserError, match="show 1 classes; .* have the value 255, which is ignored; --ignore none keeps it"):
+    with pytest.raises(UserError, match="show 1 class; .* have the value 255, which is ignored; --ignore none keeps it"):
         load_dense(write_masked(tmp_path / "binary", values=(0, 255)), "masks", image_size=16)
     assert load_dense(tmp_path / "binary", "masks", image_size=16, ignored=None).class_names == ["0", "255"]
 
@@ -297,7 +297,7 @@ def test_masks_that_cannot_be_used(tmp_path, fault):
 
 
 def test_masks_of_one_class_teach_nothing(tmp_path):
-    with pytest.raises(UserError, match="show 1 classes"):
+    with pytest.raises(UserError, match="show 1 class;"):
         load_dense(write_masked(tmp_path, values=(4, 255)), "masks", image_size=16)
 
 
@@ -318,7 +318,7 @@ BOX_FAULTS = {
     "doubled categories": ({"categories": [{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]}, "categories have the id 5"),
     "doubled names": ({"categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "a"}]}, "categories have the name 'a'"),
     "a nameless category": ({"categories": [{"id": 5}]}, "it has no 'name'"),
-    "doubled images": ({"images": [small, small]}, "2 images with 1 ids"),
+    "doubled images": ({"images": [small, small]}, "2 images with 1 id;"),
     "a way out": ({"images": [small | {"file_name": "../0.jpg"}], "annotations": [annotation]}, "out of its folder"),
     "an absent image": ({"images": [small | {"file_name": "9.jpg"}], "annotations": [annotation]}, "9.jpg"),
     "no list": ({"images": {"a": 1}}, "cannot be used"),
@@ -363,7 +363,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     splits = load_dense(masked, "masks", image_size=16), load_dense(coco, "boxes", image_size=16)
     first, second = said(capsys)
     left_out = "3 files left out: 1 with a dot in front, 1 masks without an image, 1 *.txt"
-    assert first == f"data {masked}: train 5 images, val 1 images, test 3 images, 3 classes; {left_out}"
+    assert first == f"data {masked}: train 5 images, val 1 image, test 3 images, 3 classes; {left_out}"
     counts = f"train {len(splits[1].train)} images, val {len(splits[1].val)} images, test 4 images, 2 classes"
     assert second == f"data {coco}: {counts}; 1 file left out: 1 that instances_train2017.json does not list"
 
@@ -419,3 +419,18 @@ def test_one_image_that_fails_ends_the_reading_of_all():
     with pytest.raises(UserError, match="it cannot be read"):
         dense.read_all(reader, range(1000), 1, (1,), "images")
     assert time.monotonic() - began < 1
+
+
+def test_boxes_outside_of_their_image_are_cut_off_or_left_out(tmp_path, capsys):
+    boxes = [[-5, 2, 10, 4], [40, 2, 5, 5], [2, 2, 5, 5], [0, 0, 20.4, 10]]  # partly, wholly, within, and rounded
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 10}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes)],
+    }
+    labels = dense.coco_boxes(content, ["cat"], 20, tmp_path / "instances_train.json")[2]
+    assert labels[0, :, :4].tolist() == [[0, 4, 5, 12], [2, 4, 7, 14], [0, 0, 20, 20]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data ") and line.endswith(
+        "2 boxes outside of the image: 1 partly, cut off at the border; 1 wholly, left out"
+    )
