@@ -339,7 +339,7 @@ def test_classes_of_an_npz_are_the_numbers_that_occur(tmp_path, capsys):
         assert splits.class_names == [str(value) for value in values]
         assert np.array_equal(np.array(values)[splits.train.labels], labels)
         assert np.array_equal(np.array(values)[splits.test.labels], few["test_labels"])  # one of them does not occur there
-        assert f"test {len(few['test_labels'])} images of {len(values) - 1} classes" in said(capsys)[-1]
+        assert f"test {len(few['test_labels'])} images of {len(values) - 1} class" in said(capsys)[-1]
 
 
 # -------------------------------------------------------------------------------------------------------------- folders

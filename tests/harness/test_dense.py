@@ -364,7 +364,7 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     first, second = said(capsys)
     left_out = "3 files left out: 1 with a dot in front, 1 masks without an image, 1 *.txt"
     assert first == f"data {masked}: train 5 images, val 1 image, test 3 images, 3 classes; {left_out}"
-    counts = f"train {len(splits[1].train)} images, val {len(splits[1].val)} images, test 4 images, 2 classes"
+    counts = f"train {len(splits[1].train)} images, val {len(splits[1].val)} image, test 4 images, 2 classes"
     assert second == f"data {coco}: {counts}; 1 file left out: 1 that instances_train2017.json does not list"
 
 
