@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness import UserError
+from harness import UserError, counted
 from harness.randomness import AUGMENT, DRAW, LIMIT, ORDER, SPLIT, WATCHED, numpy_generator
 from harness.readers import (
     CIFAR,
@@ -87,9 +87,7 @@ class Splits:
         """Validation images, [count, C, H, W] (all if there are fewer), and where their objects are, [count, H, W] bool on
         the CPU, if that is known. Classes take turns; the choice is the same at every evaluation and for every seed of a
         run, and what a smaller count gives comes first."""
-        labels = self.val.labels.cpu().numpy()
-        order = numpy_generator(0, WATCHED).permutation(len(labels))
-        order = order[np.argsort(turns(labels[order]), kind="stable")][:count]
+        order = sample(self.val.labels.cpu().numpy(), count)
         objects = getattr(self.val, "objects", None)
         return self.val.pick(order).images, None if objects is None else objects[torch.from_numpy(order)].cpu()
 
@@ -102,6 +100,13 @@ def digest_of(arrays: Iterable[np.ndarray]) -> str:
         found.update(f"{array.dtype} {array.shape} ".encode())
         found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
+
+
+def sample(labels: np.ndarray, count: int) -> np.ndarray:
+    """Indices of `count` images (all if there are fewer) of these labels [N], at random, of whose classes each has its turn.
+    They are always the same, and what a smaller count gives comes first."""
+    order = numpy_generator(0, WATCHED).permutation(len(labels))
+    return order[np.argsort(turns(labels[order]), kind="stable")][:count]
 
 
 def turns(labels: np.ndarray) -> np.ndarray:
@@ -406,7 +411,7 @@ def choose(labels: np.ndarray, limit: int, seed: int, what: str, names: Sequence
 
     Raises UserError where `what` has fewer."""
     if limit > len(labels):
-        raise UserError(f"--images {limit}: {what} has only {len(labels)} images")
+        raise UserError(f"--images {limit}: {what} has only {counted(len(labels), 'image')}")
     if not limit:
         return np.arange(len(labels))
     order = drawn_order(len(labels), names, seed, LIMIT)
@@ -422,7 +427,7 @@ def hold_out(
     Raises UserError where a part would be empty."""
     held, order = round(fraction * len(labels)), drawn_order(len(labels), names, seed, SPLIT)
     if not 0 < held < len(labels):
-        raise UserError(f"{fraction} of {len(labels)} training images cannot be held out; use more images")
+        raise UserError(f"{fraction} of {counted(len(labels), 'training image')} cannot be held out; use more images")
     if names is not None:  # by the place in its class, of 0 to 1
         labels = labels[order]
         order = order[np.argsort((turns(labels) + 0.5) / np.bincount(labels)[labels], kind="stable")]
@@ -464,9 +469,13 @@ def report(name: str, splits: Splits, left_out: Counter[str] | None = None) -> S
     left out. Returns the splits."""
     found = {part: getattr(splits, part).labels for part in ("train", "val", "test")}
     if found["train"].ndim == 1:
-        counts = [f"{part} {len(labels)} images of {len(labels.unique())} classes" for part, labels in found.items()]
+        counts = [
+            f"{part} {counted(len(labels), 'image')} of {counted(len(labels.unique()), 'class', 'classes')}"
+            for part, labels in found.items()
+        ]
     else:  # masks and boxes
-        counts = [f"{part} {len(labels)} images" for part, labels in found.items()] + [f"{len(splits.class_names)} classes"]
+        counts = [f"{part} {counted(len(labels), 'image')}" for part, labels in found.items()]
+        counts.append(counted(len(splits.class_names), "class", "classes"))
     say(f"data {name}: {', '.join(counts)}" + (f"; {account(left_out)}" if left_out is not None else ""))
     return splits
 

@@ -1081,7 +1081,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
 
     hypergradient: another form than the configuration's, for `outer_iteration`; prepare(net, splits, device, run): sets up
     a baseline's own networks. Of several processes the first alone writes.
-    Raises UserError, and SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
+    Raises UserError, and Interrupted after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(cfg)
     device = cli.choose_device(cfg.device)
     run = Run(out, {"config": dataclasses.asdict(cfg)}, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes)
@@ -1145,7 +1145,8 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
             state = with_kept_masks(net, state, total)
             settled = stays(cfg, state.iteration, total, state.waited)
             if settled and len(batches) == 3 and isinstance(splits.train, data.Images):
-                maps = weight_maps(net, state, splits.train)
+                with run.at_once():
+                    maps = weight_maps(net, state, splits.train)
                 maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
                 batches.append(F.avg_pool2d(batch.images, cfg.patch_size).flatten(1) for batch in maps)  # [B, N]
             made = state.psi.t

@@ -44,7 +44,8 @@ from harness.checkpoints import fitting, read_saved
 from harness.cli import flag
 from harness.processes import world
 from harness.randomness import PARTS, torch_generator
-from harness.run import Run, add_run_flags, settings_of, stop_signals
+from harness.run import Run, add_run_flags, settings_of
+from harness.signals import Interrupted, stop_signals
 from harness.vectors import flatten
 from kernels import gather_patches
 from mlo_mae import PRESETS, Config, Encoder, Networks, autocast
@@ -218,7 +219,7 @@ def semantic_masks(net: Networks, parts: Parts) -> Callable[[Tensor, torch.Gener
 def learned_parts(net: Networks, splits: Splits, device: torch.device) -> Parts:
     """Parts, learned on the encoder of --parts-from and on the training images as level 1 sees them.
 
-    Raises UserError where that encoder does not see these images in these patches, SystemExit where a signal stops it."""
+    Raises UserError where that encoder does not see these images in these patches, Interrupted where a signal stops it."""
     cfg = net.cfg
     path = Path(cfg.parts_from)
     encoder = frozen_encoder(cfg, splits, path / "checkpoint.pt" if path.is_dir() else path).to(device)
@@ -235,8 +236,7 @@ def learned_parts(net: Networks, splits: Splits, device: torch.device) -> Parts:
     with stop_signals() as stop:
         learner = learn_parts(learner.to(device), examples(stop), cfg.parts_steps)
     if stop:
-        print("stopped while parts were learned; start again", file=sys.stderr)
-        raise SystemExit(128 + stop[0])
+        raise Interrupted(stop[0], "stopped while parts were learned; start again")
     return Parts(encoder, learner)
 
 

@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -52,7 +52,9 @@ class Training:
     batch_size: int = flag(64, "images a step", least=1, most=65536)
     lr: float = flag(2e-3, "peak learning rate of the head, for this batch size (MAE's blr x batch / 256)", least=0)
     min_lr: float = flag(0.0, "learning rate at the end of its cosine", least=0)
-    warmup_epochs: float = flag(1.0, "epochs over which the learning rate rises", least=0)
+    warmup_epochs: float = flag(
+        1.0, "epochs over which the learning rate rises; a tenth of all where there are no more", least=0
+    )
     layer_decay: float = flag(0.75, "each layer's learning rate, as a share of that of the layer above", least=0, most=1)
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
     drop_path: float = flag(0.0, "how often the last block's branches are left out; the first's never are", least=0, most=0.99)
@@ -88,6 +90,13 @@ RECIPES = {
     "mae": MAE,
     "mae-large": MAE | {"epochs": 50, "lr": 4e-3, "layer_decay": 0.75, "drop_path": 0.2},
 }
+
+
+def warmed(recipe: Training, given: dict) -> Training:
+    """The recipe; a --warmup-epochs that is not `given`, and for which there are too few epochs, is a tenth of them."""
+    if "warmup_epochs" in given or recipe.warmup_epochs < recipe.epochs:
+        return recipe
+    return replace(recipe, warmup_epochs=recipe.epochs / 10)
 
 
 def check(recipe: Training) -> None:
@@ -240,7 +249,7 @@ def finetune(
 
     With `out`, write that folder, and with `resume` continue what is there; else touch no file. Returns the measures
     (shares; losses in nats) and what they are of (see the end; tied_epochs: how many reached the best measure). Raises
-    UserError, and with `out` SystemExit (130, 143) after a checkpoint where SIGINT or SIGTERM asked to stop."""
+    UserError, and with `out` Interrupted after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(recipe)
     settings = {"recipe": asdict(recipe), "config": asdict(net.cfg), "data": splits.facts()}
     run = Run(out, settings, resume, task.format, MACHINE_FIELDS | COMPUTED, net.cfg.checkpoint_minutes)
@@ -249,40 +258,51 @@ def finetune(
     optimizer = torch.optim.AdamW(layer_groups(model, recipe), betas=(0.9, 0.999))
     per_epoch = max(1, len(splits.train) // recipe.batch_size)
     total = recipe.epochs * per_epoch
-    step, seconds, best = 0, 0.0, {measure: -1.0, "loss": math.inf, "tied": 0}
+    step, seconds, unread, best = 0, 0.0, False, {measure: -1.0, "loss": math.inf, "tied": 0}
     loss_sum = torch.zeros((), device=splits.train.mean.device)  # of this epoch; read seldom: that waits for the device
     if run.checkpoint is not None:
         with fitting(out / "checkpoint.pt"):
             step, seconds, best, so_far = restored(run.checkpoint, model, optimizer, measure)
-            if step > total or (step >= per_epoch) != ("model" in best):
+            unread = so_far != 0 and step % per_epoch == 0  # the epoch's losses are there still
+            if step > total or (step // per_epoch > unread) != ("model" in best):
                 raise UserError(f"step {step} of {total} and the epochs that have ended do not go together")
         loss_sum += so_far
 
     batches = splits.train.stream(recipe.batch_size, torch_generator(recipe.seed, BATCHES).initial_seed(), start=step)
     began = time.monotonic()
+
+    def content():
+        state = {"step": step, "seconds": seconds + time.monotonic() - began, "best": best, "loss_sum": loss_sum}
+        weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        return {"format": task.format} | settings | state | weights
+
+    run.content = content
     with run.at_work(total, step, task.name, "step"):
-        while step < total and not run.stop:
-            batch, keys = next(batches), (recipe.seed, DROP_PATH, step)
-            scales = drop_path(recipe.drop_path, net.cfg.depth, len(batch.images), *keys).to(batch.images.device)
-            for group in optimizer.param_groups:
-                group["lr"] = group["scale"] * learning_rate(recipe, step, per_epoch)
-            loss = task.loss(model, batch, scales, recipe, splits, step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            loss_sum += loss.detach()
-            step += 1
-            run.bar.update()
+        while (step < total or unread) and not run.stop:
+            if not unread:  # else an epoch whose evaluation a signal has ended
+                batch, keys = next(batches), (recipe.seed, DROP_PATH, step)
+                scales = drop_path(recipe.drop_path, net.cfg.depth, len(batch.images), *keys).to(batch.images.device)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["scale"] * learning_rate(recipe, step, per_epoch)
+                loss = task.loss(model, batch, scales, recipe, splits, step)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                loss_sum += loss.detach()
+                step += 1
+                run.bar.update()
 
             epoch, within = divmod(step, per_epoch)
-            due = run.is_due(step)
+            due, unread = run.is_due(step), not within
             if within and not due:
                 continue
             if not loss_sum.isfinite() or not all(parameter.isfinite().all() for parameter in model.parameters()):
                 kept = f"{out} holds the last good state, if any; " if out else ""
                 raise UserError(f"the loss or a weight is not finite by step {step}; {kept}lower --lr")
-            if not within:
-                found, train_loss = task.evaluate(model, splits.val), loss_sum.item() / per_epoch
+            if unread:
+                with run.at_once():
+                    found = task.evaluate(model, splits.val)
+                unread, train_loss = False, loss_sum.item() / per_epoch
                 share, val_loss = found[task.measure], found["loss"]
                 tied = best["tied"] + 1 if share == best[measure] else 1  # a small split cannot tell many epochs apart
                 if (share, -val_loss) > (best[measure], -best["loss"]):
@@ -296,9 +316,7 @@ def finetune(
                     row = {"iteration": step, "epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, measure: share}
                     append_line(out / "metrics.jsonl", row)
             if due:
-                state = {"step": step, "seconds": seconds + time.monotonic() - began, "best": best, "loss_sum": loss_sum}
-                weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                run.save({"format": task.format} | settings | state | weights)
+                run.save(content())
     run.leave_if_stopped(step, "step")
 
     model.load_state_dict(best["model"])
@@ -424,7 +442,7 @@ def run_command(argv: list[str] | None) -> dict:
     flags = vars(parser.parse_args(argv))
     run, out, resume = (flags.pop(name) for name in ("run", "out", "resume"))
     settings = {name: flags.pop(name) for name in SETTINGS if name in flags}
-    recipe = Recipe(**RECIPES[flags.get("recipe", "short")] | flags)
+    recipe = warmed(Recipe(**RECIPES[flags.get("recipe", "short")] | flags), flags)
     check(recipe)
     net, theta, splits = encoder_and_data(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"

@@ -24,6 +24,7 @@ import multiprocessing
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,6 +33,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import mlo_mae
 from experiments import baselines, finetune, show, transfer
@@ -41,8 +43,9 @@ from harness import UserError, cli
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine
 from harness.pictures import save_figure
-from harness.processes import after_parent
+from harness.processes import after_parent, end_children
 from harness.run import read_metrics
+from harness.signals import handled, ignore
 from mlo_mae import Config
 
 
@@ -160,7 +163,8 @@ def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
     config = {name: str(grid.clutter) if value == "{clutter}" else value for name, value in config.items()}
     method, lender = METHODS[cell.method], lender_of(cell, grid)
     given = {lender[0]: str(folder_of(grid.out, lender[1]))} if lender else {}
-    cfg = (method.kind or Config)(**config | {"data_dir": grid.data_dir, "seed": cell.seed} | method.changes | given)
+    shared = {"data_dir": grid.data_dir, "seed": cell.seed, "checkpoint_minutes": 0.25}  # a signal leaves little time to save
+    cfg = (method.kind or Config)(**config | shared | method.changes | given)
     how = {"seed": cell.seed, "from_scratch": method.kind is None}
     if cell.rule in DENSE:
         return cfg, transfer.DenseRecipe(**how, **DENSE[cell.rule].recipe)
@@ -277,8 +281,15 @@ def needed(cell: Cell, grid: Grid) -> list[Cell]:
     return [lender[1]] if lender else []
 
 
+GRACE = 1.5  # seconds
+
+
 def end_with_parent() -> None:
-    """In a process that works on cells: stop (pretraining: with a checkpoint) where the program that started it was killed."""
+    """In a process that works on a cell: stop (in a loop: with a checkpoint) where the program that started it was killed;
+    SIGTERM does the same, and Ctrl-C is that program's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())  # its own one is of the system's, and of a process that is killed would be left there
 
     def stop() -> None:
         while True:  # a first signal asks a run to stop; where there is none, it ends the process
@@ -288,25 +299,37 @@ def end_with_parent() -> None:
     after_parent(stop)
 
 
-def cell_processes(workers: int) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes that work on cells, and end with this one."""
-    spawn = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=end_with_parent)
+def cell_process() -> concurrent.futures.ProcessPoolExecutor:
+    """A process for one cell at a time, which ends with this one."""
+    return concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent)
 
 
 def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
-    """Run what is not finished, each cell in a process as soon as what it needs is there. Raises UserError."""
-    todo, running = [cell for cell in cells if not is_finished(cell, grid)], {}
-    with cell_processes(workers) as pool:
+    """Run what is not finished, each cell in a process that does nothing else, as soon as what it needs is there.
+    Where one fails, or a signal comes, the others stop: in a loop they save first, for which they have GRACE. Raises
+    UserError."""
+    todo, running, idle = [cell for cell in cells if not is_finished(cell, grid)], {}, []
+    try:
         while todo or running:
             for cell in list(todo):
-                if all(read_cell(grid.out, other) for other in needed(cell, grid)):
-                    work = run_dense if cell.rule in DENSE else run_cell
-                    running[pool.submit(work, *settings(cell, grid), cell, grid)] = cell
+                if len(running) < workers and all(read_cell(grid.out, other) for other in needed(cell, grid)):
+                    work, process = run_dense if cell.rule in DENSE else run_cell, idle.pop() if idle else cell_process()
+                    with handled(signal.SIG_IGN):  # which it takes over: Ctrl-C must not meet its imports
+                        running[process.submit(work, *settings(cell, grid), cell, grid)] = cell, process
                     todo.remove(cell)
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                future.result()
-                print("finished", *running.pop(future), file=sys.stderr)
+                cell, process = running.pop(future)
+                try:
+                    future.result()
+                except concurrent.futures.process.BrokenProcessPool:
+                    raise UserError(f"the process of {folder_of(grid.out, cell)} was ended; start again to go on") from None
+                idle.append(process)
+                print("finished", *cell, file=sys.stderr)
+    finally:
+        with handled(ignore), concurrent.futures.ThreadPoolExecutor() as waiting:
+            for process in (*idle, *(process for _, process in running.values())):
+                waiting.submit(process.shutdown)
+            end_children(GRACE)
 
 
 # ------------------------------------------------------------------------------------------------------------- table

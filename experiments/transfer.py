@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mlo_mae
-from data import DRAWN, Batch, Splits
+from data import DRAWN, Batch, Splits, sample
 from experiments import config_of, finetune, first_weights
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest
@@ -266,11 +266,16 @@ SHOWN = 8  # images
 
 @torch.no_grad()
 def draw(model: Dense, splits: Splits, out: Path, annotate: Callable) -> None:
-    """Write predictions.png: test images, the truth below them, and below that what the model finds.
+    """Write predictions.png: test images (a sample: each one's rarest class has its turn), the truth below them, and below
+    that what the model finds.
 
     annotate(axes [2, images], the model's output, labels, class names) draws the truth and what is found."""
     split = splits.test
-    batch = split.pick(torch.arange(min(SHOWN, len(split))))
+    values, classes = split.labels.cpu().numpy(), np.arange(len(splits.class_names))
+    values = values[..., 4] if isinstance(split, Boxed) else values
+    there = np.array([np.isin(classes, row) for row in values])  # [images, classes]
+    rarest = np.where(there, there.sum(0), len(there) + 1).argmin(1)  # of each image's classes
+    batch = split.pick(sample(rarest, SHOWN))
     pixels = (batch.images * split.std + split.mean).div(255).clamp(0, 1).permute(0, 2, 3, 1)
     found, labels = model(batch.images), batch.labels.cpu()
     rows = [(title, pixels, PIXELS) for title in ("image", "truth", "found")]
@@ -395,7 +400,7 @@ def run_command(argv: list[str] | None) -> dict:
     name, run, out, resume = (flags.pop(flag) for flag in ("task", "run", "out", "resume"))
     task, ignored = TASKS[name], flags.pop("ignore", IGNORED)
     settings = {setting: flags.pop(setting) for setting in SETTINGS if setting in flags}
-    recipe = DenseRecipe(**flags)
+    recipe = finetune.warmed(DenseRecipe(**flags), flags)
     check(recipe)
     net, theta, splits = encoder_and_dense_data(task, run, recipe, settings, ignored)
     kind = f"scratch-{name}" if recipe.from_scratch else f"{name}-frozen" if recipe.frozen else name

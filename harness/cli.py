@@ -4,7 +4,9 @@ import argparse
 import dataclasses
 import importlib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +16,8 @@ import torch
 
 from harness import UserError, printable
 from harness.memory import keep_freed
-from harness.processes import first_to_fail, join, started, world
+from harness.processes import end_children, first_to_fail, join, started, world
+from harness.signals import Interrupted, handled, ignore, interrupt
 from kernels.backend import current
 
 
@@ -89,12 +92,14 @@ LESS_MEMORY = "lower --batch-size or --labelled-batch-size, or give a larger --p
 
 def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_MEMORY) -> int:
     """Print what work() returns, unless None, as one line of JSON. Exit status 0, 2 after one line for what the user can
-    mend, or 130 after one line at Ctrl-C; `remedy` is for want of memory, by flags that the program has."""
+    mend, or 130 after one line at Ctrl-C (143 at SIGTERM), when no process that this one has started is left; `remedy` is
+    for want of memory, by flags that the program has."""
     status = 2
     try:
-        summary = work()
-        if summary is not None:
-            print(json.dumps(summary, separators=(",", ":")))
+        with handled(interrupt):
+            summary = work()
+            if summary is not None:
+                print(json.dumps(summary, separators=(",", ":")))
         return 0
     except UserError as error:
         message = str(error)
@@ -105,10 +110,15 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_M
         message = f"out of memory{found and f' ({found})'}; {remedy}"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)
-    except KeyboardInterrupt:  # outside of the loops that save first, or a second one inside
-        status, message = 130, "interrupted; what was written before is whole"
-    if first_to_fail():
-        print(f"{program}: {printable(message)}", file=sys.stderr)
+    except KeyboardInterrupt as error:  # after the last checkpoint of a loop, or outside of loops
+        stop = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        status, message = 128 + stop.number, stop.message
+    with handled(ignore):
+        if status > 2:
+            threading.excepthook = lambda failure: None  # Python's pools fail loudly where their processes have ended
+            end_children(0.5)
+        if message and first_to_fail():
+            print(f"{program}: {printable(message)}", file=sys.stderr)
     return status
 
 

@@ -39,7 +39,7 @@ from data import (
     report,
     split_parts,
 )
-from harness import UserError
+from harness import UserError, counted
 from harness.readers import (
     MAX_CLASSES,
     MAX_RESIDENT,
@@ -156,10 +156,13 @@ def read_all(
     """reader(file, size) of each, [N, *shape] uint8, by as many threads as there are cores. Raises UserError."""
     check_room(len(files) * math.prod(shape), what)
     result = np.empty((len(files), *shape), np.uint8)
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         found = pool.map(reader, files, itertools.repeat(size))
         for row, pixels in enumerate(tqdm(found, desc=f"reading {what}", total=len(files))):
             result[row] = pixels
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, or a signal, nothing is waited for
     return result
 
 
@@ -206,7 +209,7 @@ def number_classes(root: Path, parts: Parts, ignored: int | None) -> tuple[Parts
     share = sum(np.count_nonzero(masks == IGNORED) for _, masks, _ in parts.values()) / pixels * (IGNORED in none)
     note = f"{100 * share:.3g} % of the masks' pixels have the value {IGNORED}, which is ignored; --ignore none keeps it"
     if not 2 <= len(values) <= IGNORED:
-        found = f"{root}: its masks for training show {len(values)} classes; 2 to {IGNORED} are needed"
+        found = f"{root}: its masks for training show {counted(len(values), 'class', 'classes')}; 2 to {IGNORED} are needed"
         raise UserError(f"{found}; {note}" if share else found)
     known = np.isin(np.arange(256), [*values, *none])
     classes = np.full(256, IGNORED, np.uint8)  # of each value
@@ -276,7 +279,7 @@ def coco_names(content: dict) -> dict[int | str, str]:
     """{id: name} of the categories, by their ids. Raises UserError and others where there are none, or any twice."""
     named = sorted((category["id"], str(category["name"])) for category in content["categories"])
     if not 1 <= len(named) <= MAX_CLASSES:
-        raise UserError(f"it lists {len(named)} categories; 1 to {MAX_CLASSES} are needed")
+        raise UserError(f"it lists {counted(len(named), 'category', 'categories')}; 1 to {MAX_CLASSES} are needed")
     for what, values in zip(("id", "name"), zip(*named)):
         if twice := [value for value, count in Counter(values).items() if count > 1]:
             raise UserError(f"two of its categories have the {what} {twice[0]!r}; give each its own")
@@ -289,23 +292,26 @@ def coco_boxes(
     """File names of the images, the widths and heights that are stated of them, and their boxes [N, M, 5] float32 as
     `Boxed` has them, in pixels of images of this size.
 
-    names: of the classes, in order; source: the file, of which a line says how many boxes reach out of their images.
-    Raises UserError and others for what is damaged, does not fit together, or leads out of the folder."""
+    names: of the classes, in order; source: the file. Boxes are cut off at their image's border, and left out where nothing
+    stays; a line on stderr counts them. Raises UserError and others for what is damaged, does not fit together, or leads
+    out of the folder."""
     categories, images = coco_names(content), {image["id"]: image for image in content["images"]}
     if len(images) < len(content["images"]):
-        raise UserError(f"it lists {len(content['images'])} images with {len(images)} ids; give each its own")
+        raise UserError(
+            f"it lists {counted(len(content['images']), 'image')} with {counted(len(images), 'id')}; give each its own"
+        )
     sizes = {key: coco_size(image) for key, image in images.items()}
     label_of = {name: label for label, name in enumerate(names)}
-    boxes, strange, largest, outside = {key: [] for key in images}, set(), 0.0, []
+    boxes, strange, largest, cut, outside = {key: [] for key in images}, set(), 0.0, 0, 0
     for number, annotation in enumerate(content["annotations"], 1):
         if annotation.get("iscrowd"):
             continue
         which = f"annotation {annotation.get('id', f'number {number}')}"
-        for key, known, what in (("image_id", images, "image"), ("category_id", categories, "category")):
+        for key, known, kind in (("image_id", images, "image"), ("category_id", categories, "category")):
             if key not in annotation:
                 raise UserError(f"{which} has no {key}; add it, or leave the annotation out")
             if annotation[key] not in known:
-                problem = f"{which} is of {what} {annotation[key]!r}, which the file does not list"
+                problem = f"{which} is of {kind} {annotation[key]!r}, which the file does not list"
                 raise UserError(f"{problem}; list it, or leave the annotation out")
         x, y, w, h = finite(annotation.get("bbox"), 4) or (0, 0, -1, -1)
         if w < 0 or h < 0:
@@ -313,14 +319,16 @@ def coco_boxes(
             raise UserError(f"{problem}; it must be left, top, width and height in pixels")
         width, height = sizes[annotation["image_id"]]
         largest = max(largest, x, y, w, h)
-        if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:  # by more than a pixel
-            outside.append(which)
         corners = [size * x / width, size * y / height, size * (x + w) / width, size * (y + h) / height]
         name = categories[annotation["category_id"]]
-        if name in label_of:
-            boxes[annotation["image_id"]].append([*np.clip(corners, 0, size), label_of[name]])
-        else:
+        left, top, right, bottom = within = np.clip(corners, 0, size)
+        if name not in label_of:
             strange.add(name)
+        elif w > 0 and h > 0 and (left == right or top == bottom):
+            outside += 1
+        else:
+            boxes[annotation["image_id"]].append([*within, label_of[name]])
+            cut += np.abs(within - corners).max() > size / max(width, height)  # annotators round: by more than a pixel
     if strange:
         problem = f"it has boxes of {', '.join(sorted(strange)[:9])}, categories that train's file does not have"
         raise UserError(f"{problem} ({', '.join(names[:9])}); name them as there, or leave these boxes out")
@@ -328,11 +336,11 @@ def coco_boxes(
     unit = "a bbox is left, top, width and height in pixels of the width and height that are stated"
     if most and largest <= 1:
         raise UserError(f"no number in its boxes is above 1; {unit}")
-    if outside:
-        count = f"{len(outside)} of {sum(map(len, boxes.values()))} boxes"
-        say(f"data {source}: {count} reach out of their images and are cut off, as that of {outside[0]}; {unit}")
     if not images or not most or most * len(images) > MAX_RESIDENT // 20:
-        raise UserError(f"it has {len(images)} images, and up to {most} boxes in one")
+        raise UserError(f"it has {counted(len(images), 'image')}, and up to {counted(most, 'box', 'boxes')} in one")
+    if cut or outside:
+        found = f"{cut} partly, cut off at the border; {outside} wholly, left out; {unit}"
+        say(f"data {source}: {counted(cut + outside, 'box', 'boxes')} outside of the image: {found}")
     labels = np.full((len(images), most, 5), -1, np.float32)
     for row, found in zip(labels, boxes.values()):
         row[: len(found)] = np.reshape(found, (-1, 5))

@@ -8,22 +8,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 from harness import UserError
+from harness.signals import postponed
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object], previous: Path | None = None) -> None:
     """Write bytes, or what a function writes to an open file: to a temporary name, to disk, then in place at once.
 
-    What was in place before goes to `previous`, if given. Raises UserError where it cannot be written; `path` is then
-    as it was."""
+    What was in place before goes to `previous`, if given. A signal has its effect when this has ended. Raises UserError
+    where it cannot be written; `path` is then as it was."""
     temporary = path.with_name(path.name + ".partial")
     try:
-        with open(temporary, "wb") as file:
-            content(file) if callable(content) else file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        with postponed():
+            with open(temporary, "wb") as file:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

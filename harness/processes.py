@@ -4,9 +4,11 @@ Every process holds the same weights and works on its share of each batch. Below
 that together they compute what one process computes with the joined batch. With one process, each function does nothing.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from harness import UserError
+from harness.signals import SIGNALS
 
 Result = TypeVar("Result")
 
@@ -80,10 +83,26 @@ def after_parent(action: Callable[[], None]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def end_children(seconds: float) -> None:
+    """End the processes that this one has started by `multiprocessing`: they are asked to (SIGTERM), and those that are
+    still there after so many seconds are killed."""
+    children, deadline = multiprocessing.active_children(), time.monotonic() + seconds
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(max(0.0, deadline - time.monotonic()))
+        child.kill()
+
+
 def end(status: int) -> NoReturn:
     """End this process. One of several that has finished ends at once: Python's own tear-down can meet a thread of the
-    exchange that has not ended, and abort (seen in 1 of 24 restarted runs), whereupon torchrun calls the run failed."""
-    if status == 0 and started() > 1:
+    exchange that has not ended, and abort (seen in 1 of 24 restarted runs), whereupon torchrun calls the run failed. One that
+    a signal has ended heeds no other, and does not wait for threads that decode."""
+    if status > 128:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        atexit._run_exitfuncs()  # else semaphores of `multiprocessing` are called leaked
+    if status > 128 or (status == 0 and started() > 1):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -31,7 +31,7 @@ import torch
 from PIL import ExifTags, Image, features
 from tqdm import tqdm
 
-from harness import UserError, printable
+from harness import UserError, counted, printable
 from harness.processes import after_parent, rank
 from harness.randomness import numpy_generator
 
@@ -206,7 +206,7 @@ def account(left_out: Counter[str]) -> str:
     words = [f"{number} {reason}" for reason, number in reasons[:8]]
     if reasons[8:]:
         words.append(f"{sum(number for _, number in reasons[8:])} for other reasons")
-    return f"{count} file{'s' * (count != 1)} left out: {', '.join(words)}" if count else "no files left out"
+    return f"{counted(count, 'file')} left out: {', '.join(words)}" if count else "no files left out"
 
 
 def list_images(
@@ -236,7 +236,8 @@ def list_images(
             else:
                 names.append(entry.name)
         if class_names is None and not 2 <= len(names) <= MAX_CLASSES:
-            found = f"{len(names)} class folders; images are expected in {part}/<class>/, for 2 to {MAX_CLASSES} classes"
+            found = counted(len(names), "class folder")
+            found += f"; images are expected in {part}/<class>/, for 2 to {MAX_CLASSES} classes"
             raise UserError(f"{here}: {found} ({account(left_out)})")
         class_names = class_names or names
         label_of = {name: label for label, name in enumerate(class_names)}
@@ -312,8 +313,8 @@ def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
         low = min((each[2] for each in some), default=0)
         outside = low < 0 or high > white
         if levels <= FEW_LEVELS or outside:
-            kind = f"{len(some)} images{' of more than 8 bits' * deep}, as {path},"
-            about = f"{root}: {kind} have values from {low:g} to {high:g}, and {white} is taken for white"
+            kind = f"{counted(len(some), 'image')}{' of more than 8 bits' * deep}, as {path},"
+            about = f"{root}: {kind} with values from {low:g} to {high:g}, and {white} is taken for white"
             left = f"at most {levels} of 256 levels are left{', and what lies outside is cut off' if outside else ''}"
             mend = f"write them again with values from 0 to {white}"
             if levels <= BLACK and len(some) == len(numbers) and len(told) == len(paths):

@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,12 +23,18 @@ from harness.cli import add_flags, check, flag_name, given_as
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
 from harness.readers import first_of
+from harness.signals import Interrupted, handled, stop_signals
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
     import msvcrt
+
+
+class Stopped(Exception):
+    """A signal has ended what is done `at_once`."""
+
 
 SNAPSHOTS = 10  # times in a run at which p is recorded
 
@@ -57,6 +61,7 @@ class Run:
     ):
         self.out, self.minutes, self.writer = out, minutes, out is not None and rank() == 0
         self.checkpoint, self.stop, self.received, self.waited = None, 0, [], 0.0
+        self.content, self.cut = None, False  # what makes a checkpoint's content; whether a signal has ended work `at_once`
         self.beside = {"config.json": json.dumps(settings["config"], indent=2).encode()}
         if not self.writer:
             return
@@ -100,7 +105,32 @@ class Run:
         self.looked = self.saved = self.logged = time.monotonic()
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, mininterval=1, disable=rank() > 0)
         with self.bar, stop_signals() if self.out else contextlib.nullcontext([]) as self.received:
-            yield self
+            try:
+                yield self
+            except Stopped:
+                self.cut = True
+                if self.writer and self.content:
+                    self.save(self.content())
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within `at_work`: around long work between iterations, which a signal ends at once (in one of several processes,
+        in all, at its end). That ends the loop too; what the last iteration has left is saved."""
+
+        def cut(number, frame):
+            self.received.append(number)
+            raise Stopped
+
+        try:
+            with handled(cut) if self.out else contextlib.nullcontext():
+                if self.received:
+                    raise Stopped
+                yield
+        except Stopped:
+            pass
+        (self.stop,) = agree(self.received[0] if self.received else 0)
+        if self.stop:
+            raise Stopped
 
     def _claim(self) -> None:
         """Keep the folder to this process as long as it lives: the lock ends with it, however it ends."""
@@ -124,6 +154,7 @@ class Run:
 
         losses: scalars on the device; metrics(): what else a line holds; content(): the checkpoint's.
         Raises UserError at a loss that is not finite."""
+        self.content = content
         self.losses.append(losses)
         self.bar.update()
         now, last = time.monotonic(), iteration == self.total
@@ -195,11 +226,10 @@ class Run:
         return rows
 
     def leave_if_stopped(self, iteration: int, what: str) -> None:
-        """Raise SystemExit (130, 143) where a signal has stopped the loop before its end."""
-        if self.stop and iteration < self.total:
-            if self.writer:
-                print(f"stopped at {what} {iteration} of {self.total}; continue with --resume", file=sys.stderr)
-            raise SystemExit(128 + self.stop)
+        """Raise Interrupted where a signal has stopped the loop before its end."""
+        if self.stop and (iteration < self.total or self.cut):
+            said = f"stopped at {what} {iteration} of {self.total}; continue with --resume"
+            raise Interrupted(self.stop, said if self.writer else "")
 
 
 def difference(theirs: dict, ours: dict, free: set[str], flags: bool = False) -> str:
@@ -294,21 +324,3 @@ def refuse_taken(out: Path) -> None:
     """Raise UserError where a new run would overwrite something."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; continue it with --resume, or choose another --out")
-
-
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM fills, so that the iteration under way ends; a second one interrupts."""
-    received = []
-
-    def handler(number, frame):
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    former = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, function in former.items():
-            signal.signal(number, function)

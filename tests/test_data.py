@@ -340,7 +340,7 @@ def test_classes_of_an_npz_are_the_numbers_that_occur(tmp_path, capsys):
         assert splits.class_names == [str(value) for value in values]
         assert np.array_equal(np.array(values)[splits.train.labels], labels)
         assert np.array_equal(np.array(values)[splits.test.labels], few["test_labels"])  # one of them does not occur there
-        assert f"test {len(few['test_labels'])} images of {len(values) - 1} classes" in said(capsys)[-1]
+        assert f"test {len(few['test_labels'])} images of {len(values) - 1} class" in said(capsys)[-1]
 
 
 # -------------------------------------------------------------------------------------------------------------- folders
@@ -474,3 +474,11 @@ def test_shares_of_a_stream_make_up_its_batches(tmp_path):
                 batch, parts = next(whole), [next(share) for share in shares]
                 assert torch.equal(batch.images, torch.cat([part.images for part in parts]))
                 assert torch.equal(batch.labels, torch.cat([part.labels for part in parts]))
+
+
+def test_a_sample_takes_classes_in_turn_and_is_always_the_same():
+    labels = np.repeat(np.arange(4), 50)  # as folders have them: class by class
+    chosen = data.sample(labels, 8)
+    assert sorted(labels[chosen[:4]]) == sorted(labels[chosen[4:]]) == [0, 1, 2, 3]
+    assert np.array_equal(data.sample(labels, 20)[:8], chosen) and len(set(data.sample(labels, 999))) == 200
+    assert not np.array_equal(chosen % 50, np.zeros(8))  # not the first of each class

@@ -1,5 +1,6 @@
 """finetune.py: recipes, the classifier, the loop, whole fine-tunings, resuming, public encoders, bad input."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ import data
 import mlo_mae
 from experiments import finetune
 from experiments.finetune import RECIPES, Recipe
+from harness import UserError
 from harness.checkpoints import read_saved
 from harness.vectors import unflatten
 from harness.weights import read_weights, write_safetensors
@@ -327,9 +329,9 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("how, step", [("crash", 11), ("stop", 5), ("stop", 15), ("crash", 3)])
+@pytest.mark.parametrize("how, step", [("crash", 11), ("stop", 5), ("stop", 15), ("crash", 3), ("evaluation", 7)])
 def test_interrupted_and_resumed_ends_bit_for_bit_the_same(run, tuned, tmp_path, monkeypatch, how, step):
-    """8 steps an epoch: within an epoch, and in an epoch's last step."""
+    """8 steps an epoch: within an epoch, in an epoch's last step, and in the evaluation after it, which ends at once."""
     real, out = finetune.augment, tmp_path / "cut"
 
     def interrupted(*arguments):
@@ -339,14 +341,19 @@ def test_interrupted_and_resumed_ends_bit_for_bit_the_same(run, tuned, tmp_path,
             signal.raise_signal(signal.SIGTERM)
         return real(*arguments)
 
-    monkeypatch.setattr(finetune, "augment", interrupted)
-    with pytest.raises(Crash if how == "crash" else SystemExit) as ended:
-        main(command(run, out))
-    assert how == "crash" or ended.value.code == 128 + signal.SIGTERM
+    def ended(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the evaluation goes on")
+
+    with monkeypatch.context() as patch, pytest.raises(Crash) if how == "crash" else contextlib.nullcontext():
+        if how == "evaluation":
+            patch.setattr(data.Images, "ordered", ended)
+        else:
+            patch.setattr(finetune, "augment", interrupted)
+        assert main(command(run, out)) == 128 + signal.SIGTERM
     assert not (out / "result.json").exists()
-    if how == "stop":
+    if how != "crash":
         assert read_saved(out / "checkpoint.pt", finetune.FORMAT)["step"] == step + 1
-    monkeypatch.setattr(finetune, "augment", real)
     assert main(command(run, out, "--resume")) == 0
     assert all(map(equal, outcome(out), outcome(tuned)))
 
@@ -706,3 +713,12 @@ def test_a_second_fine_tuning_of_a_folder_is_refused(run, tmp_path, capsys):
     refused(command(run, out, "--resume"), capsys, "another process is at work")
     holder.communicate("")
     assert main(command(run, out, "--resume")) == 0
+
+
+def test_a_warmup_that_is_not_given_follows_the_epochs():
+    for given, warmup in (({"epochs": 1}, 0.1), ({"epochs": 3}, 1.0), ({"epochs": 1, "warmup_epochs": 0.5}, 0.5)):
+        recipe = finetune.warmed(Recipe(**given), given)
+        finetune.check(recipe)
+        assert recipe.warmup_epochs == warmup
+    with pytest.raises(UserError, match="--warmup-epochs 1.0 must be fewer than the 1 --epochs"):
+        finetune.check(finetune.warmed(Recipe(epochs=1, warmup_epochs=1.0), {"epochs": 1, "warmup_epochs": 1.0}))

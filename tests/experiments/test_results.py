@@ -17,6 +17,7 @@ import mlo_mae
 from experiments import clutter, results
 from experiments.results import Cell, Grid
 from harness import UserError
+from harness.signals import Interrupted
 
 SIZES = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2, "masking_width": 8}
 TINY = SIZES | {
@@ -179,7 +180,7 @@ def test_seconds_are_the_loops_alone_and_add_up_over_interruptions(tmp_path, mon
 
     monkeypatch.setattr(mlo_mae, "outer_iteration", working)
     kept = tmp_path / "run/seconds.json"
-    for seconds, end in ((2, SystemExit), (3, ZeroDivisionError)):
+    for seconds, end in ((2, Interrupted), (3, ZeroDivisionError)):
         with pytest.raises(end):
             results.pretrain(cfg, tmp_path / "run", 1)
         assert json.loads(kept.read_text()) == seconds
@@ -368,7 +369,7 @@ import os, time
 from experiments import results
 
 if __name__ == "__main__":
-    with results.cell_processes(1) as pool:
+    with results.cell_process() as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         pool.submit(time.sleep, 600).result()
 """
@@ -385,3 +386,33 @@ def test_what_a_killed_grid_has_started_ends_too(tmp_path):
     except subprocess.TimeoutExpired:
         os.kill(worker, signal.SIGTERM)
         pytest.fail("it works on")
+
+
+INTERRUPTED = """
+import os, pathlib, sys, time
+from experiments import results
+from harness import cli
+
+def work(*arguments):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+results.run_cell = work
+if __name__ == "__main__":
+    grid = results.Grid(pathlib.Path(sys.argv[1]), "", pathlib.Path(), 3)
+    cells = grid.cells("shapes", ["steps"], ["MAE"])
+    sys.exit(cli.reported("mlo_mae", lambda: results.run_grid(cells, grid, 2)))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_ends_a_grid_and_its_processes_and_begins_no_cell(tmp_path):
+    (tmp_path / "grid.py").write_text(INTERRUPTED)
+    paths = os.environ | {"PYTHONPATH": str(Path(mlo_mae.__file__).parent)}
+    words, pipes = [sys.executable, tmp_path / "grid.py", tmp_path], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    grid = subprocess.Popen(words, **pipes, text=True, env=paths, start_new_session=True)
+    first = [grid.stdout.readline() for _ in range(2)]
+    os.killpg(grid.pid, signal.SIGINT)  # as a terminal does
+    out, err = grid.communicate(timeout=20)  # until the last that could write there has ended
+    assert all(first) and out == "" and grid.returncode == 130
+    assert err == "mlo_mae: interrupted; what was written before is whole\n"

@@ -376,9 +376,8 @@ def test_interrupted_and_resumed_ends_the_same(done, run, tmp_path, monkeypatch)
 
     monkeypatch.setitem(transfer.TASKS, task, real._replace(loss=loss))
     words = [task, run, *FEW, "--out", cut]
-    with pytest.raises(SystemExit) as stopped:
-        command(*words)
-    assert stopped.value.code == 143 and not (cut / "result.json").exists()
+    assert command(*words) == 143
+    assert not (cut / "result.json").exists()
     assert command(*words, "--resume") == 0
     ends = [read_saved(folder / "checkpoint.pt", real.format)["best"] for folder in (out, cut)]
     assert all(torch.equal(tensor, ends[1]["model"][name]) for name, tensor in ends[0]["model"].items())
@@ -399,7 +398,7 @@ def test_a_value_that_is_ignored_may_be_kept(tmp_path, capsys):
     words = ["segment", "--from-scratch", "--data", write_masked(tmp_path / "data", values=(0, 255)), "--epochs", "1"]
     words += ["--warmup-epochs", "0", "--batch-size", "4", "--image-size", "16", "--patch-size", "8", "--width", "16"]
     words += ["--depth", "1", "--device", "cpu", "--out", tmp_path / "a"]
-    refused(capsys, words, "show 1 classes", "--ignore none")
+    refused(capsys, words, "show 1 class;", "--ignore none")
     assert command(*words, "--ignore", "none") == 0
 
 
@@ -510,3 +509,20 @@ def test_a_damaged_folder_of_a_run_ends_in_one_line(run, tmp_path, capsys):
     refused(capsys, ["segment", copy], "checkpoint.pt is damaged or of another version")
     (copy / "checkpoint.pt").write_bytes((run / "checkpoint.pt").read_bytes()[:2000])
     refused(capsys, ["segment", copy], "checkpoint.pt")
+
+
+@pytest.mark.parametrize("kind", ["masks", "boxes"])
+def test_the_picture_shows_classes_in_turn(tmp_path, monkeypatch, kind):
+    """Images in the order of their classes, as a folder has them; a background is in all of them."""
+    classes = np.repeat(np.arange(1, 5), 10)
+    images = np.zeros((40, 3, 8, 8), np.uint8) + classes[:, None, None, None].astype(np.uint8)
+    masks, boxes = np.zeros((40, 8, 8), np.uint8), np.full((40, 2, 5), -1, np.float32)
+    masks[:, 2:4, 2:4] = classes[:, None, None]
+    boxes[:, 0] = np.stack([*np.tile([[2], [2], [4], [4]], 40), classes])[[0, 1, 2, 3, 4]].T
+    part = (Masked if kind == "masks" else Boxed)(images, masks if kind == "masks" else boxes, (0.0,) * 3, (1.0,) * 3)
+    splits, shown = data.Splits(part, part, part, list("abcde"), 3, 8, (0.0,) * 3, (1.0,) * 3), []
+    monkeypatch.setattr(transfer, "grid", lambda *arguments: None)
+    transfer.draw(lambda images: shown.append(images), splits, tmp_path, None)
+    found = (255 * shown[0][:, 0, 0, 0]).round().int().tolist()
+    found = [value // min(found) for value in found]
+    assert sorted(found[:4]) == sorted(found[4:]) == [1, 2, 3, 4]

@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -205,6 +208,29 @@ def test_a_bug_is_not_hidden(error):
 def test_ctrl_c_outside_of_a_loop_is_one_line(capsys):
     assert cli.reported("program", failing(KeyboardInterrupt())) == 130
     assert capsys.readouterr() == ("", "program: interrupted; what was written before is whole\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_outside_of_a_loop_is_one_line_and_no_process_is_left(capsys, number):
+    heeding, deaf = (multiprocessing.get_context("fork").Process(target=sleep, args=(how,)) for how in (False, True))
+
+    def work():
+        for process in (heeding, deaf):
+            process.start()
+        time.sleep(0.2)
+        signal.raise_signal(number)
+
+    before, began = signal.getsignal(signal.SIGTERM), time.monotonic()
+    assert cli.reported("program", work) == 128 + number
+    assert time.monotonic() - began < 2 and not heeding.is_alive()
+    deaf.join(1)
+    assert not deaf.is_alive() and signal.getsignal(signal.SIGTERM) == before
+    assert capsys.readouterr() == ("", "program: interrupted; what was written before is whole\n")
+
+
+def sleep(deaf):  # a process's work
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if deaf else signal.SIG_DFL)
+    time.sleep(20)
 
 
 def test_a_setting_is_named_as_a_command_line_gives_it():

@@ -6,6 +6,7 @@ MLO_MAE_FUZZ sets how many damaged files are tried.
 import json
 import math
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from helpers import (
 from PIL import Image
 
 import data
-from harness import UserError
+from harness import UserError, dense
 from harness.dense import IGNORED, Boxed, Masked, load_dense, tightest_boxes
 
 pytestmark = pytest.mark.usefixtures("no_hang", "drawn_once")
@@ -194,7 +195,7 @@ def test_boxes_that_reach_out_of_their_images_are_counted(tmp_path, capsys):
     load_dense(write_coco(tmp_path, annotations=annotations), "boxes", image_size=40, val_fraction=0.25)
     (line,) = (line for line in said(capsys) if "cut off" in line)
     assert line.startswith(
-        f"data {tmp_path / 'annotations' / 'instances_train2017.json'}: 3 of 5 boxes reach out of their images"
+        f"data {tmp_path / 'annotations' / 'instances_train2017.json'}: 3 boxes outside of the image: 3 partly"
     )
     assert "as that of annotation 7; a bbox is left, top, width and height in pixels" in line
 
@@ -301,7 +302,7 @@ def test_ignored_pixels_are_counted_and_may_be_kept(tmp_path, capsys):
 
     load_dense(write_masked(tmp_path / "none", values=(0, 128)), "masks", image_size=16)
     assert "--ignore" not in capsys.readouterr().err
-    with pytest.raises(UserError, match="show 1 classes; .* have the value 255, which is ignored; --ignore none keeps it"):
+    with pytest.raises(UserError, match="show 1 class; .* have the value 255, which is ignored; --ignore none keeps it"):
         load_dense(write_masked(tmp_path / "binary", values=(0, 255)), "masks", image_size=16)
     assert load_dense(tmp_path / "binary", "masks", image_size=16, ignored=None).class_names == ["0", "255"]
 
@@ -341,7 +342,7 @@ def test_masks_that_cannot_be_used(tmp_path, fault):
 
 
 def test_masks_of_one_class_teach_nothing(tmp_path):
-    with pytest.raises(UserError, match="show 1 classes"):
+    with pytest.raises(UserError, match="show 1 class;"):
         load_dense(write_masked(tmp_path, values=(4, 255)), "masks", image_size=16)
 
 
@@ -363,7 +364,7 @@ BOX_FAULTS = {
     "doubled categories": ({"categories": [{"id": 5, "name": "a"}, {"id": 5, "name": "b"}]}, "categories have the id 5"),
     "doubled names": ({"categories": [{"id": 5, "name": "a"}, {"id": 6, "name": "a"}]}, "categories have the name 'a'"),
     "a nameless category": ({"categories": [{"id": 5}]}, "it has no 'name'"),
-    "doubled images": ({"images": [small, small]}, "2 images with 1 ids"),
+    "doubled images": ({"images": [small, small]}, "2 images with 1 id;"),
     "a way out": ({"images": [small | {"file_name": "../0.jpg"}], "annotations": [annotation]}, "out of its folder"),
     "an absent image": ({"images": [small | {"file_name": "9.jpg"}], "annotations": [annotation]}, "9.jpg"),
     "no list": ({"images": {"a": 1}}, "cannot be used"),
@@ -408,8 +409,8 @@ def test_what_is_left_out_is_counted(tmp_path, capsys):
     splits = load_dense(masked, "masks", image_size=16), load_dense(coco, "boxes", image_size=16)
     first, second = said(capsys)
     left_out = "3 files left out: 1 with a dot in front, 1 masks without an image, 1 *.txt"
-    assert first == f"data {masked}: train 5 images, val 1 images, test 3 images, 3 classes; {left_out}"
-    counts = f"train {len(splits[1].train)} images, val {len(splits[1].val)} images, test 4 images, 2 classes"
+    assert first == f"data {masked}: train 5 images, val 1 image, test 3 images, 3 classes; {left_out}"
+    counts = f"train {len(splits[1].train)} images, val {len(splits[1].val)} image, test 4 images, 2 classes"
     assert second == f"data {coco}: {counts}; 1 file left out: 1 that instances_train2017.json does not list"
 
 
@@ -451,3 +452,30 @@ def test_fuzz(tmp_path, kind, write):
 def test_options_out_of_range(option, value):
     with pytest.raises(UserError, match="out of range"):
         load_dense("shapes", "masks", **{option: value})
+
+
+def test_one_image_that_fails_ends_the_reading_of_all():
+    def reader(number, size):
+        if number == 0:
+            raise UserError("it cannot be read")
+        time.sleep(0.05)
+        return np.zeros(1, np.uint8)
+
+    began = time.monotonic()
+    with pytest.raises(UserError, match="it cannot be read"):
+        dense.read_all(reader, range(1000), 1, (1,), "images")
+    assert time.monotonic() - began < 1
+
+
+def test_boxes_outside_of_their_image_are_cut_off_or_left_out(tmp_path, capsys):
+    boxes = [[-5, 2, 10, 4], [40, 2, 5, 5], [2, 2, 5, 5], [0, 0, 20.4, 10]]  # partly, wholly, within, and rounded
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 20, "height": 10}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes)],
+    }
+    labels = dense.coco_boxes(content, ["cat"], 20, tmp_path / "instances_train.json")[2]
+    assert labels[0, :, :4].tolist() == [[0, 4, 5, 12], [2, 4, 7, 14], [0, 0, 20, 20]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data ")
+    assert "2 boxes outside of the image: 1 partly, cut off at the border; 1 wholly, left out; a bbox is" in line

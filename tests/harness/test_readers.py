@@ -583,7 +583,7 @@ def test_a_line_says_where_few_levels_are_left(tmp_path, capsys, suffix, pixels,
         Image.fromarray(pixels).save(path)
     splits = data.load(tmp_path, ".", image_size=16, val_fraction=0.5)
     lines = said(capsys)
-    assert len(lines) == 1 + 2 * bool(words) and "train 1 images of 1 classes" in lines[-1]  # of train/ and val/
+    assert len(lines) == 1 + 2 * bool(words) and "train 1 image of 1 class" in lines[-1]  # of train/ and val/
     assert all(word in lines[0] for word in words), lines[0]
     if words and "at most" in words[-1]:
         dark = splits.test.pick(np.arange(2)).images * splits.test.std + splits.test.mean
@@ -635,7 +635,7 @@ def test_sixteen_bits_a_colour_too(tmp_path, capsys, channels):
     (tmp_path / "broken.png").write_bytes(png16(pixels)[:70])
     readers.say_levels(tmp_path, [b"0.png", b"broken.png", b"absent.png", b"0.jpg"])
     (line,) = said(capsys)
-    assert "1 images" in line and "at most 16 of 256 levels" in line
+    assert "1 image of" in line and "at most 16 of 256 levels" in line
 
 
 def test_a_line_says_where_few_levels_are_left_in_an_npz(tmp_path, capsys):
@@ -776,7 +776,7 @@ def test_bad_folders(tmp_path):
     data_refused("train/<class>", name=changed(lambda root: (root / "val").rename(root / "valid")))
     data_refused("without images", "dog", name=changed(lambda root: emptied(root / "train" / "dog")))
     data_refused("without images", "dog", name=changed(lambda root: emptied(root / "val" / "dog")))
-    data_refused("1 class folders", name=changed(lambda root: (root / "train" / "dog").rename(root / "dog")))
+    data_refused("1 class folder;", name=changed(lambda root: (root / "train" / "dog").rename(root / "dog")))
     renamed = changed(lambda root: (root / "val" / "dog").rename(root / "val" / "bird"))
     data_refused("bird", "train/ does not have", name=renamed)
     data_refused("--images 11", name=changed(lambda root: None), limit=11)

@@ -48,8 +48,8 @@ from harness.run import (
     read_settings,
     refuse_taken,
     settings_of,
-    stop_signals,
 )
+from harness.signals import Interrupted
 from harness.vectors import unflatten
 from mlo_mae import Config, build, main
 
@@ -174,6 +174,19 @@ def test_a_run_has_three_parts(in_parts):
     assert same(unflatten(net.encoder, state.eyes), content["eyes"]["weights"])
     p = mlo_mae.masking_probability(net, state.psi.params, splits.watched(8)[0], mlo_mae.eyes_of(net, state))
     assert torch.allclose(p, torch.tensor(masks[-1]["p"]), atol=6e-4)
+
+
+def test_a_signal_ends_the_maps_of_p_at_once(in_parts, sides, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlo_mae, "weight_maps", interrupted)
+        assert main(arguments(sides, tmp_path / "cut", *PARTS, "--checkpoint-minutes", 60)) == 143
+    assert checkpoint_of(tmp_path / "cut")["iteration"] == 15  # after which T stays as it is
+    assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert same(weights(tmp_path / "cut"), weights(in_parts))
 
 
 @pytest.mark.parametrize("lines", [7, *(pytest.param(lines, marks=pytest.mark.slow) for lines in (1, 3, 5, 8, 12))])
@@ -507,27 +520,39 @@ def test_a_run_has_ten_tenths_and_the_last_ends_it(tmp_path, total):
     assert len(tenths) == min(total, 10) and tenths[-1] == total
 
 
-def test_a_second_signal_interrupts():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with stop_signals() as received:
-        signal.raise_signal(signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        assert received == [signal.SIGTERM]
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
 def test_a_loop_that_was_stopped_at_its_end_is_done(tmp_path, capsys):
     run = run_in(tmp_path / "run")
     with run.at_work(3, 0, "label"):
         run.stop = signal.SIGTERM
     run.leave_if_stopped(3, "update")
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(Interrupted) as stop:
         run.leave_if_stopped(2, "update")
-    assert stop.value.code == 143
-    assert capsys.readouterr().err == "stopped at update 2 of 3; continue with --resume\n"
+    assert (stop.value.number, stop.value.message) == (15, "stopped at update 2 of 3; continue with --resume")
+
+
+def test_a_signal_ends_long_work_at_once_and_what_was_made_is_saved(tmp_path):
+    run = run_in(tmp_path / "run")
+    run.content = lambda: {"weight": torch.ones(2)}
+    with run.at_work(3, 0, "label"):
+        with run.at_once():
+            pass
+        with run.at_once():
+            signal.raise_signal(signal.SIGTERM)
+            pytest.fail("it goes on")
+        pytest.fail("the loop goes on")
+    assert (tmp_path / "run/checkpoint.pt").exists()
+    with pytest.raises(Interrupted, match="stopped at update 3 of 3"):  # all iterations are made, and not all that follows
+        run.leave_if_stopped(3, "update")
+
+
+def test_long_work_does_not_begin_after_a_signal(tmp_path):
+    run = run_in(tmp_path / "run")
+    with run.at_work(3, 0, "label"):
+        signal.raise_signal(signal.SIGINT)
+        with run.at_once():
+            pytest.fail("it begins")
+    assert run.stop == signal.SIGINT and not (tmp_path / "run/checkpoint.pt").exists()  # there was nothing to save yet
 
 
 def test_time_spent_on_waiting_for_data_is_counted(tmp_path):

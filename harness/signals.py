@@ -1,0 +1,70 @@
+"""Ctrl-C (SIGINT) and SIGTERM: they end a command, ask a loop to stop, or wait until a file is whole."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # on Windows nothing sends the second
+Handler = Callable[[int, FrameType | None], None]
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal of this number has come; `message` is what to say about it, if anything."""
+
+    def __init__(self, number: int, message: str = "interrupted; what was written before is whole"):
+        super().__init__(number, message)
+        self.number, self.message = number, message
+
+
+@contextlib.contextmanager
+def handled(handler: Handler) -> Iterator[None]:
+    """Call `handler` for the signals that come within. In a thread, which cannot have them, this does nothing."""
+    has_them = threading.current_thread() is threading.main_thread()
+    former = {number: signal.signal(number, handler) for number in SIGNALS if has_them}
+    try:
+        yield
+    finally:
+        for number, function in former.items():
+            signal.signal(number, function)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A Handler that raises Interrupted."""
+    raise Interrupted(number)
+
+
+def ignore(number: int, frame: FrameType | None) -> None:
+    """A Handler that does nothing."""
+
+
+@contextlib.contextmanager
+def postponed() -> Iterator[None]:
+    """A signal that comes within has its effect at the end."""
+    came = []
+    try:
+        with handled(lambda number, frame: came.append(number)):
+            yield
+    finally:
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that the first signal fills, so that the iteration under way ends; a second one interrupts. What comes within
+    a second of the first is the same again: a terminal and torchrun both send it."""
+    received, since = [], 0.0
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal since
+        if not received:
+            since = time.monotonic()
+            received.append(number)
+        elif time.monotonic() - since > 1:
+            raise Interrupted(number)
+
+    with handled(handler):
+        yield received

@@ -1,0 +1,64 @@
+import pickle
+import signal
+import threading
+import time
+
+import pytest
+
+from harness.files import write_whole
+from harness.signals import SIGNALS, Interrupted, handled, interrupt, postponed, stop_signals
+
+
+def handlers():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+def test_a_second_signal_interrupts_but_not_within_a_second(monkeypatch):
+    before, now = handlers(), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with stop_signals() as received:
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 0.9
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGTERM]
+        now[0] += 0.2
+        with pytest.raises(Interrupted) as second:
+            signal.raise_signal(signal.SIGINT)
+        assert second.value.number == signal.SIGINT and received == [signal.SIGTERM]
+    assert handlers() == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_waits_until_a_file_is_whole(tmp_path, number):
+    """Be it written or put in place; the one before it too."""
+    write_whole(tmp_path / "file", b"old")
+
+    def content(file):
+        file.write(b"n")
+        signal.raise_signal(number)
+        file.write(b"ew")
+
+    before = handlers()
+    with handled(interrupt), pytest.raises(Interrupted) as stop:
+        write_whole(tmp_path / "file", content, tmp_path / "before")
+    assert stop.value.number == number and handlers() == before
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new", "before": b"old"}
+
+
+def test_a_signal_is_not_lost_where_writing_fails():
+    with handled(interrupt), pytest.raises(Interrupted), postponed():
+        signal.raise_signal(signal.SIGINT)
+        raise OSError
+
+
+def test_a_thread_leaves_signals_alone(tmp_path):
+    before, found = handlers(), []
+    thread = threading.Thread(target=lambda: found.append(write_whole(tmp_path / "file", b"")))
+    thread.start()
+    thread.join()
+    assert found == [None] and handlers() == before
+
+
+def test_an_interruption_goes_from_process_to_process():
+    found = pickle.loads(pickle.dumps(Interrupted(15, "words")))
+    assert (found.number, found.message) == (15, "words") and isinstance(found, KeyboardInterrupt)
