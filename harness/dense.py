@@ -302,7 +302,7 @@ def coco_boxes(
         )
     sizes = {key: coco_size(image) for key, image in images.items()}
     label_of = {name: label for label, name in enumerate(names)}
-    boxes, strange, largest, cut, outside = {key: [] for key in images}, set(), 0.0, 0, 0
+    boxes, strange, largest, cut, outside = {key: [] for key in images}, set(), 0.0, [], []
     for number, annotation in enumerate(content["annotations"], 1):
         if annotation.get("iscrowd"):
             continue
@@ -325,10 +325,11 @@ def coco_boxes(
         if name not in label_of:
             strange.add(name)
         elif w > 0 and h > 0 and (left == right or top == bottom):
-            outside += 1
+            outside.append(which)
         else:
             boxes[annotation["image_id"]].append([*within, label_of[name]])
-            cut += np.abs(within - corners).max() > size / max(width, height)  # annotators round: by more than a pixel
+            if np.abs(within - corners).max() > size / max(width, height):  # annotators round: by more than a pixel
+                cut.append(which)
     if strange:
         problem = f"it has boxes of {', '.join(sorted(strange)[:9])}, categories that train's file does not have"
         raise UserError(f"{problem} ({', '.join(names[:9])}); name them as there, or leave these boxes out")
@@ -338,9 +339,9 @@ def coco_boxes(
         raise UserError(f"no number in its boxes is above 1; {unit}")
     if not images or not most or most * len(images) > MAX_RESIDENT // 20:
         raise UserError(f"it has {counted(len(images), 'image')}, and up to {counted(most, 'box', 'boxes')} in one")
-    if cut or outside:
-        found = f"{cut} partly, cut off at the border; {outside} wholly, left out; {unit}"
-        say(f"data {source}: {counted(cut + outside, 'box', 'boxes')} outside of the image: {found}")
+    if found := cut + outside:
+        shares = f"{len(cut)} partly, cut off at the border; {len(outside)} wholly, left out"
+        say(f"data {source}: {counted(len(found), 'box', 'boxes')} outside of the image, as {found[0]}: {shares}; {unit}")
     labels = np.full((len(images), most, 5), -1, np.float32)
     for row, found in zip(labels, boxes.values()):
         row[: len(found)] = np.reshape(found, (-1, 5))

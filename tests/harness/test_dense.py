@@ -194,10 +194,9 @@ def test_boxes_that_reach_out_of_their_images_are_counted(tmp_path, capsys):
     annotations = [annotation | {"id": 5 + i, "bbox": box} for i, box in enumerate(boxes)]
     load_dense(write_coco(tmp_path, annotations=annotations), "boxes", image_size=40, val_fraction=0.25)
     (line,) = (line for line in said(capsys) if "cut off" in line)
-    assert line.startswith(
-        f"data {tmp_path / 'annotations' / 'instances_train2017.json'}: 3 boxes outside of the image: 3 partly"
-    )
-    assert "as that of annotation 7; a bbox is left, top, width and height in pixels" in line
+    source = tmp_path / "annotations" / "instances_train2017.json"
+    assert line.startswith(f"data {source}: 3 boxes outside of the image, as annotation 7: 3 partly, cut off at the border; 0")
+    assert "left out; a bbox is left, top, width and height in pixels" in line
 
 
 def rewritten(root, **changes):
@@ -478,4 +477,6 @@ def test_boxes_outside_of_their_image_are_cut_off_or_left_out(tmp_path, capsys):
     assert labels[0, :, :4].tolist() == [[0, 4, 5, 12], [2, 4, 7, 14], [0, 0, 20, 20]]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("data ")
-    assert "2 boxes outside of the image: 1 partly, cut off at the border; 1 wholly, left out; a bbox is" in line
+    assert (
+        "2 boxes outside of the image, as annotation 1: 1 partly, cut off at the border; 1 wholly, left out; a bbox is" in line
+    )
