@@ -100,7 +100,7 @@ def test_methods_differ_in_their_settings_alone(tmp_path):
     """Everything that a cell's run depends on, against the command lines that would make it."""
     both = {name: results.settings(Cell("shapes", name, "steps", 3), at(tmp_path, 4)) for name in results.METHODS}
     found = {name: cfg for name, (cfg, _) in both.items()}
-    plain = mlo_mae.Config(**results.DATA["shapes"][0], seed=3, data_dir="there")
+    plain = mlo_mae.Config(**results.DATA["shapes"][0], seed=3, data_dir="there", checkpoint_minutes=0.25)
     assert found["MLO-MAE"] == found["no pretraining"] == plain and found["MAE"].masking == "random"
     for cfg in found.values():
         mlo_mae.check(cfg)
@@ -406,6 +406,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
+@pytest.mark.slow
 def test_ctrl_c_ends_a_grid_and_its_processes_and_begins_no_cell(tmp_path):
     (tmp_path / "grid.py").write_text(INTERRUPTED)
     paths = os.environ | {"PYTHONPATH": str(Path(mlo_mae.__file__).parent)}
