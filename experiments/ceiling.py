@@ -1,0 +1,162 @@
+"""How much could weights gain? They are placed by what a supervised classifier looks at, and known from the first step.
+
+    python mlo_mae.py ceiling                                                       # shapes
+    python mlo_mae.py ceiling --data cifar100 --data-dir DIR --images 20000 --epochs 6
+
+A T cannot be expected to do better than weights that follow the task, so this tells whether there is anything to learn. A
+classifier with the run's encoder learns from the training labels (`finetune --from-scratch`). A patch's saliency is how much
+the score of its image's class changes with the patch's pixels. Weights are a sigmoid of its logarithm, standardised within
+the image, with the mean that T's logits have. Two pretrainings of a seed then differ in the weights alone.
+"""
+
+import argparse
+import shlex
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import mlo_mae
+from data import Images, Splits
+from experiments import finetune
+from experiments.export import read_trained
+from experiments.probe import probe
+from experiments.results import compared, markdown
+from harness import UserError, cli
+from harness.files import write_whole
+from harness.measure import BENCHMARKS, machine
+from harness.randomness import LEVEL1_DATA, torch_generator
+from harness.vectors import weight_decays
+from mlo_mae import Config, Networks, State
+
+NOTE = """\
+Test split, mean ± standard deviation over seeds of pretraining; "against" is the mean paired difference in points with its
+95 % confidence interval (Student's t), and in how many seeds it is better : worse. All share one data split and one
+classifier."""
+
+
+def saliency(model: nn.Module, split: Images, patch_size: int) -> Tensor:
+    """[images, h, w]: root mean square of the gradient of the logit of the image's class, less the mean logit, by the pixels
+    of each patch; of the image and its mirror image together."""
+    found = []
+    for images, labels in tqdm(split.ordered(128), desc="saliency", total=-(-len(split) // 128)):
+        total = 0
+        for mirror in (lambda x: x, lambda x: x.flip(3)):
+            pixels = mirror(images).requires_grad_()
+            logits = model(pixels)  # [B, classes]
+            (gradient,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum() - logits.mean(1).sum(), pixels)
+            total = total + mirror(gradient).square().mean(1, keepdim=True)  # [B, 1, H, W]
+        found.append(F.avg_pool2d(total, patch_size).sqrt()[:, 0])
+    return torch.cat(found)
+
+
+def weights_of(maps: Tensor) -> Tensor:
+    """p [images, h, w] of saliencies."""
+    logs = maps.clamp_min(1e-9).log()
+    centred = logs - logs.mean((1, 2), keepdim=True)
+    return (centred / centred.std((1, 2), keepdim=True).clamp_min(1e-9) - 2).sigmoid()
+
+
+def classifier(net: Networks, theta: Tensor, splits: Splits, epochs: int) -> tuple[nn.Module, float]:
+    """A Classifier after so many epochs (the best of them on the validation split), and its share of right test images."""
+    recipe = finetune.Recipe(from_scratch=True, epochs=epochs, seed=net.cfg.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        result = finetune.finetune(net, theta, splits, recipe, Path(folder) / "classifier")
+        trained = read_trained(Path(folder) / "classifier").model
+    model = finetune.start(net, theta, splits, recipe)
+    model.load_state_dict(trained)
+    return model.requires_grad_(False), result["test_top1"]
+
+
+def pretrained(cfg: Config, splits: Splits, weights: Tensor) -> tuple[Networks, State]:
+    """Networks and State after level 1 alone, with weights [images, h, w] of the training images that move with them."""
+    net, params = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    device, total = splits.train.mean.device, mlo_mae.mask_updates(cfg, splits)
+    state = State(0, *(mlo_mae.fresh_level(level, device) for level in params))
+    decay = [weight_decays(module, cfg.weight_decay) for module in mlo_mae.modules_of(net).values()]
+    seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
+    maps: Iterator[Tensor] = (
+        F.avg_pool2d(batch.images, cfg.patch_size).flatten(1)  # [B, N]
+        for batch in splits.train.accompanied(weights).stream(cfg.batch_size, seed)
+    )
+    batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), maps]  # levels 2 and 3 have nothing to do
+    with tqdm(total=total, desc=f"seed {cfg.seed}", unit="update") as bar:
+        while state.iteration < total:
+            state, _ = mlo_mae.outer_iteration(net, state, batches, total, decay, torch.ones(()))
+            bar.update()
+    return net, state
+
+
+def measure(cfg: Config, seeds: int, classifier_epochs: int) -> tuple[float, dict[str, list[dict]]]:
+    """The classifier's share of right test images, and {weights: [{"probe", "probe_cls": shares} of each seed]}."""
+    splits = mlo_mae.load_data(cfg, cli.choose_device(cfg.device))
+    if not isinstance(splits.train, Images):
+        raise UserError(f"--data {cfg.data}: a folder's images are not kept in memory; give an .npz file or built-in images")
+    net, (theta, *_) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    model, supervised = classifier(net, theta, splits, classifier_epochs)
+    placed = weights_of(saliency(model, splits.train, cfg.patch_size))
+    ways = {"all alike (MAE)": torch.ones_like(placed), "saliency": placed}
+    found = {way: [] for way in ways}
+    for seed in range(cfg.seed, cfg.seed + seeds):
+        for way, weights in ways.items():
+            net, state = pretrained(replace(cfg, seed=seed), splits, weights)
+            shares = {name: probe(net, state, splits, pooling=pooling)["test_accuracy"] for name, pooling in POOLINGS.items()}
+            found[way].append(shares)
+    return supervised, found
+
+
+POOLINGS = {"probe": "mean", "probe_cls": "cls"}
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises UserError."""
+    parser = cli.Parser(prog="mlo_mae.py ceiling", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default=Config.data, help="as pretrain's, but no folder (default shapes)")
+    parser.add_argument("--data-dir", default=Config.data_dir, help="where CIFAR lies, or is downloaded to")
+    parser.add_argument("--images", type=int, default=0, help="training images to use (default all)")
+    parser.add_argument("--epochs", type=int, default=Config.epochs, help=f"of each pretraining (default {Config.epochs})")
+    parser.add_argument("--classifier-epochs", type=int, default=10, help="of the classifier (default 10)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
+    parser.add_argument("--first-seed", type=int, default=0, help="(default 0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    parser.add_argument("--save", action="store_true", help="also write benchmarks/ceiling-<data>.md")
+    options = parser.parse_args(argv)
+    if not 1 <= options.seeds <= 100 or options.classifier_epochs < 2:
+        raise UserError("--seeds must be 1 to 100, and --classifier-epochs at least 2")
+    return options
+
+
+def run_command(argv: list[str]) -> dict:
+    """Run `ceiling` with these flags; prints the table, and returns what its last line reports."""
+    options = parse(argv)
+    same = {name: getattr(options, name) for name in ("data", "data_dir", "images", "epochs", "device")}
+    cfg = Config(**same, seed=options.first_seed, masking_from="saliency")  # weights that are given, from the first step on
+    mlo_mae.check(cfg)
+    supervised, found = measure(cfg, options.seeds, options.classifier_epochs)
+    rivals = found["all alike (MAE)"]
+    rows = [[way, *compared(cells, rivals, list(POOLINGS))] for way, cells in found.items()]
+    titles = ["weights", "probe, mean %", "against", "probe, CLS %", "against"]
+    facts = machine(cli.choose_device(cfg.device)) | {"seeds": options.seeds, "classifier, test": f"{supervised:.1%}"}
+    heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    command = f"`python mlo_mae.py {shlex.join(['ceiling', *argv])}`"
+    text = "\n".join([command, "", heading, "", *markdown(titles, rows), "", NOTE])
+    print(text)
+    if options.save:
+        write_whole(BENCHMARKS / f"ceiling-{Path(cfg.data).stem}.md", (text + "\n").encode())
+    return {"verb": "ceiling", "machine": facts, "rows": [{"weights": way, "cells": cells} for way, cells in found.items()]}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return cli.reported("mlo_mae", lambda: run_command(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
