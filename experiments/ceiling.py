@@ -1,12 +1,12 @@
-"""How much could weights gain? They are placed by what a supervised classifier looks at, and known from the first step.
+"""How much do weights gain that follow the task? They are placed by what a supervised classifier looks at, from the start.
 
     python mlo_mae.py ceiling                                                       # shapes
     python mlo_mae.py ceiling --data cifar100 --data-dir DIR --images 20000 --epochs 6
 
-A T cannot be expected to do better than weights that follow the task, so this tells whether there is anything to learn. A
-classifier with the run's encoder learns from the training labels (`finetune --from-scratch`). A patch's saliency is how much
-the score of its image's class changes with the patch's pixels. Weights are a sigmoid of its logarithm, standardised within
-the image, with the mean that T's logits have. Two pretrainings of a seed then differ in the weights alone.
+A yardstick for T: where such weights gain nothing, a T that learns what matters cannot be expected to. A classifier with the
+run's encoder learns from the training labels (`finetune --from-scratch`). A patch's saliency is how much the score of its
+image's class changes with the patch's pixels. Weights are a sigmoid of its logarithm, standardised within the image, with
+the mean that T's logits have. Two pretrainings of a seed then differ in the weights alone.
 """
 
 import argparse

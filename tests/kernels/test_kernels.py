@@ -468,7 +468,7 @@ def test_long_rows_on_a_cpu(B, N, H, d, dtype):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
-@pytest.mark.parametrize("nesting", NESTED.keys() - {"backward of duals"})  # PyTorch's own softmax raises an error
+@pytest.mark.parametrize("nesting", [name for name in NESTED if name != "backward of duals"])  # PyTorch's own raises an error
 def test_derivatives_of_derivatives_of_long_rows_on_a_cpu(nesting):
     x, t, u = (normal(1, 128, 3, 1, 2, seed=seed, dtype=torch.float64) for seed in range(3))
     measured, exact = (
