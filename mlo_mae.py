@@ -787,6 +787,11 @@ def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images
     return images.accompanied(torch.cat(p).unflatten(1, (math.isqrt(net.patches), -1)))
 
 
+def moved_weights(maps: Iterator[data.Batch], patch_size: int) -> Iterator[Tensor]:
+    """p [B, N] of each batch of maps that have been cropped and flipped."""
+    return (F.avg_pool2d(batch.images, patch_size).flatten(1) for batch in maps)
+
+
 # ----------------------------------------------------------------------------------------------------- the networks
 # Names and computation are those of timm's VisionTransformer and of facebookresearch/mae, so weights interchange.
 
@@ -1148,7 +1153,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
                 with run.at_once():
                     maps = weight_maps(net, state, splits.train)
                 maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
-                batches.append(F.avg_pool2d(batch.images, cfg.patch_size).flatten(1) for batch in maps)  # [B, N]
+                batches.append(moved_weights(maps, cfg.patch_size))
             made = state.psi.t
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
             epoch = round(state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train), 3)

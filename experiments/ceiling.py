@@ -10,11 +10,9 @@ the mean that T's logits have. Two pretrainings of a seed then differ in the wei
 """
 
 import argparse
-import shlex
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -26,15 +24,15 @@ import mlo_mae
 from data import Images, Splits
 from experiments import finetune
 from experiments.export import read_trained
-from experiments.probe import probe
-from experiments.results import compared, markdown
+from experiments.results import PROBES, compared, markdown, probed
 from harness import UserError, cli
 from harness.files import write_whole
-from harness.measure import BENCHMARKS, machine
+from harness.measure import BENCHMARKS, machine, table_page
 from harness.randomness import LEVEL1_DATA, torch_generator
 from harness.vectors import weight_decays
 from mlo_mae import Config, Networks, State
 
+SETTINGS = ("data", "data_dir", "images", "epochs", "device")  # of pretrain
 NOTE = """\
 Test split, mean ± standard deviation over seeds of pretraining; "against" is the mean paired difference in points with its
 95 % confidence interval (Student's t), and in how many seeds it is better : worse. All share one data split and one
@@ -81,10 +79,7 @@ def pretrained(cfg: Config, splits: Splits, weights: Tensor) -> tuple[Networks, 
     state = State(0, *(mlo_mae.fresh_level(level, device) for level in params))
     decay = [weight_decays(module, cfg.weight_decay) for module in mlo_mae.modules_of(net).values()]
     seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
-    maps: Iterator[Tensor] = (
-        F.avg_pool2d(batch.images, cfg.patch_size).flatten(1)  # [B, N]
-        for batch in splits.train.accompanied(weights).stream(cfg.batch_size, seed)
-    )
+    maps = mlo_mae.moved_weights(splits.train.accompanied(weights).stream(cfg.batch_size, seed), cfg.patch_size)
     batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), maps]  # levels 2 and 3 have nothing to do
     with tqdm(total=total, desc=f"seed {cfg.seed}", unit="update") as bar:
         while state.iteration < total:
@@ -93,9 +88,9 @@ def pretrained(cfg: Config, splits: Splits, weights: Tensor) -> tuple[Networks, 
     return net, state
 
 
-def measure(cfg: Config, seeds: int, classifier_epochs: int) -> tuple[float, dict[str, list[dict]]]:
-    """The classifier's share of right test images, and {weights: [{"probe", "probe_cls": shares} of each seed]}."""
-    splits = mlo_mae.load_data(cfg, cli.choose_device(cfg.device))
+def measure(cfg: Config, device: torch.device, seeds: int, classifier_epochs: int) -> tuple[float, dict[str, list[dict]]]:
+    """The classifier's share of right test images, and {weights: [{name in PROBES: share} of each seed]}."""
+    splits = mlo_mae.load_data(cfg, device)
     if not isinstance(splits.train, Images):
         raise UserError(f"--data {cfg.data}: a folder's images are not kept in memory; give an .npz file or built-in images")
     net, (theta, *_) = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
@@ -106,25 +101,17 @@ def measure(cfg: Config, seeds: int, classifier_epochs: int) -> tuple[float, dic
     for seed in range(cfg.seed, cfg.seed + seeds):
         for way, weights in ways.items():
             net, state = pretrained(replace(cfg, seed=seed), splits, weights)
-            shares = {name: probe(net, state, splits, pooling=pooling)["test_accuracy"] for name, pooling in POOLINGS.items()}
-            found[way].append(shares)
+            found[way].append(probed(net, state, splits))
     return supervised, found
-
-
-POOLINGS = {"probe": "mean", "probe_cls": "cls"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError."""
     parser = cli.Parser(prog="mlo_mae.py ceiling", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default=Config.data, help="as pretrain's, but no folder (default shapes)")
-    parser.add_argument("--data-dir", default=Config.data_dir, help="where CIFAR lies, or is downloaded to")
-    parser.add_argument("--images", type=int, default=0, help="training images to use (default all)")
-    parser.add_argument("--epochs", type=int, default=Config.epochs, help=f"of each pretraining (default {Config.epochs})")
+    cli.add_flags(parser, [field for field in fields(Config) if field.name in SETTINGS])
     parser.add_argument("--classifier-epochs", type=int, default=10, help="of the classifier (default 10)")
     parser.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     parser.add_argument("--first-seed", type=int, default=0, help="(default 0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--save", action="store_true", help="also write benchmarks/ceiling-<data>.md")
     options = parser.parse_args(argv)
     if not 1 <= options.seeds <= 100 or options.classifier_epochs < 2:
@@ -135,17 +122,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run_command(argv: list[str]) -> dict:
     """Run `ceiling` with these flags; prints the table, and returns what its last line reports."""
     options = parse(argv)
-    same = {name: getattr(options, name) for name in ("data", "data_dir", "images", "epochs", "device")}
+    same = {name: value for name, value in vars(options).items() if name in SETTINGS}
     cfg = Config(**same, seed=options.first_seed, masking_from="saliency")  # weights that are given, from the first step on
     mlo_mae.check(cfg)
-    supervised, found = measure(cfg, options.seeds, options.classifier_epochs)
+    device = cli.choose_device(cfg.device)
+    supervised, found = measure(cfg, device, options.seeds, options.classifier_epochs)
     rivals = found["all alike (MAE)"]
-    rows = [[way, *compared(cells, rivals, list(POOLINGS))] for way, cells in found.items()]
-    titles = ["weights", "probe, mean %", "against", "probe, CLS %", "against"]
-    facts = machine(cli.choose_device(cfg.device)) | {"seeds": options.seeds, "classifier, test": f"{supervised:.1%}"}
-    heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    command = f"`python mlo_mae.py {shlex.join(['ceiling', *argv])}`"
-    text = "\n".join([command, "", heading, "", *markdown(titles, rows), "", NOTE])
+    rows = [[way, *compared(cells, rivals, PROBES)] for way, cells in found.items()]
+    titles = ["weights", *(title for heading in PROBES.values() for title in (heading, "against"))]
+    facts = machine(device) | {"seeds": options.seeds, "classifier, test": f"{supervised:.1%}"}
+    text = table_page(["ceiling", *argv], facts, markdown(titles, rows), [NOTE])
     print(text)
     if options.save:
         write_whole(BENCHMARKS / f"ceiling-{Path(cfg.data).stem}.md", (text + "\n").encode())

@@ -304,12 +304,12 @@ def finetune(
                     found = task.evaluate(model, splits.val)
                 unread, train_loss = False, loss_sum.item() / per_epoch
                 share, val_loss = found[task.measure], found["loss"]
-                tied = best["tied"] + 1 if share == best[measure] else 1  # a small split cannot tell many epochs apart
-                if (share, -val_loss) > (best[measure], -best["loss"]):
+                better, equal = share > best[measure], share == best[measure]
+                tied = 1 if better else best["tied"] + equal  # a small split cannot tell many epochs apart
+                if better or (equal and val_loss < best["loss"]):
                     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
                     best = {measure: share, "loss": val_loss, "epoch": epoch, "model": weights}
-                if share == best[measure]:
-                    best["tied"] = tied
+                best["tied"] = tied
                 run.bar.set_postfix(loss=f"{train_loss:.3f}", val=f"{share:.1%}")
                 loss_sum.zero_()
                 if out:

@@ -13,7 +13,6 @@ the CLS token).
 """
 
 import argparse
-import shlex
 import sys
 from dataclasses import replace
 from typing import NamedTuple
@@ -32,7 +31,7 @@ from experiments import features
 from harness import UserError, cli
 from harness.dense import IGNORED, Masked, load_dense
 from harness.files import write_whole
-from harness.measure import BENCHMARKS, machine
+from harness.measure import BENCHMARKS, machine, table_page
 from harness.probe import lbfgs_probes
 from harness.randomness import draw_dropout
 from harness.schedule import schedule
@@ -221,8 +220,7 @@ def run_command(argv: list[str]) -> dict:
     options = parse(argv)
     lines, rows = table([measure(seed, options.after, options.of) for seed in range(options.seeds)])
     facts = machine(torch.device("cpu")) | {"seeds": options.seeds, "after": f"{options.after} of {options.of} steps"}
-    heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    text = "\n".join([f"`python mlo_mae.py {shlex.join(['horizon', *argv])}`", "", heading, "", *lines, "", NOTE])
+    text = table_page(["horizon", *argv], facts, lines, [NOTE])
     print(text)
     if options.save:
         write_whole(BENCHMARKS / "horizon.md", (text + "\n").encode())

@@ -21,7 +21,6 @@ import concurrent.futures
 import json
 import math
 import multiprocessing
-import shlex
 import signal
 import sys
 import threading
@@ -36,12 +35,13 @@ import torch
 from tqdm import tqdm
 
 import mlo_mae
+from data import Splits
 from experiments import baselines, finetune, show, transfer
 from experiments.baselines import UMAE, SemMAE
 from experiments.probe import probe
 from harness import UserError, cli
 from harness.files import write_whole
-from harness.measure import BENCHMARKS, machine
+from harness.measure import BENCHMARKS, machine, table_page
 from harness.pictures import save_figure
 from harness.processes import after_parent, end_children
 from harness.run import read_metrics
@@ -251,9 +251,14 @@ def pretrain(cfg: Config, folder: Path, threads: int) -> dict:
     net, state, splits = mlo_mae.train(cfg, folder, resume=True, prepare=prepare)
     show.draw_run(net, state, splits, folder)
     last = read_metrics(folder / "metrics.jsonl")[-1]
-    accuracies = [probe(net, state, splits, pooling=pooling)["test_accuracy"] for pooling in ("mean", "cls")]
     seen = {name: last[name] for name in OBJECTS if name in last}
-    return {"seconds": json.loads(kept.read_text())} | dict(zip(PROBES, accuracies)) | seen
+    return {"seconds": json.loads(kept.read_text())} | probed(net, state, splits) | seen
+
+
+def probed(net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits) -> dict[str, float]:
+    """{name in PROBES: share of right test images} of a state's encoder."""
+    accuracies = [probe(net, state, splits, pooling=pooling)["test_accuracy"] for pooling in ("mean", "cls")]
+    return dict(zip(PROBES, accuracies))
 
 
 def run_dense(cfg: Config, recipe: transfer.DenseRecipe, cell: Cell, grid: Grid) -> None:
@@ -577,8 +582,7 @@ def run_command(argv: list[str]) -> dict:
         raise UserError(f"{out} holds no finished rows; run without --table")
     facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
     facts["threads"] = options.threads
-    heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    text = "\n".join([f"`python mlo_mae.py {shlex.join(['results', *argv])}`", "", heading, "", *lines, "", *notes])
+    text = table_page(["results", *argv], facts, lines, notes)
     print(text)
     pictures = {}
     if name == data and figure(data, methods, grid, out / data / "results.png"):

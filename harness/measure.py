@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -52,6 +53,13 @@ def machine(device: torch.device) -> dict[str, str | int | None]:
         "torch": torch.__version__,
         "triton": triton and triton.__version__,
     }
+
+
+def table_page(argv: list[str], facts: dict[str, Any], table: list[str], notes: list[str]) -> str:
+    """What a command of `mlo_mae.py` has found, as text: its command line (argv begins with the command), the machine and
+    other facts, {name: value}, of which None is left out, the lines of a table, and notes."""
+    heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+    return "\n".join([f"`python mlo_mae.py {shlex.join(argv)}`", "", heading, "", *table, "", *notes])
 
 
 # ------------------------------------------------------------------------------------------------- time and memory

@@ -8,6 +8,7 @@ in products of vectors, beside the tensor cores.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,13 @@ SCORES = 2**26  # elements of the N x N matrices that a CPU holds at once where 
 LOG2_E = 1.4426950408889634  # the kernels' softmax runs on exp2, so the scale carries this factor
 
 
+def heads_first(qkv):
+    """Queries, keys and values, each [B, H, N, d]."""
+    return qkv.permute(2, 0, 3, 1, 4)
+
+
 def attention_reference(qkv):
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, N, d]
+    q, k, v = heads_first(qkv)
     q = q * q.shape[-1] ** -0.5  # here rather than on the N x N scores, which are larger
     weights = (q @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, H, N, N]
     return (weights @ v).transpose(1, 2).flatten(2)  # [B, N, H*d]
@@ -601,11 +607,6 @@ def jvp_formula(qkv, tangent):
 # -- a CPU's tiles: torch has a forward and a backward, but no forward mode and no second derivatives -----------------
 
 
-def heads_first(qkv):
-    """Queries, keys and values, each [B, H, N, d]."""
-    return qkv.permute(2, 0, 3, 1, 4)
-
-
 def forward_torch(qkv):
     """Output and log-sum-exps, [B, N, H*d] and as torch keeps them."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first(qkv))
@@ -642,8 +643,8 @@ TRITON = Kernels(forward_triton, backward_triton, jvp_triton)
 TORCH = Kernels(forward_torch, backward_torch, jvp_formula)
 
 
-def with_tangent(qkv, tangent):
-    return ByFormula.apply(jvp_triton, jvp_formula, 0, qkv, tangent)
+def with_tangent(kernels, qkv, tangent):
+    return ByFormula.apply(kernels.jvp, jvp_formula, 0, qkv, tangent)
 
 
 class Attention(torch.autograd.Function):
@@ -664,7 +665,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, _, tangent):
-        return ByFormula.apply(ctx.kernels.jvp, jvp_formula, 0, ctx.saved_tensors[-1], tangent)[1], None
+        return with_tangent(ctx.kernels, ctx.saved_tensors[-1], tangent)[1], None
 
 
 def attention(qkv):
@@ -684,7 +685,7 @@ def attention(qkv):
         qkv = qkv.to(torch.get_autocast_dtype(device))  # as autocast does to the matrix products of the reference
     d = qkv.shape[-1]
     if runs_triton("attention", qkv, limit=f"head dim {d} exceeds {WIDEST_HEAD}" if d > WIDEST_HEAD else None):
-        return apply_fused(lambda x: Attention.apply(TRITON, x)[0], with_tangent, qkv)
+        return apply_fused(lambda x: Attention.apply(TRITON, x)[0], partial(with_tangent, TRITON), qkv)
     if qkv.is_cpu and current() != "reference" and qkv.shape[1] >= LONG:
         return attention_on_a_cpu(qkv)
     return attention_reference(qkv)
