@@ -82,7 +82,7 @@ import kernels
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, packed, unpacked, whole_number
 from harness.cli import flag
-from harness.memory import in_parts, through
+from harness.memory import foresee, in_parts, through
 from harness.probe import mask_statistics
 from harness.processes import (
     agree,
@@ -1117,6 +1117,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     if kept and state.eyes is None:
         state = state._replace(eyes=torch.zeros(size_of(net.seer), device=device))
     state = as_first(state)
+    foresee_memory(net, state.theta.params, (splits.channels, splits.image_size, splits.image_size))
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
     mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
@@ -1165,6 +1166,30 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     leave()
     run.leave_if_stopped(state.iteration, "update")
     return net, state, splits
+
+
+def foresee_memory(net: Networks, theta: Tensor, size: tuple[int, int, int]) -> None:
+    """Raise UserError where the images [C, H, W] of a step cannot fit in memory."""
+    whole = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, accumulate=1))
+    params, processes = theta.detach().requires_grad_(), world()
+    encoder_params, decoder_params = params.tensor_split([net.encoder_size])
+
+    def level1(count: int) -> Tensor:
+        choice = select_patches(theta.new_zeros(count, net.patches), net.visible)
+        return patch_errors(
+            whole, encoder_params, decoder_params, Step(None, None, None, theta.new_zeros(count, *size), *choice)
+        )
+
+    def levels_2_and_3(count: int) -> Tensor:
+        return encode(whole, encoder_params, theta.new_zeros(count, *size))
+
+    def at_a_time(images: int) -> int:
+        return math.ceil(images / processes / net.cfg.accumulate)
+
+    foresee(level1, at_a_time(net.cfg.batch_size), "level 1", theta.device, cli.LESS_MEMORY)
+    if net.cfg.masking == "learned" and not is_given(net.cfg):
+        pairs = at_a_time(2 * net.cfg.labelled_batch_size)
+        foresee(levels_2_and_3, pairs, "levels 2 and 3", theta.device, cli.LESS_MEMORY)
 
 
 def mask_updates(cfg: Config, splits: data.Splits) -> int:

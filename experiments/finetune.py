@@ -34,6 +34,7 @@ from harness.augmentation import cutmix, erase, mixup, rand_augment, soft_target
 from harness.checkpoints import fitting, whole_number
 from harness.cli import flag
 from harness.files import append_line, write_whole
+from harness.memory import foresee
 from harness.randomness import BATCHES, DISTORT, DROP_PATH, draw_dropout, numpy_generator, torch_generator
 from harness.run import Run, first_name
 from harness.schedule import schedule
@@ -268,6 +269,8 @@ def finetune(
                 raise UserError(f"step {step} of {total} and the epochs that have ended do not go together")
         loss_sum += so_far
 
+    size, device = (splits.channels, splits.image_size, splits.image_size), loss_sum.device
+    foresee(lambda count: model(torch.zeros(count, *size, device=device)), recipe.batch_size, task.name, device, LESS_MEMORY)
     batches = splits.train.stream(recipe.batch_size, torch_generator(recipe.seed, BATCHES).initial_seed(), start=step)
     began = time.monotonic()
 

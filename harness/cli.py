@@ -87,7 +87,10 @@ def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.F
 NO_MEMORY = "can't allocate memory", "not enough memory"  # in what torch raises on a CPU, a plain RuntimeError
 MORE_MEMORY = "close other programs, or use a machine with more memory"
 # of programs that pretrain
-LESS_MEMORY = "lower --batch-size or --labelled-batch-size, or give a larger --patch-size or a smaller --image-size"
+LESS_MEMORY = (
+    "raise --accumulate (the same result), lower --batch-size or --labelled-batch-size, or give a larger --patch-size or a "
+    "smaller --image-size"
+)
 
 
 def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_MEMORY) -> int:

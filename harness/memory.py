@@ -1,13 +1,23 @@
-"""Less memory for the same result: a batch in parts, and activations that the backward pass computes again."""
+"""Memory: whether a batch can fit, and less of it for the same result: a batch in parts, activations computed again."""
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+
+from harness import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def in_parts(function: Callable[..., tuple[Tensor, ...]], count: int, *batch: Tensor) -> tuple[Tensor, ...]:
@@ -21,6 +31,61 @@ def in_parts(function: Callable[..., tuple[Tensor, ...]], count: int, *batch: Te
     else:
         results = [function(*part) for part in parts]
     return tuple(map(torch.cat, zip(*results)))
+
+
+def held_for_backward(function: Callable[[], object]) -> int:
+    """Bytes that the graph of what function() returns keeps for its backward pass."""
+    sizes, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()  # views share one
+        alive.append(tensor)  # so that no other gets its place
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    del result
+    return sum(sizes.values())
+
+
+def foresee(function: Callable[[int], object], images: int, what: str, device: torch.device, remedy: str) -> None:
+    """Raise UserError where what function(images) keeps for its backward pass cannot fit in the memory that is free.
+
+    Measured on one and on two images: the rest is that much an image. A pass needs more than it keeps, so nothing that
+    fits is refused."""
+    one, two = (held_for_backward(lambda count=count: function(count)) for count in (1, 2))
+    needed, free = one + (images - 1) * (two - one), free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"{what}: {images} images at a time need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} are free; {remedy}"
+        )
+
+
+PLACES = Path("/proc/meminfo"), Path("/proc/self/statm"), Path("/sys/fs/cgroup")  # where Linux says how much there is
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process can still get on this device, swap included; inf where the system does not say (macOS,
+    Windows)."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    of_machine, of_process, of_group = PLACES
+    if device.type != "cpu" or not of_machine.exists():
+        return math.inf
+    lines = (line.replace(":", "").split() for line in of_machine.read_text().splitlines())
+    known = {name: int(value) * 1024 for name, value, *_ in lines}
+    free = [known["MemAvailable"] + known["SwapFree"]]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - int(of_process.read_text().split()[0]) * resource.getpagesize())
+    for most, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        if (of_group / most).exists() and (limit := (of_group / most).read_text().strip()) != "max":
+            statistics = (line.split() for line in (of_group / most).with_name("memory.stat").read_text().splitlines())
+            files = int(dict(statistics).get("inactive_file", 0))  # which are let go first
+            free.append(int(limit) - int((of_group / used).read_text()) + files)
+    return max(0, min(free))
 
 
 def keep_freed() -> None:

@@ -158,7 +158,7 @@ def test_a_remedy_names_flags_that_the_program_has(monkeypatch, capsys, name):
     monkeypatch.setattr(module, work, failing(MemoryError()))
     assert mlo_mae.main([name]) == 2
     told = capsys.readouterr().err
-    sizes = {"--batch-size", "--labelled-batch-size", "--patch-size", "--image-size"}
+    sizes = {"--batch-size", "--labelled-batch-size", "--patch-size", "--image-size", "--accumulate"}
     assert "out of memory" in told and set(re.findall(r"--[a-z-]+", told)) == sizes & has
 
 

@@ -1,4 +1,4 @@
-"""A batch in parts, and activations made again: the same results from less memory."""
+"""Whether a batch can fit; a batch in parts, and activations made again: the same results from less memory."""
 
 import dataclasses
 import platform
@@ -12,6 +12,8 @@ from helpers import TINY, relative_error, some_iterations
 from torch import nn
 
 import mlo_mae
+from experiments import finetune
+from harness import UserError, measure, memory
 from harness.memory import in_parts, through
 
 ROOT = Path(__file__).parents[2]
@@ -150,3 +152,109 @@ print(first, faults())
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     before, after = map(int, output.split())
     assert after < before / 5, output
+
+
+# ------------------------------------------------------------------------------------------------ whether a batch fits
+
+
+def test_what_is_held_for_the_backward_pass_is_counted_once():
+    x, weight = torch.zeros(3, 4, requires_grad=True), torch.zeros(4, 5, requires_grad=True)
+    assert memory.held_for_backward(lambda: x @ weight) == 4 * (12 + 20)
+    assert memory.held_for_backward(lambda: x.view(4, 3).mT @ weight + x @ weight) == 4 * (12 + 20)  # views share a storage
+    assert memory.held_for_backward(lambda: (x @ weight).tanh()) == 4 * (12 + 20 + 15)
+    assert memory.held_for_backward(lambda: x.detach() @ weight.detach()) == 0
+
+
+@pytest.mark.parametrize("level", ["level1", "labelled"])
+def test_what_a_batch_needs_is_foreseen_from_two_images(monkeypatch, level):
+    """Not above what its pass takes at its peak, and not far below."""
+    cfg = dataclasses.replace(TINY, width=32, depth=4, decoder_width=16)
+    net, (theta, _, _) = mlo_mae.build(cfg, 16, 3, 5)
+    images, params, told = torch.zeros(48, 3, 16, 16), theta.requires_grad_(), []
+
+    def passed():
+        if level == "labelled":
+            out = mlo_mae.encode(net, params[: net.encoder_size], images)
+        else:
+            choice = mlo_mae.select_patches(torch.zeros(48, net.patches), net.visible)
+            step = mlo_mae.Step(None, None, None, images, *choice)
+            out = mlo_mae.patch_errors(net, params[: net.encoder_size], params[net.encoder_size :], step)
+        return torch.autograd.grad(out.sum(), params)
+
+    peak = measure.peak_memory(passed, torch.device("cpu"))[1]
+    monkeypatch.setattr(mlo_mae, "foresee", lambda function, *rest: told.append(function))
+    mlo_mae.foresee_memory(net, theta, (3, 16, 16))
+    one, two = (memory.held_for_backward(lambda n=n: told[level == "labelled"](n)) for n in (1, 2))
+    assert 0.7 * peak < one + 47 * (two - one) < peak
+
+
+def test_the_images_of_a_step_are_those_of_one_part(monkeypatch):
+    """Of one process; and T as it is needs no labelled images."""
+    counts = []
+    monkeypatch.setattr(mlo_mae, "foresee", lambda function, images, what, *rest: counts.append((what, images)))
+    monkeypatch.setattr(mlo_mae, "world", lambda: 3)
+    for settings in ({"accumulate": 2}, {"masking": "random"}, {"masking_from": "elsewhere"}):
+        cfg = dataclasses.replace(TINY, batch_size=24, labelled_batch_size=9, **settings)
+        net, (theta, _, _) = mlo_mae.build(cfg, 16, 3, 5)
+        mlo_mae.foresee_memory(net, theta, (3, 16, 16))
+    assert counts == [("level 1", 4), ("levels 2 and 3", 3), ("level 1", 8), ("level 1", 8)]
+
+
+KIB = {"MemTotal": 900, "MemAvailable": 300, "SwapFree": 100}
+
+
+@pytest.mark.parametrize(
+    "files, free",
+    [
+        ({}, 400 * 1024),
+        ({"group/memory.max": "max", "group/memory.current": "7", "group/memory.stat": ""}, 400 * 1024),
+        (
+            {"group/memory.max": "5000", "group/memory.current": "4500", "group/memory.stat": "a 1\ninactive_file 300\n"},
+            800,
+        ),
+        ({"group/memory.max": "5000", "group/memory.current": "6000", "group/memory.stat": "anon 1\n"}, 0),
+        (
+            {f"group/memory/memory.{name}": value for name, value in (("limit_in_bytes", "900"), ("usage_in_bytes", "400"))}
+            | {"group/memory/memory.stat": "cache 1\ninactive_file 20\n"},
+            520,
+        ),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say")
+def test_free_memory_is_what_machine_and_group_leave(monkeypatch, tmp_path, files, free):
+    files = files | {"meminfo": "".join(f"{name}:   {value} kB\n" for name, value in KIB.items()) + "HugePages_Total:  0\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "PLACES", (tmp_path / "meminfo", memory.PLACES[1], tmp_path / "group"))
+    assert memory.free_memory(torch.device("cpu")) == free
+    monkeypatch.setattr(memory, "PLACES", (tmp_path / "absent", *memory.PLACES[1:]))
+    assert memory.free_memory(torch.device("cpu")) == float("inf")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of Linux")
+def test_a_limit_of_the_shell_counts():
+    code = """
+import resource, torch
+from harness.memory import free_memory
+resource.setrlimit(resource.RLIMIT_AS, (2**36, 2**36))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, 2**36))
+print(free_memory(torch.device("cpu")))
+"""
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert 0.9 * 2**27 < float(output) <= 2**27
+
+
+def test_a_batch_that_cannot_fit_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 50_000_000)
+    sizes = {"width": 64, "depth": 4, "images": 64, "device": "cpu"}
+    mlo_mae.train(mlo_mae.Config(**sizes, epochs=1, labelled_batch_size=2, batch_size=8, level1_steps=1), tmp_path / "fits")
+    with pytest.raises(UserError, match=r"^level 1: 2048 images at a time need \d\.\d GB, and 0\.1 are free; .*--batch-size"):
+        mlo_mae.train(mlo_mae.Config(**sizes, batch_size=2048), tmp_path / "run")
+    with pytest.raises(UserError, match=r"^levels 2 and 3: 512 images at a time .*--labelled-batch-size"):
+        mlo_mae.train(mlo_mae.Config(**sizes), tmp_path / "run")
+    arguments = ["--from-scratch", "--out", str(tmp_path / "tuned"), "--images", "64", "--batch-size", "1000"]
+    with pytest.raises(UserError, match="^finetune: 1000 images at a time .*lower --batch-size"):
+        finetune.run_command(arguments)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fits"]
