@@ -391,7 +391,7 @@ class Decoder:
             raise UserError(str(error)) from None  # without the worker's traceback
         except (RuntimeError, OSError) as error:  # BrokenProcessPool is a RuntimeError
             problem = f"a process that decodes images died or ran out of memory ({error})"
-            remedy = "start again with fewer --workers, or --workers 0, or more room in /dev/shm"
+            remedy = "close other programs, make more room in /dev/shm, or start a run with fewer --workers (0: none)"
             raise UserError(f"{self.files.root}: {problem}; {remedy}") from None
         finally:
             for future in pending:

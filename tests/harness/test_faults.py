@@ -175,7 +175,7 @@ def test_a_decoding_process_that_dies_ends_in_one_line_and_the_run_resumes(folde
         patch.setattr(mlo_mae, "outer_iteration", killing)
         assert main([*flags, "--workers", "1"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("mlo_mae: ") and "decodes images died" in line
+    assert line.startswith("mlo_mae: ") and "decodes images died" in line and "fewer --workers" in line
     assert main([*flags, "--resume"]) == 0
 
 
