@@ -76,7 +76,7 @@ def finite_difference(
     a, of_head = torch.autograd.grad(loss3, (encoder_params, phi))
 
     # dL3/dphi' reaches E' through g2: the difference quotient of dL2/dE' along the head's direction c2
-    c2 = mlo_mae.adamw_pullback(before, gradient2, labelled.rates, jacobian, mlo_mae.params_only(of_head))[1]
+    c2 = mlo_mae.adamw_pullback(before, gradient2, labelled.rates, jacobian, mlo_mae.params_only(of_head), False)[1]
     dropouts = iter(labelled.dropout.expand(2, -1, -1) if redrawn is None else redrawn)
 
     def level2_gradient(head_params):
@@ -399,8 +399,8 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
         return torch.autograd.grad(mlo_mae.upper_levels(net, params, head, labelled)[0], params)
 
     def pullback():
-        cotangent = (step.gradient[:split],) * 3
-        return mlo_mae.adamw_pullback(step.theta, step.gradient, step.rates, cfg.update_jacobian, cotangent)
+        cotangent = mlo_mae.params_only(step.gradient[:split])
+        return mlo_mae.adamw_pullback(step.theta, step.gradient, step.rates, cfg.update_jacobian, cotangent, whole=False)
 
     def masking():
         psi_leaf = psi.detach().requires_grad_()

@@ -62,6 +62,7 @@ token. What any run needs and no equation mentions (files, processes, flags) is 
 """
 
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -74,8 +75,9 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.func import grad, jvp, vjp
+from torch.func import grad, jvp
 from torch.nn.utils import parameters_to_vector
+from torch.optim.adamw import adamw as torchs_adamw
 
 import data
 import kernels
@@ -466,7 +468,7 @@ class Rates(NamedTuple):
 
 
 def adamw(level: Level, gradient: Tensor, rates: Rates, jacobian: str = "adamw") -> Level:
-    """One AdamW step, (11). A pure function, used for training and differentiated as it is.
+    """One AdamW step, (11). A pure function: the definition, which is differentiated as it is.
 
     jacobian="identity" keeps AdamW's value but gives it the derivative dtheta'/dg = -1: the published method, which
     replaces each best response's inverse Hessian by the identity."""
@@ -480,23 +482,54 @@ def adamw(level: Level, gradient: Tensor, rates: Rates, jacobian: str = "adamw")
     return Level((1 - rates.lr * rates.decay) * level.params - move, mu, nu, t)
 
 
-def adamw_pullback(level: Level, gradient: Tensor, rates: Rates, jacobian: str, cotangent: tuple[Tensor, Tensor, Tensor]):
+@torch.no_grad()
+def stepped(level: Level, gradient: Tensor, rates: Rates, in_place: bool = False) -> Level:
+    """`adamw`'s value, to rounding, by torch's one pass over memory where the definition takes a dozen.
+
+    in_place: in the memory of `level`, which then holds the next one."""
+    decay, others = most_and_others(rates.decay)
+    few = Level(*(vector[others] for vector in level[:3]), level.t)  # without weight decay, and the pass has one for all
+    few = adamw(few, gradient[others], Rates(rates.lr, rates.decay[others], rates.eps))
+    after = level if in_place else Level(*(vector.clone() for vector in level[:3]), level.t)
+    vectors = [after.params], [gradient], [after.mu], [after.nu]
+    made = torch.full((), float(level.t), device=gradient.device)
+    how = {"fused": True, "amsgrad": False, "maximize": False, "beta1": BETA1, "beta2": BETA2, "eps": rates.eps}
+    torchs_adamw(*vectors, [], [made], lr=rates.lr, weight_decay=decay, **how)
+    after.params[others] = few.params
+    return after._replace(t=level.t + 1)
+
+
+@functools.lru_cache(maxsize=2)
+def most_and_others(decay: Tensor) -> tuple[float, Tensor]:
+    """The highest of these weight decays [n], and which parameters have another: once a run, since it waits for the device."""
+    most = decay.max()
+    return most.item(), (decay != most).nonzero()[:, 0]
+
+
+Cotangent = tuple[Tensor, Tensor | None, Tensor | None]  # A, of (theta, mu, nu); None: 0
+
+
+def adamw_pullback(
+    level: Level, gradient: Tensor, rates: Rates, jacobian: str, cotangent: Cotangent, whole: bool = True
+) -> tuple[Cotangent | None, Tensor]:
     """Carry the cotangent A of (theta', mu', nu') back to (theta, mu, nu) and to g: (8), (12), (13).
 
     Each element is on its own, so `cotangent` may cover the leading n parameters only.
-    Returns ((a_theta, a_mu, a_nu), c), each [n]."""
+    Returns ((a_theta, a_mu, a_nu), c), each [n]; without `whole`, (None, c), at half the price."""
     n = len(cotangent[0])
+    *before, g = (vector[:n].detach() for vector in (*level[:3], gradient))
+    wanted = [vector.requires_grad_() for vector in ([*before, g] if whole else [g])]
+    with torch.enable_grad():
+        after = adamw(Level(*before, level.t), g, Rates(rates.lr, rates.decay[:n]), jacobian)
+        pairs = [(x, part) for x, part in zip(after, cotangent) if part is not None and x.requires_grad]
+        outputs, parts = zip(*pairs)
+        *back, c = torch.autograd.grad(outputs, wanted, parts, materialize_grads=True)
+    return (tuple(back) if whole else None), c
 
-    def step(params, mu, nu, gradient):
-        return tuple(adamw(Level(params, mu, nu, level.t), gradient, Rates(rates.lr, rates.decay[:n]), jacobian)[:3])
 
-    *back, c = vjp(step, level.params[:n], level.mu[:n], level.nu[:n], gradient[:n])[1](tuple(cotangent))
-    return tuple(back), c
-
-
-def params_only(cotangent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def params_only(cotangent: Tensor) -> Cotangent:
     """A = (a, 0, 0): the cotangent of (theta', mu', nu') of a loss that sees theta' alone."""
-    return cotangent, torch.zeros_like(cotangent), torch.zeros_like(cotangent)
+    return cotangent, None, None
 
 
 # -------------------------------------------------------------------------------------------------- hypergradient
@@ -561,7 +594,7 @@ def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Label
     a = summed(torch.autograd.grad(loss3, encoder_params)[0])
     cotangent, hypergradient = params_only(a), torch.zeros_like(psi)
     for number, step in reversed(list(enumerate(steps))):
-        cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent)  # (8)
+        cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent, whole=number > 0)  # (8)
         psi_leaf = psi.detach().requires_grad_()
         prob = masking_probability(net, psi_leaf, step.images, step.eyes)
         if number == 0:
@@ -581,11 +614,10 @@ def directional_errors(net: Networks, step: Step, direction: Tensor) -> Tensor:
     parameters of theta; the rest, if any, is constant."""
     params, split, n = step.theta.params, net.encoder_size, len(direction)
 
-    def errors(moving):
-        return patch_errors(net, moving[:split], (moving if n > split else params)[split:], step)
-
-    with torch.no_grad():
-        return jvp(errors, (params[:n],), (direction,))[1]
+    with torch.no_grad(), fwAD.dual_level():
+        moving = fwAD.make_dual(params[:n], direction)
+        errors = patch_errors(net, moving[:split], (moving if n > split else params)[split:], step)
+        return fwAD.unpack_dual(errors).tangent
 
 
 def directional_errors_and_hessian(net: Networks, step: Step, prob: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
@@ -669,9 +701,10 @@ def level1_step(
     progress: float = 1.0,
     eyes: Tensor | None = None,
     known: Tensor | None = None,
+    in_place: bool = False,
 ) -> tuple[Level, Step, Tensor, Tensor]:
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3). eyes: parameters of the encoder that T reads
-    (None: those of theta); known: p, where T need not be asked.
+    (None: those of theta); known: p, where T need not be asked; in_place: theta' is put where theta was.
 
     Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
     hidden patches."""
@@ -685,7 +718,7 @@ def level1_step(
         loss = loss + net.penalty(features)
     gradient = average(torch.autograd.grad(loss, params)[0])  # every image hides as many patches: a mean of means
     error = errors.detach().sum() / step.mask.sum()
-    return adamw(theta, gradient, rates), step._replace(gradient=gradient), loss.detach(), error  # (3)
+    return stepped(theta, gradient, rates, in_place), step._replace(gradient=gradient), loss.detach(), error  # (3)
 
 
 def joined(steps: list[Step]) -> Step:
@@ -737,17 +770,20 @@ def outer_iteration(
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, theta, head, psi, waited, steps = net.cfg, state.theta, state.head, state.psi, state.waited, []
     progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total, waited)
+    learns, all_steps = learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
 
     for n in range(cfg.level1_steps):
         number, done = state.iteration * cfg.level1_steps + n, (state.iteration - first) * cfg.level1_steps + n
         lr = cfg.lr * schedule(done, length * cfg.level1_steps, cfg.warmup * length * cfg.level1_steps)
         images, keys = next(batches[0]).images, (cfg.seed, MASKS, number)
         how = {"progress": progress, "eyes": state.eyes, "known": next(batches[3]) if batches[3:] else None}
+        # The caller has its state still, and the derivative begins where the step did that it is of.
+        how["in_place"] = 0 < n < cfg.level1_steps - learns and not all_steps
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
-        steps = [*steps, step] if cfg.unroll == "full" else [*steps, step][-cfg.mask_batches :]
+        steps = [*steps, step] if all_steps else [*steps, step][-cfg.mask_batches :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
-    if learns_at(cfg, state.iteration, total, waited):
+    if learns:
         level2, level3 = next(batches[1]), next(batches[2])
         start, end = window(cfg, total)
         look, looks, warm = state.iteration - start, end - start, cfg.warmup * (end - start)
@@ -760,7 +796,7 @@ def outer_iteration(
         chance = chance_loss(cfg, pairs[3]) if may_wait else math.inf
         labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * of_head, decay[1]), chance)
         form = hypergradient or HYPERGRADIENTS[cfg.hypergradient]
-        looked_at = steps if cfg.unroll == "full" else [joined(steps)]
+        looked_at = steps if all_steps else [joined(steps)]
         result = form(net, theta, psi.params, head, labelled, looked_at)
         head = result.head
         losses |= {"level2_loss": result.level2_loss, "level3_loss": result.level3_loss}
@@ -803,9 +839,32 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     out = F.linear(x, weight, bias)
     if dx is None and dweight is None:
         return out
-    tangents = [] if dx is None else [F.linear(dx, weight)]
-    tangents += [] if dweight is None else [F.linear(x, dweight, dbias)]  # weight and bias move together or not at all
-    return fwAD.make_dual(out, sum(tangents))
+    of_x = None if dx is None else F.linear(dx, weight)
+    of_weight = None if dweight is None else F.linear(x, dweight, dbias)  # weight and bias move together or not at all
+    return fwAD.make_dual(out, joint_tangent(of_x, of_weight))
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """F.layer_norm, whose forward mode torch composes of twenty passes. The normalisation's Jacobian is symmetric, so that
+    torch's backward kernel serves a tangent as well; what weight and bias add by moving is a layer norm with these moves."""
+    (x, dx), (weight, dweight), (bias, dbias) = map(fwAD.unpack_dual, (x, weight, bias))
+    if dx is None and dweight is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    out, mean, rstd = torch.native_layer_norm(x, weight.shape, weight, bias, eps)
+    backward = torch.ops.aten.native_layer_norm_backward
+    of_x = None if dx is None else weight * backward(dx, x, weight.shape, mean, rstd, None, None, [True, False, False])[0]
+    of_weight = None if dweight is None else F.layer_norm(x, weight.shape, dweight, dbias, eps)
+    return fwAD.make_dual(out, joint_tangent(of_x, of_weight))
+
+
+def joint_tangent(first: Tensor | None, second: Tensor | None) -> Tensor:
+    """Their sum, of which one may be absent."""
+    return second if first is None else first if second is None else first + second
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class Linear(nn.Linear):
@@ -850,9 +909,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
 
     def forward(self, x, scale=None):  # [B, tokens, D], factors of the two branches [2, B, 1, 1] (None: 1)
@@ -874,7 +933,7 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.pos_embed = nn.Parameter(sincos_positions(width, image_size // patch))  # [1, 1+N, D]
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = LayerNorm(width, eps=1e-6)
         self.blocks.apply(initialise_linear)
 
     def forward(self, images, keep=None, scales=None, blocks=None):
@@ -903,7 +962,7 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
         self.decoder_pos_embed = nn.Parameter(sincos_positions(width, image_size // patch))
         self.decoder_blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_norm = LayerNorm(width, eps=1e-6)
         self.decoder_pred = Linear(width, patch * patch * channels)
         self.apply(initialise_linear)
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from helpers import DEFAULT, TINY, error_of_form, hypergradient_problem, relative_error
 
@@ -367,9 +368,69 @@ def test_adamw_pullback_is_the_published_diagonal():
     zero = torch.zeros_like(cotangent)
     rates = Rates(lr, torch.zeros(n, dtype=torch.float64))
     back, c = adamw_pullback(level, g, rates, "adamw", (cotangent, zero, zero))
+    assert all(map(torch.equal, back, adamw_pullback(level, g, rates, "adamw", mlo_mae.params_only(cotangent))[0]))
+    assert torch.equal(c, adamw_pullback(level, g, rates, "adamw", mlo_mae.params_only(cotangent), whole=False)[1])
     assert torch.allclose(c[1:], (diagonal * cotangent)[1:], rtol=1e-10, atol=0)
     assert torch.isfinite(c).all() and torch.isfinite(torch.stack(back)).all()
     assert torch.equal(adamw_pullback(level, g, rates, "identity", (cotangent, zero, zero))[1], -cotangent)
+
+
+@pytest.mark.parametrize("jacobian", ["adamw", "identity"])
+def test_adamw_pullback_is_autograd_of_all_that_a_step_makes(jacobian):
+    torch.manual_seed(2)
+    params, mu, g, *parts = torch.randn(6, 40, dtype=torch.float64)
+    level, rates = Level(params, mu, torch.rand(40, dtype=torch.float64), 9), Rates(2e-3, 0.1 * (params > 0))
+    leaves = [x.clone().requires_grad_() for x in (*level[:3], g)]
+    after = adamw(Level(*leaves[:3], 9), leaves[3], rates, jacobian)
+    total = sum((x * part).sum() for x, part in zip(after, parts))
+    expected = torch.autograd.grad(total, leaves, materialize_grads=True)
+    back, c = adamw_pullback(level, g, rates, jacobian, tuple(parts))
+    assert all(torch.allclose(x, y, rtol=1e-12, atol=0) for x, y in zip((*back, c), expected))
+    nothing, again = adamw_pullback(level, g, rates, jacobian, tuple(part[:25] for part in parts), whole=False)
+    assert nothing is None and torch.allclose(again, expected[3][:25], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("decay", ["weights", "all", "none"])
+def test_a_step_in_one_pass_is_the_definitions(dtype, decay):
+    """30 steps from nothing, some parameters without decay and some without a gradient; each to two roundings."""
+    torch.manual_seed(3)
+    params = torch.randn(501, dtype=dtype)
+    spared = {"weights": torch.arange(501) % 7 == 0, "all": torch.zeros(501).bool(), "none": torch.ones(501).bool()}[decay]
+    rates = Rates(3e-3, torch.where(spared, 0.0, 0.05).to(dtype))
+    level = mlo_mae.fresh_level(params, "cpu")
+    for _ in range(30):
+        g = torch.randn(501, dtype=dtype) * 10 ** torch.linspace(-12, 2, 501).to(dtype)
+        g[:9] = 0
+        before = [x.clone() for x in level[:3]]
+        later, defined = mlo_mae.stepped(level, g, rates), adamw(level, g, rates)
+        assert all(map(torch.equal, before, level[:3]))  # what it came from stands
+        assert torch.equal(later.params[:9][spared[:9]], params[:9][spared[:9]])  # nothing moves these
+        for found, expected, old, new in zip(later[:3], defined[:3], before, (defined[0] - before[0], g, g.square())):
+            sizes = torch.stack([expected.abs(), old.abs(), new.abs()]).amax(0)  # of what was added up
+            assert ((found - expected).abs() <= 2 * torch.finfo(dtype).eps * sizes).all()
+        inside = mlo_mae.stepped(Level(*before, level.t), g, rates, in_place=True)
+        assert all(map(torch.equal, inside[:3], later[:3])) and inside.params.data_ptr() == before[0].data_ptr()
+        assert inside.t == later.t == defined.t
+        level = later
+
+
+def test_layer_norms_tangent_is_torchs():
+    torch.manual_seed(4)
+    x, dx = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    weight, dweight, bias, dbias = torch.randn(4, 16, dtype=torch.float64)
+
+    def tangent(function, moving):
+        pairs = [(x, dx, "x" in moving), (weight, dweight, "w" in moving), (bias, dbias, "w" in moving)]
+        with torch.no_grad(), fwAD.dual_level():
+            out = function(*(fwAD.make_dual(value, move) if moves else value for value, move, moves in pairs))
+            return fwAD.unpack_dual(out)
+
+    for moving in ("x", "w", "xw"):
+        ours = tangent(lambda *given: mlo_mae.layer_norm(*given, 1e-6), moving)
+        torchs = tangent(lambda x, w, b: F.layer_norm(x, (16,), w, b, 1e-6), moving)
+        assert torch.equal(ours.primal, torchs.primal)
+        assert torch.allclose(ours.tangent, torchs.tangent, rtol=1e-10, atol=1e-12)
 
 
 def test_level1_loss_is_linear_in_the_errors():

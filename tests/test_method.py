@@ -428,7 +428,7 @@ def test_one_step_moves_a_unit_of_t_by_mask_lr_at_most(network, layers, biases):
 def test_gradients_do_not_depend_on_how_threads_are_scheduled():
     cfg = Config(masking="random")
     net, (theta, _, _) = build(cfg, 32, 3, 8)
-    images, rates = torch.randn(cfg.batch_size, 3, 32, 32), mlo_mae.Rates(1e-3, torch.zeros(()))
+    images, rates = torch.randn(cfg.batch_size, 3, 32, 32), mlo_mae.Rates(1e-3, torch.zeros(len(theta)))
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -601,13 +601,35 @@ def test_whether_t_waits_is_what_the_processes_agree_on(monkeypatch, others):
     assert [state.waited for state in states] == ([0, 0, 1, 2, 2] if others else [0] * 5)
 
 
+def test_the_last_steps_theta_is_there_when_t_is_told(monkeypatch):
+    """Steps in between are made in place; the state that came in, and where the last step began, are whole."""
+    settings = {"level1_steps": 4, "mask_batches": 2, "mask_start": 0.0, "mask_wait": 0.0, "unroll": "last"}
+    net, state, rest = fresh_state(**DEFAULT | settings)
+    seen, real = [], mlo_mae.stepped
+
+    def watched(level, gradient, rates, in_place=False):
+        seen.append(in_place)
+        return real(level, gradient, rates, in_place)
+
+    def looked_at(net, theta, psi, head, labelled, steps):
+        (step,) = steps
+        after = mlo_mae.adamw(step.theta, step.gradient, step.rates)
+        assert torch.allclose(after.params, theta.params, rtol=1e-6, atol=1e-7)
+        return mlo_mae.exact(net, theta, psi, head, labelled, steps)
+
+    monkeypatch.setattr(mlo_mae, "stepped", watched)
+    before = [x.clone() for x in state.theta[:3]]
+    mlo_mae.outer_iteration(net, state, *rest, looked_at)
+    assert all(map(torch.equal, before, state.theta[:3])) and seen == [False, True, True, False]
+
+
 def test_a_look_that_does_not_move_t_costs_no_backward_pass(monkeypatch):
     net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_wait": 0.5})  # of 4 iterations T's part is the second
     chances, passes = iter([0.0, 99.0]), []
     monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: next(chances))
-    autograd, forward = torch.autograd.grad, mlo_mae.jvp
+    autograd, forward = torch.autograd.grad, mlo_mae.directional_errors
     monkeypatch.setattr(torch.autograd, "grad", lambda *given, **more: passes.append("back") or autograd(*given, **more))
-    monkeypatch.setattr(mlo_mae, "jvp", lambda *given, **more: passes.append("jvp") or forward(*given, **more))
+    monkeypatch.setattr(mlo_mae, "directional_errors", lambda *given: passes.append("jvp") or forward(*given))
     counts = []
     for _ in range(4):
         passes.clear()
