@@ -38,10 +38,10 @@ import kernels
 import mlo_mae
 from harness import cli, measure, printable
 from harness.files import append_line, read_rows
-from harness.measure import Page, interleaved, operations, peak_memory, product_rate, quartiles, relative_error
+from harness.measure import Page, interleaved, operations, operators, peak_memory, product_rate, quartiles, relative_error
 from harness.pictures import save_figure
 from harness.randomness import DROPOUT, REDRAWN, draw_dropout
-from harness.vectors import inverse_fan_in, weight_decays
+from harness.vectors import decays, inverse_fan_in, weight_decays
 from kernels.race import COMPILED, DTYPES, GEOMETRY, SDPA, cases, race
 from mlo_mae import Config, Labelled, Level, Networks, Rates, Result, Step
 
@@ -375,6 +375,64 @@ def draw(rows: dict[str, dict], methods: dict[str, Method], size: str, grown: li
 TRAINING_IMAGES = {"shapes": 6000, "cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}  # level 3's included
 
 
+class SdpaBlock(mlo_mae.Block):
+    """A block of the encoder as most programs have it: torch's fused attention, no forward mode."""
+
+    def __init__(self, width, heads):
+        super().__init__(width, heads)
+        self.heads = heads
+        self.norm1, self.norm2 = (torch.nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+
+    def forward(self, x, scale=None):
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+def timms_block(width: int, heads: int) -> torch.nn.Module:
+    """timm's block. ImportError where timm is not installed."""
+    from timm.models.vision_transformer import Block
+
+    class Scaled(Block):
+        def forward(self, x, scale=None):
+            return super().forward(x)
+
+    return Scaled(width, heads, qkv_bias=True)
+
+
+RIVALS = {"rival: MAE on SDPA": SdpaBlock, "rival: MAE on timm's blocks": timms_block}
+
+
+def rival_step(cfg: Config, step: Step, block: Callable[[int, int], torch.nn.Module]) -> Callable[[], Tensor]:
+    """A step of MAE as most programs have it, as a call that returns its loss: these blocks, a module's own parameters, and
+    torch's fused AdamW. Images and random masks are those of `step`; patches are cut and judged as here."""
+    device, (_, channels, size, _) = step.images.device, step.images.shape
+    sizes = size, cfg.patch_size, channels
+    encoder = mlo_mae.Encoder(*sizes, cfg.width, cfg.depth, cfg.heads)
+    encoder.blocks = torch.nn.ModuleList(block(cfg.width, cfg.heads) for _ in range(cfg.depth))
+    decoder = mlo_mae.Decoder(*sizes, cfg.width, cfg.decoder_width, cfg.decoder_depth, cfg.decoder_heads)
+    decoder.decoder_blocks = torch.nn.ModuleList(block(cfg.decoder_width, cfg.decoder_heads) for _ in range(cfg.decoder_depth))
+    both = torch.nn.ModuleList([encoder, decoder]).to(device)
+    groups = {True: [], False: []}
+    for name, parameter in both.named_parameters():
+        groups[decays(name, parameter)].append(parameter)
+    groups = [{"params": some, "weight_decay": cfg.weight_decay * whether} for whether, some in groups.items()]
+    optimizer = torch.optim.AdamW(groups, lr=1e-9, betas=(mlo_mae.BETA1, mlo_mae.BETA2), fused=True)
+
+    def made():
+        uniform = torch.rand(len(step.images), step.mask.shape[1]).to(device)
+        keep, restore, mask = mlo_mae.select_patches(uniform, step.keep.shape[1])
+        with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+            pred = decoder(encoder(step.images, keep), restore)
+        loss = (mlo_mae.patch_loss(pred, step.images, mask) * mask).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return made
+
+
 def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
     """{name: call}: what a mask update is compared with, itself, and the parts of an outer iteration. Directions and
     cotangents are stand-ins of the right shape: no time depends on their values."""
@@ -484,16 +542,22 @@ def measure_step(
         return [next(streams[0]) for _ in range(cfg.level1_steps)], next(streams[1]), next(streams[2])
 
     calls = {"outer iteration": whole, "data": batches} | compared
+    for name, block in RIVALS.items():
+        with contextlib.suppress(ImportError):  # of timm
+            calls[name] = rival_step(cfg, arguments[-1][-1], block)
     if device.type == "cuda" and "triton" in sys.modules:
         calls["outer iteration, kernels off"] = lambda: whole("reference")
     peaks = {name: peak_memory(call, device)[1] for name, call in calls.items()}  # the warm-up too
     rows = {name: {"part": name, "peak_bytes": peak} for name, peak in peaks.items()}
     for name, times in interleaved(lambda: calls, repeats, device).items():
         rows[name] |= quartiles(times)
+    rivals = [name for name in RIVALS if name in calls]
     once = dict.fromkeys(["data", *list(compared)[2:]], 1) | {"level-1 step": cfg.level1_steps}
     ceiling = product_rate(device, DTYPES[cfg.precision], torch.float32)  # a CPU may well be slower in bfloat16
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
-        row |= {"times": once.get(name, 0), "flops": operations(calls[name])}
+        row |= {"times": once.get(name, 0), "flops": operations(calls[name]), "operators": operators(calls[name])}
+        if device.type == "cuda":
+            row["host_seconds"] = min(measure.host_seconds(calls[name]) for _ in range(3))
     names = ("outer iteration", "mask update", "plain MAE step", "level-1 step")
     total, update, plain, weighed = (rows[name] for name in names)
     for row in rows.values():
@@ -520,6 +584,8 @@ def measure_step(
         "time_ratio": time_ratio,
         "operation_ratio": operation_ratio,
         "overhead": time_ratio / operation_ratio,
+        "best_rival": (best := min(rivals, key=lambda name: rows[name]["seconds"])),
+        "rival_ratio": plain["seconds"] / rows[best]["seconds"],
         "peak_flops": ceiling,
         "updates": updates,
         "hours": updates * pace / 3600,
@@ -531,11 +597,14 @@ def measure_step(
 
 def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
     """The table of the parts, and what follows from it."""
-    lines = [["part", "times", "ms", "MiB", "GFLOP", "of peak", "of the time", "of the operations"]]
+    lines = [["part", "times", "ms", "host, ms", "MiB", "operators", "GFLOP", "of peak", "of the time", "of the operations"]]
     for row in rows.values():
         work, peak = (f"{row['flops'] / 1e9:.3g}", f"{100 * row['share_of_peak']:.0f}%") if row["flops"] else "--"
         shares = [f"{100 * row[f'share_of_{name}']:.0f}%" if row["times"] else "-" for name in ("time", "flops")]
-        lines.append([row["part"], str(row["times"] or "-"), *measure.shown_cost(row), work, peak, *shares])
+        milliseconds, mebibytes = measure.shown_cost(row)
+        host = f"{1e3 * row['host_seconds']:.4g}" if "host_seconds" in row else "-"
+        costs = [milliseconds, host, mebibytes, str(row["operators"])]
+        lines.append([row["part"], str(row["times"] or "-"), *costs, work, peak, *shares])
     patches = ((cfg.image_size or 32) // cfg.patch_size) ** 2
     before, after = (100 * share for share in (cfg.mask_start, 1 - cfg.mask_until))
     plain = f", the first {before:.0f} % of them plain MAE steps" if before else ""
@@ -552,11 +621,14 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
         "",
         f"A mask update takes {summary['time_ratio']:.2f}x the time of a plain MAE step and "
         f"{summary['operation_ratio']:.2f}x its operations: {summary['overhead']:.2f}x the floor.",
+        f"A plain MAE step takes {summary['rival_ratio']:.2f}x the time of the faster rival's "
+        f"({summary['best_rival'].removeprefix('rival: ')}, with torch's fused AdamW).",
         f"{summary['updates']} outer iterations, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
         f"{plain}{kept}: {summary['images_per_second']:.0f} images a second.",
         f"Reading by itself ({source}) delivers {summary['input_images_per_second']:.0f} images a second; levels 1 to 3 take "
         f"{summary['needed_images_per_second']:.0f}.",
         f"Peak: a large matrix product's {summary['peak_flops'] / 1e9:.3g} GFLOP/s. Parts are timed apart.{off}",
+        "Host: until a GPU has been told all. Operators: torch's, on the plain operations, without views.",
     ]
 
 

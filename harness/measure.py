@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,6 +117,35 @@ def operations(call: Call) -> int:
     with kernels.use("reference"), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that run within: those that compute or move values, not views and questions about tensors."""
+
+    count = 0
+    QUESTIONS = {"is_same_size", "_has_same_storage_numel", "detach", "alias", "lift_fresh", "_unsafe_view"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.partition("::")[2]
+        self.count += not function.is_view and name not in self.QUESTIONS
+        return function(*args, **(kwargs or {}))
+
+
+def operators(call: Call) -> int:
+    """How many of torch's operators a call runs on the plain operations: on a GPU each is a launch or more."""
+    with kernels.use("reference"), Operators() as counter:
+        call()
+    return counter.count
+
+
+def host_seconds(call: Call) -> float:
+    """Seconds until a call has told a GPU all that there is to do, which may take it longer."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    spent = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return spent
 
 
 def product_rate(device: torch.device, *dtypes: torch.dtype) -> float:
