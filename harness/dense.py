@@ -50,6 +50,7 @@ from harness.readers import (
     check_room,
     decode,
     opened,
+    portable,
     read_file,
     say,
     say_levels,
@@ -183,7 +184,7 @@ def masked_folder(root: Path, size: int, ignored: int | None) -> tuple[Parts, li
         if image_folder is None or mask_folder is None:
             continue
         with blaming(image_folder, "make it readable"):
-            there = sorted(image_folder.iterdir())
+            there = sorted(image_folder.iterdir(), key=lambda path: (portable(path.name), path.name))
         images = [path for path in there if not why_left_out(path.name)]
         left_out.update(filter(None, (why_left_out(path.name) for path in there)))
         masks = [mask_folder / f"{path.stem}.png" for path in images]
@@ -223,7 +224,7 @@ def number_classes(root: Path, parts: Parts, ignored: int | None) -> tuple[Parts
             )
     if share:
         say(f"{root}: {note}")
-    names = {part: np.array([os.path.basename(file) for file in files]) for part, (_, _, files) in parts.items()}
+    names = {part: np.array([portable(os.path.basename(file)) for file in files]) for part, (_, _, files) in parts.items()}
     parts = {part: (images, classes[masks], names[part]) for part, (images, masks, _) in parts.items()}
     return parts, [str(value) for value in values]
 

@@ -15,6 +15,7 @@ import signal
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import urllib.request
 import warnings
 import zipfile
@@ -187,6 +188,12 @@ HOUSEKEEPING = {"__macosx", "__pycache__", "@eadir", "@recycle", "@tmp", "#recyc
 HOUSEKEEPING |= {"system volume information"}
 
 
+def portable(path: str) -> str:
+    """A path as it reads on every system: with / between folders, and an accent and its letter in one character, which
+    macOS may write as two."""
+    return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
+
+
 def is_housekeeping(folder: str) -> bool:
     """Whether a folder of this name is what systems and editors keep for themselves, copies of images included."""
     return folder[0] == "." or folder.lower() in HOUSEKEEPING
@@ -212,8 +219,8 @@ def account(left_out: Counter[str]) -> str:
 def list_images(
     root: str, part: str, class_names: list[str] | None = None
 ) -> tuple[list[str], np.ndarray, np.ndarray, Counter[str]]:
-    """The images in root/part/<class>/ at any depth: class names, paths relative to root [N] bytes, labels [N] int64; and
-    how many files were left out, for each reason.
+    """The images in root/part/<class>/ at any depth, in an order that every system gives: class names (`portable`), paths
+    relative to root [N] bytes, labels [N] int64; and how many files were left out, for each reason.
 
     Folders of housekeeping are left out. Links to folders inside a class are not followed (they may go round in circles).
     Raises UserError where there are no images, fewer than two classes, or a class beside `class_names`, if those are given.
@@ -221,7 +228,7 @@ def list_images(
     here, left_out = os.path.join(root, part), Counter()
 
     def entries(folder: str) -> list[os.DirEntry]:
-        return sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+        return sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: (portable(entry.name), entry.name))
 
     def leave_out(entry: os.DirEntry) -> None:  # a folder of housekeeping
         left_out[f"in {entry.name}/"] += sum(len(files) for *_, files in os.walk(entry.path))
@@ -239,13 +246,16 @@ def list_images(
             found = counted(len(names), "class folder")
             found += f"; images are expected in {part}/<class>/, for 2 to {MAX_CLASSES} classes"
             raise UserError(f"{here}: {found} ({account(left_out)})")
-        class_names = class_names or names
+        kinds = list(map(portable, names))
+        if twice := [name for name, count in Counter(kinds).items() if count > 1]:
+            raise UserError(f"{here}: two folders have the name {twice[0]}, written in two ways; put their images into one")
+        class_names = class_names or kinds
         label_of = {name: label for label, name in enumerate(class_names)}
-        if strange := [name for name in names if name not in label_of]:
+        if strange := [name for name in kinds if name not in label_of]:
             found = f"{len(strange)} of {len(names)} folders have names that train/ does not have ({first_of(strange)})"
             expected = f"images are expected in {part}/<class>/, by train/'s names ({first_of(class_names)})"
             raise UserError(f"{here}: {found}; {expected}")
-        for name in names:
+        for name, kind in zip(names, kinds):
             before, todo, left_before = len(paths), [os.path.join(part, name)], left_out.copy()
             while todo:
                 folder = todo.pop()
@@ -266,7 +276,7 @@ def list_images(
             if len(paths) == before:
                 empty = f"a class folder without images ({' '.join(SUFFIXES)}; {account(left_out - left_before)})"
                 raise UserError(f"{os.path.join(here, name)}: {empty}; add some, or move the folder out of {part}/")
-            labels += [label_of[name]] * (len(paths) - before)
+            labels += [label_of[kind]] * (len(paths) - before)
     if not paths:
         raise UserError(f"{here}: no class folders; images are expected in {part}/<class>/ ({account(left_out)})")
     return class_names, np.array(paths), np.array(labels, np.int64), left_out
