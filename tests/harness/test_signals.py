@@ -1,9 +1,13 @@
+import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+from helpers import SCRIPT
 
 from harness.files import write_whole
 from harness.signals import SIGNALS, Interrupted, handled, interrupt, postponed, stop_signals
@@ -62,3 +66,17 @@ def test_a_thread_leaves_signals_alone(tmp_path):
 def test_an_interruption_goes_from_process_to_process():
     found = pickle.loads(pickle.dumps(Interrupted(15, "words")))
     assert (found.number, found.message) == (15, "words") and isinstance(found, KeyboardInterrupt)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("program", ["mlo_mae", "bench"])
+def test_a_signal_while_a_program_imports_ends_it_in_a_line(tmp_path, program, number):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    words = [sys.executable, SCRIPT.parent / f"{program}.py", "show"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=20) == ("", f"{program}: interrupted\n")
+    assert process.returncode == 128 + number
