@@ -17,7 +17,7 @@ import torch
 from harness import UserError, printable
 from harness.memory import keep_freed
 from harness.processes import end_children, first_to_fail, join, started, world
-from harness.signals import Interrupted, handled, ignore, interrupt
+from harness.signals import Interrupted, handled, ignore, interruptible
 from kernels.backend import current
 
 
@@ -96,7 +96,7 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_M
     for want of memory, by flags that the program has."""
     status = 2
     try:
-        with handled(interrupt):
+        with interruptible():
             summary = work()
             if summary is not None:
                 print(json.dumps(summary, separators=(",", ":")))

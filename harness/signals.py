@@ -32,9 +32,23 @@ def handled(handler: Handler) -> Iterator[None]:
             signal.signal(number, function)
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """A Handler that raises Interrupted."""
-    raise Interrupted(number)
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A signal that comes within raises Interrupted, also where what it meets makes an exception of its own of that: a
+    library's compiled code does, in the midst of a call back into Python."""
+    came = []
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise Interrupted(number)
+
+    try:
+        with handled(handler):
+            yield
+    except Exception:
+        if came:
+            raise Interrupted(came[0]) from None
+        raise
 
 
 def ignore(number: int, frame: FrameType | None) -> None:

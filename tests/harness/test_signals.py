@@ -10,7 +10,7 @@ import pytest
 from helpers import SCRIPT
 
 from harness.files import write_whole
-from harness.signals import SIGNALS, Interrupted, handled, interrupt, postponed, stop_signals
+from harness.signals import SIGNALS, Interrupted, interruptible, postponed, stop_signals
 
 
 def handlers():
@@ -43,16 +43,29 @@ def test_a_signal_waits_until_a_file_is_whole(tmp_path, number):
         file.write(b"ew")
 
     before = handlers()
-    with handled(interrupt), pytest.raises(Interrupted) as stop:
+    with pytest.raises(Interrupted) as stop, interruptible():
         write_whole(tmp_path / "file", content, tmp_path / "before")
     assert stop.value.number == number and handlers() == before
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new", "before": b"old"}
 
 
 def test_a_signal_is_not_lost_where_writing_fails():
-    with handled(interrupt), pytest.raises(Interrupted), postponed():
+    with pytest.raises(Interrupted), interruptible(), postponed():
         signal.raise_signal(signal.SIGINT)
         raise OSError
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_told_where_a_library_makes_an_error_of_it(number):
+    """As matplotlib's renderer does."""
+    with pytest.raises(Interrupted) as stop, interruptible():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise ValueError("Invalid affine transformation matrix") from None
+    assert stop.value.number == number
+    with pytest.raises(ValueError, match="another"), interruptible():
+        raise ValueError("another")
 
 
 def test_a_thread_leaves_signals_alone(tmp_path):
