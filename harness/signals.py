@@ -3,10 +3,12 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # on Windows nothing sends the second
 Handler = Callable[[int, FrameType | None], None]
@@ -34,21 +36,30 @@ def handled(handler: Handler) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """A signal that comes within raises Interrupted, also where what it meets makes an exception of its own of that: a
-    library's compiled code does, in the midst of a call back into Python."""
-    came = []
+    """A signal that comes within raises Interrupted, also where what it meets makes an exception of its own of that (a
+    library's compiled code does, in the midst of a call back into Python) or drops it (where an object is disposed of)."""
+    came, former = [], sys.unraisablehook
 
     def handler(number: int, frame: FrameType | None) -> None:
         came.append(number)
         raise Interrupted(number)
 
+    def dropped(found: Any) -> None:
+        if not isinstance(found.exc_value, Interrupted):
+            former(found)
+        else:  # again, when that is over
+            threading.Timer(0.01, signal.raise_signal, [found.exc_value.number]).start()
+
     try:
         with handled(handler):
+            sys.unraisablehook = dropped
             yield
     except Exception:
         if came:
             raise Interrupted(came[0]) from None
         raise
+    finally:
+        sys.unraisablehook = former
 
 
 def ignore(number: int, frame: FrameType | None) -> None:

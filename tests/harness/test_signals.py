@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 from helpers import SCRIPT
@@ -66,6 +67,19 @@ def test_a_signal_is_told_where_a_library_makes_an_error_of_it(number):
     assert stop.value.number == number
     with pytest.raises(ValueError, match="another"), interruptible():
         raise ValueError("another")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_not_lost_where_an_object_is_disposed_of(capsys, number):
+    """Python drops what is raised there, and says so."""
+    before = sys.unraisablehook
+    with pytest.raises(Interrupted) as stop, interruptible():
+        kept = threading.Event()
+        watching = weakref.ref(kept, lambda _: signal.raise_signal(number))
+        del kept
+        time.sleep(10)
+    assert stop.value.number == number and watching() is None and sys.unraisablehook == before
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_thread_leaves_signals_alone(tmp_path):
