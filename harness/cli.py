@@ -84,7 +84,7 @@ def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.F
         parser.add_argument(flag_name(field.name), **options)
 
 
-NO_MEMORY = "can't allocate memory", "not enough memory"  # in what torch raises on a CPU, a plain RuntimeError
+NO_MEMORY = "can't allocate memory", "not enough memory", "out of memory"  # in a plain RuntimeError: of a CPU, or of mps
 MORE_MEMORY = "close other programs, or use a machine with more memory"
 # of programs that pretrain
 LESS_MEMORY = "lower --batch-size or --labelled-batch-size, or give a larger --patch-size or a smaller --image-size"

@@ -336,8 +336,10 @@ def coco_boxes(
         raise UserError(f"{problem} ({', '.join(names[:9])}); name them as there, or leave these boxes out")
     most = max(map(len, boxes.values()), default=0)
     unit = "a bbox is left, top, width and height in pixels of the width and height that are stated"
-    if most and largest <= 1:
-        raise UserError(f"no number in its boxes is above 1; {unit}")
+    if most and largest < 2:  # shares of the image are rounded too, and may be above 1 by a little
+        raise UserError(f"no number in its boxes is above {largest:g}; {unit}")
+    if outside and not most:
+        raise UserError(f"all its boxes are outside of their images, as {outside[0]}; {unit}")
     if not images or not most or most * len(images) > MAX_RESIDENT // 20:
         raise UserError(f"it has {counted(len(images), 'image')}, and up to {counted(most, 'box', 'boxes')} in one")
     if found := cut + outside:

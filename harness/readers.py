@@ -292,14 +292,14 @@ FEW_LEVELS = 64  # of 256: so few are worth a line
 BLACK = 2  # levels, which nobody can tell apart
 
 
-def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
+def say_levels(root: str | Path, paths: Iterable[bytes], looks: int = LOOKED_AT) -> None:
     """Say in a line where images have few of the 256 levels that `decode` makes of them: a file tells what its values could
-    be, not what they are. Some of the PNGs and TIFFs are looked at; paths are relative to root.
+    be, not what they are. So many of the PNGs and TIFFs are looked at; paths are relative to root.
 
-    Raises UserError where all images are such files, and what is left of them is black."""
+    Raises UserError where all images are such files, and what is left of them, all of them, is black."""
     paths = list(paths)
     told = [path for path in paths if path.lower().endswith((b".png", b".tif", b".tiff"))]
-    numbers = np.linspace(0, len(told) - 1, min(LOOKED_AT, len(told))).astype(int)
+    numbers = np.linspace(0, len(told) - 1, min(looks, len(told))).astype(int)
     found = {True: [], False: []}  # of more than 8 bits a value, or not: levels, highest and lowest value, white, and path
     for path in (os.fsdecode(told[number]) for number in numbers):
         with warnings.catch_warnings(), suppress(Exception):  # what cannot be decoded is told where it is needed
@@ -328,6 +328,8 @@ def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
             left = f"at most {levels} of 256 levels are left{', and what lies outside is cut off' if outside else ''}"
             mend = f"write them again with values from 0 to {white}"
             if levels <= BLACK and len(some) == len(numbers) and len(told) == len(paths):
+                if len(numbers) < len(told):  # most of them may be black, and the rest as they should be
+                    return say_levels(root, paths, len(told))
                 raise UserError(f"{about}: {left}; {mend}")
             say(f"data {about}: {left}; if that is wrong, {mend}")
 
