@@ -33,7 +33,7 @@ from PIL import ExifTags, Image, features
 from tqdm import tqdm
 
 from harness import UserError, counted, printable
-from harness.processes import after_parent, rank
+from harness.processes import after_parent, heed_parent_alone, rank
 from harness.randomness import numpy_generator
 
 MAX_FILE = 2**28  # bytes of one CIFAR file (the largest has 155 MB)
@@ -419,7 +419,7 @@ def start_worker(files: Files) -> None:
     files_here = files
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    heed_parent_alone()
     after_parent(lambda: os._exit(1))
 
 

@@ -837,6 +837,23 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
         next(splits.train.stream(4, seed=0))
 
 
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sends a signal is not told")
+def test_workers_go_on_where_a_whole_job_is_asked_to_end(tmp_path):
+    """As timeout, systemd and Slurm do: the run's last update may want batches. Where the run itself asks, they end."""
+    before = set(multiprocessing.active_children())
+    stream = data.load(write_folder(tmp_path), ".", image_size=16, workers=2).train.stream(4, seed=0)
+    next(stream)
+    workers = set(multiprocessing.active_children()) - before
+    subprocess.run(["kill", *(str(worker.pid) for worker in workers)], check=True)  # from another process
+    for _ in range(20):
+        next(stream)
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_workers_do_not_outlive_a_killed_run(tmp_path):
     script = (
