@@ -12,6 +12,11 @@ Times are medians (with quartiles) of interleaved runs after a warm-up. A number
 Exit status: 0; 1 where a result is further from the truth than it may be; 2 for what the user can mend.
 """
 
+from harness.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once("bench")  # the imports take seconds
+
 import argparse
 import contextlib
 import dataclasses

@@ -39,6 +39,7 @@ from harness.readers import (
     account,
     check_room,
     list_images,
+    portable,
     read_cifar,
     read_npz,
     say,
@@ -523,10 +524,9 @@ def load(
     elif name in CIFAR:
         parts, class_names = read_cifar(name, Path(data_dir))
     elif os.path.isdir(name):
-        files, class_names, left_out = list_folder(name, image_size or 224, limit, val_fraction, seed, skip_corrupt)
+        files, class_names, left_out, digest = list_folder(name, image_size or 224, limit, val_fraction, seed, skip_corrupt)
         decoder = Decoder(files._replace(flip=flip, crop=crop), workers)
         splits = (Folder(decoder, split, device) for split in ("train", "val", "test"))
-        digest = digest_of(listed[split] for split in files.labels for listed in (files.paths, files.labels))
         return report(name, Splits(*splits, class_names, 3, files.size, IMAGENET_MEAN, IMAGENET_STD, digest), left_out)
     elif os.path.isfile(name):
         parts, class_names = read_npz(Path(name))
@@ -580,9 +580,9 @@ def split_parts(
 
 def list_folder(
     root: str, size: int, limit: int, val_fraction: float, seed: int, skip_corrupt: bool
-) -> tuple[Files, list[str], Counter[str]]:
-    """train/, val/ and test/ as they are, their class names, and how many files were left out, for each reason; without
-    test/, val/ is the test split and val is held out of train/."""
+) -> tuple[Files, list[str], Counter[str], str]:
+    """train/, val/ and test/ as they are, their class names, how many files were left out, for each reason, and the digest;
+    without test/, val/ is the test split and val is held out of train/."""
     has = {part: os.path.isdir(os.path.join(root, part)) for part in ("train", "val", "test")}
     if not has["train"] or not (has["val"] or has["test"]):
         raise UserError(f"{root}: expected train/<class>/*.jpg and val/<class>/*.jpg (or test/) in it")
@@ -592,9 +592,11 @@ def list_folder(
     for part in own:
         _, *listed[part], more = list_images(root, part if has[part] else "val", class_names)
         left_out += more
-    for paths, _ in listed.values():
+    for part, (paths, part_labels) in listed.items():
         say_levels(root, paths)
-    names = [path.replace(os.sep.encode(), b"/").split(b"/", 2)[2] for path in pool[0]]  # within their class folders
+        listed[part] = paths, part_labels, np.array([os.fsencode(portable(os.fsdecode(path))) for path in paths])
+    names = [path.split(b"/", 2)[2] for path in listed["train"][2]]  # within their class folders
     listed = split_parts(listed, pool[1], limit, val_fraction, seed, "train/", names)
-    paths, labels = ({split: pair[i] for split, pair in listed.items()} for i in (0, 1))
-    return Files(root, size, skip_corrupt, paths, labels), class_names, left_out
+    digest = digest_of(array for _, part_labels, names in listed.values() for array in (names, part_labels))
+    paths, labels = ({split: part[i] for split, part in listed.items()} for i in (0, 1))
+    return Files(root, size, skip_corrupt, paths, labels), class_names, left_out, digest

@@ -61,6 +61,11 @@ token. What any run needs and no equation mentions (files, processes, flags) is 
     python mlo_mae.py probe RUN                              # any program in experiments/, by its name
 """
 
+from harness.signals import end_at_once
+
+if __name__ == "__main__":
+    end_at_once("mlo_mae")  # the imports take seconds
+
 import dataclasses
 import functools
 import math

@@ -11,7 +11,6 @@ the mean that T's logits have. Two pretrainings of a seed then differ in the wei
 
 import argparse
 import sys
-import tempfile
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from tqdm import tqdm
 import mlo_mae
 from data import Images, Splits
 from experiments import finetune
-from experiments.export import read_trained
 from experiments.results import PROBES, compared, markdown, probed
 from harness import UserError, cli
 from harness.files import write_whole
@@ -63,13 +61,14 @@ def weights_of(maps: Tensor) -> Tensor:
 
 def classifier(net: Networks, theta: Tensor, splits: Splits, epochs: int) -> tuple[nn.Module, float]:
     """A Classifier after so many epochs (the best of them on the validation split), and its share of right test images."""
-    recipe = finetune.Recipe(from_scratch=True, epochs=epochs, seed=net.cfg.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        result = finetune.finetune(net, theta, splits, recipe, Path(folder) / "classifier")
-        trained = read_trained(Path(folder) / "classifier").model
-    model = finetune.start(net, theta, splits, recipe)
-    model.load_state_dict(trained)
-    return model.requires_grad_(False), result["test_top1"]
+    recipe, used = finetune.Recipe(from_scratch=True, epochs=epochs, seed=net.cfg.seed), []
+
+    def evaluate(model: nn.Module, split: Images) -> dict[str, float]:
+        used.append(model)
+        return finetune.evaluate(model, split)
+
+    result = finetune.finetune(net, theta, splits, recipe, task=finetune.CLASSIFY._replace(evaluate=evaluate))
+    return used[-1].requires_grad_(False), result["test_top1"]  # the test split is read last, with the weights that are kept
 
 
 def pretrained(cfg: Config, splits: Splits, weights: Tensor) -> tuple[Networks, State]:

@@ -299,12 +299,15 @@ def finetune(
             due, unread = run.is_due(step), not within
             if within and not due:
                 continue
-            if not loss_sum.isfinite() or not all(parameter.isfinite().all() for parameter in model.parameters()):
+            sound = loss_sum.isfinite() and all(parameter.isfinite().all() for parameter in model.parameters())
+            if sound and unread:
+                with run.at_once():
+                    found = task.evaluate(model, splits.val)
+                sound = math.isfinite(found["loss"])  # weights may be finite, and too large for a pass
+            if not sound:
                 kept = f"{out} holds the last good state, if any; " if out else ""
                 raise UserError(f"the loss or a weight is not finite by step {step}; {kept}lower --lr")
             if unread:
-                with run.at_once():
-                    found = task.evaluate(model, splits.val)
                 unread, train_loss = False, loss_sum.item() / per_epoch
                 share, val_loss = found[task.measure], found["loss"]
                 better, equal = share > best[measure], share == best[measure]

@@ -17,7 +17,7 @@ import torch
 from harness import UserError, printable
 from harness.memory import keep_freed
 from harness.processes import end_children, first_to_fail, join, started, world
-from harness.signals import Interrupted, handled, ignore, interrupt
+from harness.signals import Interrupted, handled, ignore, interruptible
 from kernels.backend import current
 
 
@@ -84,7 +84,7 @@ def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.F
         parser.add_argument(flag_name(field.name), **options)
 
 
-NO_MEMORY = "can't allocate memory", "not enough memory"  # in what torch raises on a CPU, a plain RuntimeError
+NO_MEMORY = "can't allocate memory", "not enough memory", "out of memory"  # in a plain RuntimeError: of a CPU, or of mps
 MORE_MEMORY = "close other programs, or use a machine with more memory"
 # of programs that pretrain
 LESS_MEMORY = (
@@ -99,7 +99,7 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_M
     for want of memory, by flags that the program has."""
     status = 2
     try:
-        with handled(interrupt):
+        with interruptible():
             summary = work()
             if summary is not None:
                 print(json.dumps(summary, separators=(",", ":")))

@@ -50,6 +50,7 @@ from harness.readers import (
     check_room,
     decode,
     opened,
+    portable,
     read_file,
     say,
     say_levels,
@@ -183,7 +184,7 @@ def masked_folder(root: Path, size: int, ignored: int | None) -> tuple[Parts, li
         if image_folder is None or mask_folder is None:
             continue
         with blaming(image_folder, "make it readable"):
-            there = sorted(image_folder.iterdir())
+            there = sorted(image_folder.iterdir(), key=lambda path: (portable(path.name), path.name))
         images = [path for path in there if not why_left_out(path.name)]
         left_out.update(filter(None, (why_left_out(path.name) for path in there)))
         masks = [mask_folder / f"{path.stem}.png" for path in images]
@@ -223,7 +224,7 @@ def number_classes(root: Path, parts: Parts, ignored: int | None) -> tuple[Parts
             )
     if share:
         say(f"{root}: {note}")
-    names = {part: np.array([os.path.basename(file) for file in files]) for part, (_, _, files) in parts.items()}
+    names = {part: np.array([portable(os.path.basename(file)) for file in files]) for part, (_, _, files) in parts.items()}
     parts = {part: (images, classes[masks], names[part]) for part, (images, masks, _) in parts.items()}
     return parts, [str(value) for value in values]
 
@@ -335,8 +336,10 @@ def coco_boxes(
         raise UserError(f"{problem} ({', '.join(names[:9])}); name them as there, or leave these boxes out")
     most = max(map(len, boxes.values()), default=0)
     unit = "a bbox is left, top, width and height in pixels of the width and height that are stated"
-    if most and largest <= 1:
-        raise UserError(f"no number in its boxes is above 1; {unit}")
+    if most and largest < 2:  # shares of the image are rounded too, and may be above 1 by a little
+        raise UserError(f"no number in its boxes is above {largest:g}; {unit}")
+    if outside and not most:
+        raise UserError(f"all its boxes are outside of their images, as {outside[0]}; {unit}")
     if not images or not most or most * len(images) > MAX_RESIDENT // 20:
         raise UserError(f"it has {counted(len(images), 'image')}, and up to {counted(most, 'box', 'boxes')} in one")
     if found := cut + outside:

@@ -83,6 +83,22 @@ def after_parent(action: Callable[[], None]) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def heed_parent_alone() -> None:
+    """SIGTERM ends this process where the one that started it sends it. From elsewhere it is for both (timeout, systemd and
+    Slurm send it to all processes of a job), and that one may want what this one does, to end well. (Not on macOS.)"""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    def watch() -> None:
+        while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def end_children(seconds: float) -> None:
     """End the processes that this one has started by `multiprocessing`: they are asked to (SIGTERM), and those that are
     still there after so many seconds are killed."""

@@ -15,6 +15,7 @@ import signal
 import sys
 import tarfile
 import tempfile
+import unicodedata
 import urllib.request
 import warnings
 import zipfile
@@ -32,7 +33,7 @@ from PIL import ExifTags, Image, features
 from tqdm import tqdm
 
 from harness import UserError, counted, printable
-from harness.processes import after_parent, rank
+from harness.processes import after_parent, heed_parent_alone, rank
 from harness.randomness import numpy_generator
 
 MAX_FILE = 2**28  # bytes of one CIFAR file (the largest has 155 MB)
@@ -187,6 +188,12 @@ HOUSEKEEPING = {"__macosx", "__pycache__", "@eadir", "@recycle", "@tmp", "#recyc
 HOUSEKEEPING |= {"system volume information"}
 
 
+def portable(path: str) -> str:
+    """A path as it reads on every system: with / between folders, and an accent and its letter in one character, which
+    macOS may write as two."""
+    return unicodedata.normalize("NFC", path.replace(os.sep, "/"))
+
+
 def is_housekeeping(folder: str) -> bool:
     """Whether a folder of this name is what systems and editors keep for themselves, copies of images included."""
     return folder[0] == "." or folder.lower() in HOUSEKEEPING
@@ -212,8 +219,8 @@ def account(left_out: Counter[str]) -> str:
 def list_images(
     root: str, part: str, class_names: list[str] | None = None
 ) -> tuple[list[str], np.ndarray, np.ndarray, Counter[str]]:
-    """The images in root/part/<class>/ at any depth: class names, paths relative to root [N] bytes, labels [N] int64; and
-    how many files were left out, for each reason.
+    """The images in root/part/<class>/ at any depth, in an order that every system gives: class names (`portable`), paths
+    relative to root [N] bytes, labels [N] int64; and how many files were left out, for each reason.
 
     Folders of housekeeping are left out. Links to folders inside a class are not followed (they may go round in circles).
     Raises UserError where there are no images, fewer than two classes, or a class beside `class_names`, if those are given.
@@ -221,7 +228,7 @@ def list_images(
     here, left_out = os.path.join(root, part), Counter()
 
     def entries(folder: str) -> list[os.DirEntry]:
-        return sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: entry.name)
+        return sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: (portable(entry.name), entry.name))
 
     def leave_out(entry: os.DirEntry) -> None:  # a folder of housekeeping
         left_out[f"in {entry.name}/"] += sum(len(files) for *_, files in os.walk(entry.path))
@@ -239,13 +246,16 @@ def list_images(
             found = counted(len(names), "class folder")
             found += f"; images are expected in {part}/<class>/, for 2 to {MAX_CLASSES} classes"
             raise UserError(f"{here}: {found} ({account(left_out)})")
-        class_names = class_names or names
+        kinds = list(map(portable, names))
+        if twice := [name for name, count in Counter(kinds).items() if count > 1]:
+            raise UserError(f"{here}: two folders have the name {twice[0]}, written in two ways; put their images into one")
+        class_names = class_names or kinds
         label_of = {name: label for label, name in enumerate(class_names)}
-        if strange := [name for name in names if name not in label_of]:
+        if strange := [name for name in kinds if name not in label_of]:
             found = f"{len(strange)} of {len(names)} folders have names that train/ does not have ({first_of(strange)})"
             expected = f"images are expected in {part}/<class>/, by train/'s names ({first_of(class_names)})"
             raise UserError(f"{here}: {found}; {expected}")
-        for name in names:
+        for name, kind in zip(names, kinds):
             before, todo, left_before = len(paths), [os.path.join(part, name)], left_out.copy()
             while todo:
                 folder = todo.pop()
@@ -266,7 +276,7 @@ def list_images(
             if len(paths) == before:
                 empty = f"a class folder without images ({' '.join(SUFFIXES)}; {account(left_out - left_before)})"
                 raise UserError(f"{os.path.join(here, name)}: {empty}; add some, or move the folder out of {part}/")
-            labels += [label_of[name]] * (len(paths) - before)
+            labels += [label_of[kind]] * (len(paths) - before)
     if not paths:
         raise UserError(f"{here}: no class folders; images are expected in {part}/<class>/ ({account(left_out)})")
     return class_names, np.array(paths), np.array(labels, np.int64), left_out
@@ -282,14 +292,14 @@ FEW_LEVELS = 64  # of 256: so few are worth a line
 BLACK = 2  # levels, which nobody can tell apart
 
 
-def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
+def say_levels(root: str | Path, paths: Iterable[bytes], looks: int = LOOKED_AT) -> None:
     """Say in a line where images have few of the 256 levels that `decode` makes of them: a file tells what its values could
-    be, not what they are. Some of the PNGs and TIFFs are looked at; paths are relative to root.
+    be, not what they are. So many of the PNGs and TIFFs are looked at; paths are relative to root.
 
-    Raises UserError where all images are such files, and what is left of them is black."""
+    Raises UserError where all images are such files, and what is left of them, all of them, is black."""
     paths = list(paths)
     told = [path for path in paths if path.lower().endswith((b".png", b".tif", b".tiff"))]
-    numbers = np.linspace(0, len(told) - 1, min(LOOKED_AT, len(told))).astype(int)
+    numbers = np.linspace(0, len(told) - 1, min(looks, len(told))).astype(int)
     found = {True: [], False: []}  # of more than 8 bits a value, or not: levels, highest and lowest value, white, and path
     for path in (os.fsdecode(told[number]) for number in numbers):
         with warnings.catch_warnings(), suppress(Exception):  # what cannot be decoded is told where it is needed
@@ -318,6 +328,8 @@ def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
             left = f"at most {levels} of 256 levels are left{', and what lies outside is cut off' if outside else ''}"
             mend = f"write them again with values from 0 to {white}"
             if levels <= BLACK and len(some) == len(numbers) and len(told) == len(paths):
+                if len(numbers) < len(told):  # most of them may be black, and the rest as they should be
+                    return say_levels(root, paths, len(told))
                 raise UserError(f"{about}: {left}; {mend}")
             say(f"data {about}: {left}; if that is wrong, {mend}")
 
@@ -407,7 +419,7 @@ def start_worker(files: Files) -> None:
     files_here = files
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    heed_parent_alone()
     after_parent(lambda: os._exit(1))
 
 

@@ -32,7 +32,7 @@ except ImportError:  # Windows
     import msvcrt
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # which no `except Exception` on the way takes for a fault of a file
     """A signal has ended what is done `at_once`."""
 
 

@@ -1,11 +1,14 @@
 """Ctrl-C (SIGINT) and SIGTERM: they end a command, ask a loop to stop, or wait until a file is whole."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # on Windows nothing sends the second
 Handler = Callable[[int, FrameType | None], None]
@@ -31,13 +34,50 @@ def handled(handler: Handler) -> Iterator[None]:
             signal.signal(number, function)
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """A Handler that raises Interrupted."""
-    raise Interrupted(number)
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """A signal that comes within raises Interrupted, also where what it meets makes an exception of its own of that (a
+    library's compiled code does, in the midst of a call back into Python) or drops it (where an object is disposed of)."""
+    came, former = [], sys.unraisablehook
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise Interrupted(number)
+
+    def dropped(found: Any) -> None:
+        if not isinstance(found.exc_value, Interrupted):
+            former(found)
+        else:  # again, when that is over
+            threading.Timer(0.01, signal.raise_signal, [found.exc_value.number]).start()
+
+    try:
+        with handled(handler):
+            sys.unraisablehook = dropped
+            yield
+    except Exception:
+        if came:
+            raise Interrupted(came[0]) from None
+        raise
+    finally:
+        sys.unraisablehook = former
 
 
 def ignore(number: int, frame: FrameType | None) -> None:
     """A Handler that does nothing."""
+
+
+def end_at_once(program: str) -> None:
+    """From here on a signal ends this process, after one line (of several processes: of the first), wherever no other Handler
+    is in its place. For programs, before they import what takes seconds."""
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):
+                os.write(2, f"{program}: interrupted\n".encode())  # print may be in the midst of its own line
+        os._exit(128 + number)
+
+    for number in SIGNALS:
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager

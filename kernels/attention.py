@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.autograd.forward_ad as fwAD
 
-from .backend import ByFormula, apply_fused, architecture, current, jit, launch, pushforward, runs_triton, tl, triton
+from .backend import ByFormula, apply_fused, architecture, current, in_turn, jit, launch, pushforward, runs_triton, tl, triton
 
 WIDEST_HEAD = 128  # beyond it the backward's tiles outgrow the registers
 LONG = 128  # rows of at least so many tokens go through torch's tiles on a CPU; shorter ones gain little there
@@ -609,12 +609,14 @@ def jvp_formula(qkv, tangent):
 
 def forward_torch(qkv):
     """Output and log-sum-exps, [B, N, H*d] and as torch keeps them."""
+    qkv = qkv.contiguous()  # the operation takes the numbers of a head to be side by side, without a look
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads_first(qkv))
     return out.transpose(1, 2).flatten(2), lse
 
 
 def backward_torch(out, lse, qkv, grad):
     """The cotangent of qkv."""
+    qkv, grad = qkv.contiguous(), grad.contiguous()
     out, grad = (x.unflatten(2, qkv.shape[3:]).transpose(1, 2) for x in (out, grad))  # [B, H, N, d]
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     return torch.stack(backward(grad, *heads_first(qkv), out, lse, 0.0, False)).permute(1, 3, 0, 2, 4)  # [B, N, 3, H, d]
@@ -666,6 +668,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _, tangent):
         return with_tangent(ctx.kernels, ctx.saved_tensors[-1], tangent)[1], None
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return in_turn(Attention.apply, info, in_dims, *inputs)
 
 
 def attention(qkv):

@@ -123,6 +123,16 @@ def pushforward(formula, primals, tangents):
     return output, push(tuple(tangents))[0]
 
 
+def in_turn(function, info, in_dims, *inputs):
+    """What a Function's `vmap` returns: the results of function(*inputs) for one element of the batch after the other."""
+    results = [
+        function(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(inputs, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    several = isinstance(results[0], tuple)
+    return (tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])) if several else (torch.stack(results), 0)
+
+
 class ByFormula(torch.autograd.Function):
     """kernel(*constants, *variables), with the derivatives of a plain formula of equal value.
 
@@ -145,6 +155,10 @@ class ByFormula(torch.autograd.Function):
         formula, variables = _fix(ctx.formula, ctx.constants, ctx.saved_tensors)
         output, pull = torch.func.vjp(formula, *variables)
         return *[None] * (3 + ctx.constants), *pull(cotangents if isinstance(output, tuple) else cotangents[0])
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return in_turn(ByFormula.apply, info, in_dims, *inputs)
 
     @staticmethod
     def jvp(ctx, *tangents):

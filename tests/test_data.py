@@ -2,6 +2,9 @@
 
 import itertools
 import multiprocessing
+import os
+import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from helpers import consume, data_refused, equal, picture, said, take, write_fol
 from PIL import Image
 
 import data
+from harness import UserError
 from harness.dense import load_dense
 
 pytestmark = pytest.mark.usefixtures("no_hang", "drawn_once")
@@ -410,6 +414,27 @@ def test_a_share_of_each_class_is_held_out_by_names_alone(tmp_path):
     (tmp_path / "a" / "train" / "c0").rename(tmp_path / "a" / "train" / "c9")  # the class's name does not count
     (tmp_path / "a" / "val" / "c0").rename(tmp_path / "a" / "val" / "c9")
     assert sides(tmp_path / "a")[1] == {name.replace("c0", "c9") for name in val}
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="to macOS these are one name")
+def test_names_with_accents_are_the_same_however_a_system_writes_them(tmp_path):
+    """A folder that macOS has copied is the same data: split, order, classes and digest."""
+    found = {}
+    for form in ("NFC", "NFD"):
+        for part, name in itertools.product(("train", "val"), ("é", "ez", "f")):
+            folder = tmp_path / form / part / unicodedata.normalize(form, name)
+            folder.mkdir(parents=True)
+            for k in range(20):
+                (folder / unicodedata.normalize(form, f"{'éez'[k % 3]}ü{k}.jpg")).touch()
+        splits = data.load(tmp_path / form, ".", limit=40)
+        paths = {part: list(map(os.fsdecode, names)) for part, names in splits.train.decoder.files.paths.items()}
+        assert all((tmp_path / form / path).exists() for path in sum(paths.values(), []))
+        paths = {part: [unicodedata.normalize("NFC", name) for name in names] for part, names in paths.items()}
+        found[form] = splits.facts(), paths
+    assert found["NFC"] == found["NFD"] and found["NFC"][0]["class_names"] == ["ez", "f", "é"]
+    (tmp_path / "NFC" / "train" / "e\u0301").mkdir()
+    with pytest.raises(UserError, match="two folders have the name é, written in two ways"):
+        data.load(tmp_path / "NFC", ".")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """ceiling: that saliency is a gradient's, that weights follow the images that move, and what it prints."""
 
 import json
+import signal
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 
 import data
 import mlo_mae
-from experiments import ceiling
+from experiments import ceiling, finetune
 from mlo_mae import Config
 
 TINY = Config(
@@ -85,6 +86,12 @@ def test_the_command_prints_a_table(drawn_once, capsys):
     ]
     assert all(0 <= cell[name] <= 1 for row in rows for cell in row["cells"] for name in ("probe", "probe_cls"))
     assert rows[0]["cells"] != rows[1]["cells"] and any(line.startswith("| saliency |") for line in printed)
+
+
+def test_ctrl_c_in_the_classifiers_training_offers_no_resuming(drawn_once, monkeypatch, capsys):
+    monkeypatch.setattr(finetune, "augment", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    assert mlo_mae.main(["ceiling", "--images", "160", "--epochs", "1", "--device", "cpu"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "mlo_mae: interrupted; what was written before is whole"
 
 
 def test_a_folder_is_refused(tmp_path, capsys):

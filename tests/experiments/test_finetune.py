@@ -595,6 +595,13 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_no_bad_checkpoint(run, tmp_p
         assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
+def test_weights_that_are_finite_and_too_large_for_a_pass_are_no_result(given):
+    """After the last step no loss of training tells."""
+    net, theta, splits = given
+    with pytest.raises(UserError, match="not finite by step 1; lower --lr"):
+        finetune.finetune(net, theta, splits, Recipe(epochs=1, batch_size=96, lr=1e12, warmup_epochs=0.0))
+
+
 # ----------------------------------------------------------------------------------------------- damaged checkpoints
 
 FIELDS = ["recipe", "config", "data", "step", "seconds", "best", "loss_sum", "model", "optimizer"]

@@ -125,6 +125,11 @@ def test_what_work_returns_is_one_line_of_json(capsys):
         (UserError("--count 0: must be at least 1"), "program: --count 0: must be at least 1"),
         (UserError("two\nlines\x1b[2J"), "program: two?lines?[2J"),
         (torch.OutOfMemoryError("2 GiB of 1 GiB.\nmore"), f"program: out of memory (2 GiB of 1 GiB); {cli.MORE_MEMORY}"),
+        (
+            RuntimeError("MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). Tried to allocate 2 GB."),
+            "program: out of memory (MPS backend out of memory (MPS allocated: 8 GB, max allowed: 9 GB). "
+            f"Tried to allocate 2 GB); {cli.MORE_MEMORY}",
+        ),
         (MemoryError(), f"program: out of memory; {cli.MORE_MEMORY}"),
         (MemoryError("Unable to allocate 3. GiB"), f"program: out of memory (Unable to allocate 3. GiB); {cli.MORE_MEMORY}"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), "program: No such file or directory: a/b"),

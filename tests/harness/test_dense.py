@@ -354,6 +354,14 @@ BOX_FAULTS = {
     "three numbers": ({"annotations": [annotation | {"bbox": [1, 2, 3]}]}, "has the bbox [1, 2, 3]; it must be"),
     "a negative breadth": ({"annotations": [annotation | {"bbox": [1, 2, -3, 4]}]}, "has the bbox [1, 2, -3, 4]"),
     "shares": ({"annotations": [annotation | {"bbox": [0.1, 0.2, 0.5, 1]}]}, "no number in its boxes is above 1; a bbox is"),
+    "shares, rounded up": (
+        {"annotations": [annotation | {"bbox": [0.1, 0.2, 0.5, 0.3]}, annotation | {"bbox": [-0.001, 0, 1.002, 1]}]},
+        "no number in its boxes is above 1.002; a bbox is",
+    ),
+    "all outside": (
+        {"annotations": [annotation | {"bbox": [500, 2, 3, 4], "id": 7}]},
+        "all its boxes are outside of their images, as annotation 7; a bbox is",
+    ),
     "not a number": ({"annotations": [annotation | {"bbox": [1, math.nan, 3, 4]}]}, "has the bbox"),
     "infinite": ({"annotations": [annotation | {"bbox": [1, 2, 3, math.inf]}]}, "has the bbox"),
     "a width of 0": ({"images": [small | {"width": 0}], "annotations": [annotation]}, "image 10 the width 0 and height 4"),

@@ -615,6 +615,19 @@ def test_images_of_which_black_is_left_are_refused(tmp_path, capsys, suffix, pix
     data_refused(root, f"4 images{' of more than 8 bits' * (pixels.dtype != np.uint8)}, as train/", words, name=root)
 
 
+def test_images_of_which_most_are_black_are_not_refused(tmp_path, capsys):
+    """All are looked at before that."""
+    root = write_folder(tmp_path, (("train", 40), ("val", 1)), suffix=".png")
+    files = sorted((root / "train").rglob("*.png"))
+    assert len(files) > readers.LOOKED_AT
+    for file in files:
+        Image.fromarray(ramp(255, np.uint8) if file == files[1] else ramp(1, np.uint8)).save(file)
+    readers.say_levels(root, [str(file.relative_to(root)).encode() for file in files])
+    assert not said(capsys)
+    Image.fromarray(ramp(1, np.uint8)).save(files[1])
+    data_refused(root, f"{len(files)} images, as", "at most 2 of 256 levels", name=root)
+
+
 def png16(pixels):
     """A PNG of 16 bits a colour, which PIL does not write: pixels [H, W, C] uint16, C of 2 (grey and alpha), 3 or 4."""
     height, width, channels = pixels.shape
@@ -822,6 +835,23 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
             next(stream)
     with pytest.raises(UserError, match="died"):
         next(splits.train.stream(4, seed=0))
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sends a signal is not told")
+def test_workers_go_on_where_a_whole_job_is_asked_to_end(tmp_path):
+    """As timeout, systemd and Slurm do: the run's last update may want batches. Where the run itself asks, they end."""
+    before = set(multiprocessing.active_children())
+    stream = data.load(write_folder(tmp_path), ".", image_size=16, workers=2).train.stream(4, seed=0)
+    next(stream)
+    workers = set(multiprocessing.active_children()) - before
+    subprocess.run(["kill", *(str(worker.pid) for worker in workers)], check=True)  # from another process
+    for _ in range(20):
+        next(stream)
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")

@@ -39,6 +39,7 @@ from experiments import open_run
 from harness import UserError, cli
 from harness.cli import flag
 from harness.files import read_rows
+from harness.readers import blaming
 from harness.run import (
     Run,
     add_run_flags,
@@ -544,6 +545,15 @@ def test_a_signal_ends_long_work_at_once_and_what_was_made_is_saved(tmp_path):
     assert (tmp_path / "run/checkpoint.pt").exists()
     with pytest.raises(Interrupted, match="stopped at update 3 of 3"):  # all iterations are made, and not all that follows
         run.leave_if_stopped(3, "update")
+
+
+def test_a_signal_in_long_work_is_no_fault_of_the_file_that_it_meets(tmp_path):
+    run = run_in(tmp_path / "run")
+    with run.at_work(3, 0, "label"):
+        with run.at_once(), blaming("dog.jpg", "put a readable one there"):
+            signal.raise_signal(signal.SIGTERM)
+        pytest.fail("the loop goes on")
+    assert run.stop == signal.SIGTERM
 
 
 def test_long_work_does_not_begin_after_a_signal(tmp_path):

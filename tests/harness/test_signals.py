@@ -1,12 +1,17 @@
+import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
+import weakref
 
 import pytest
+from helpers import SCRIPT
 
 from harness.files import write_whole
-from harness.signals import SIGNALS, Interrupted, handled, interrupt, postponed, stop_signals
+from harness.signals import SIGNALS, Interrupted, interruptible, postponed, stop_signals
 
 
 def handlers():
@@ -39,16 +44,42 @@ def test_a_signal_waits_until_a_file_is_whole(tmp_path, number):
         file.write(b"ew")
 
     before = handlers()
-    with handled(interrupt), pytest.raises(Interrupted) as stop:
+    with pytest.raises(Interrupted) as stop, interruptible():
         write_whole(tmp_path / "file", content, tmp_path / "before")
     assert stop.value.number == number and handlers() == before
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new", "before": b"old"}
 
 
 def test_a_signal_is_not_lost_where_writing_fails():
-    with handled(interrupt), pytest.raises(Interrupted), postponed():
+    with pytest.raises(Interrupted), interruptible(), postponed():
         signal.raise_signal(signal.SIGINT)
         raise OSError
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_told_where_a_library_makes_an_error_of_it(number):
+    """As matplotlib's renderer does."""
+    with pytest.raises(Interrupted) as stop, interruptible():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise ValueError("Invalid affine transformation matrix") from None
+    assert stop.value.number == number
+    with pytest.raises(ValueError, match="another"), interruptible():
+        raise ValueError("another")
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_not_lost_where_an_object_is_disposed_of(capsys, number):
+    """Python drops what is raised there, and says so."""
+    before = sys.unraisablehook
+    with pytest.raises(Interrupted) as stop, interruptible():
+        kept = threading.Event()
+        watching = weakref.ref(kept, lambda _: signal.raise_signal(number))
+        del kept
+        time.sleep(10)
+    assert stop.value.number == number and watching() is None and sys.unraisablehook == before
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_thread_leaves_signals_alone(tmp_path):
@@ -62,3 +93,17 @@ def test_a_thread_leaves_signals_alone(tmp_path):
 def test_an_interruption_goes_from_process_to_process():
     found = pickle.loads(pickle.dumps(Interrupted(15, "words")))
     assert (found.number, found.message) == (15, "words") and isinstance(found, KeyboardInterrupt)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("program", ["mlo_mae", "bench"])
+def test_a_signal_while_a_program_imports_ends_it_in_a_line(tmp_path, program, number):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    words = [sys.executable, SCRIPT.parent / f"{program}.py", "show"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(number)
+        assert process.communicate(timeout=20) == ("", f"{program}: interrupted\n")
+    assert process.returncode == 128 + number

@@ -468,6 +468,35 @@ def test_long_rows_on_a_cpu(B, N, H, d, dtype):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+@pytest.mark.parametrize(
+    "shape, arranged",
+    [
+        ((2, 128, 3, 2, 16), lambda x: x[..., ::2]),
+        ((8, 2, 3, 129, 2), lambda x: x.permute(4, 3, 2, 1, 0)),
+        ((1, 130, 3, 2, 8), lambda x: x.expand(3, -1, -1, -1, -1)),
+    ],
+)
+def test_long_rows_on_a_cpu_that_are_not_contiguous(shape, arranged):
+    """Cotangents too, whose numbers lie apart or on one another."""
+    check(lambda x: on_a_cpu(arranged(x)), lambda x: attention_reference(arranged(x)), [normal(*shape)])
+    x = normal(2, 128, 3, 1, 4).requires_grad_()
+    for cotangent in (normal(4, 128, 2).permute(2, 1, 0), normal(128, 4).expand(2, -1, -1)):
+        measured, exact = (torch.autograd.grad(f(x), x, cotangent)[0] for f in (on_a_cpu, attention_reference))
+        torch.testing.assert_close(measured, exact)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+def test_long_rows_on_a_cpu_under_vmap():
+    x, cotangents = normal(3, 2, 128, 3, 1, 4, dtype=torch.float64), normal(5, 2, 128, 4, dtype=torch.float64)
+    for function in (
+        lambda f: torch.func.vmap(f)(x),
+        lambda f: torch.func.vmap(grad(lambda y: f(y).sin().sum()))(x),
+        lambda f: torch.func.vmap(torch.func.vjp(f, x[0])[1])(cotangents)[0],
+    ):
+        torch.testing.assert_close(function(on_a_cpu), function(attention_reference), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
 @pytest.mark.parametrize("nesting", [name for name in NESTED if name != "backward of duals"])  # PyTorch's own raises an error
 def test_derivatives_of_derivatives_of_long_rows_on_a_cpu(nesting):
     x, t, u = (normal(1, 128, 3, 1, 2, seed=seed, dtype=torch.float64) for seed in range(3))
