@@ -28,6 +28,13 @@ def test_operations_of_a_matrix_product_and_of_its_tangent():
     assert measure.operations(backward) == 3 * product
 
 
+def test_operators_are_what_computes():
+    x, weight = torch.ones(2, 3), torch.ones(3, 4, requires_grad=True)
+    assert measure.operators(lambda: (x @ weight).T.reshape(8)) == 2  # a product, and a copy in another order
+    assert measure.operators(lambda: x.view(6).unsqueeze(0).expand(5, 6).detach()) == 0
+    assert measure.operators(lambda: torch.autograd.grad((x @ weight).sum(), weight)) == 4  # product and sum; ones, product
+
+
 def test_peak_memory_of_a_chain():
     def chain():
         x = torch.ones(1000)  # 4000 bytes
