@@ -139,6 +139,15 @@ def opened(
     return image, turn, image.size[::-1] if quarter else image.size
 
 
+def in_colour(image: Image.Image) -> Image.Image:
+    """An image as RGB: white is behind what is transparent, whose own colour nobody sees. Where all is, that means nothing."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][1] > 0:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def decode(
     file: str | Path | BinaryIO,
     size: int,
@@ -168,8 +177,7 @@ def decode(
         image.draft(None, wanted if image.size == (width, height) else wanted[::-1])
         if image.mode.startswith("I"):  # 16-bit grey
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        image = in_colour(image)
         if turn is not None:
             image = image.transpose(turn)
         x, y = image.width / width, image.height / height  # what draft made of the size
@@ -304,7 +312,7 @@ def say_levels(root: str | Path, paths: Iterable[bytes]) -> None:
                     pixels = np.asarray(image).astype(np.float64)
                     low, high = pixels.min(), pixels.max()
                 else:
-                    pixels = np.asarray(image.convert("RGB"))
+                    pixels = np.asarray(in_colour(image))
                     low, high = int(pixels.min()), int(pixels.max())
                     low, high = (256 * low, 256 * high + 255) if deep else (low, high)  # of 16 bits PIL keeps the higher 8
             found[deep].append((int(np.clip(high, 0, white) * 256 // (white + 1)) + 1, high, low, white, path))

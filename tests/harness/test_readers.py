@@ -552,6 +552,59 @@ def test_odd_images(tmp_path):
         assert abs(mean - grey.mean() / 65535) < 0.05
 
 
+SEEN = np.zeros((16, 16), bool)
+SEEN[4:12, 4:12] = True
+
+
+def transparent(rng, kind):
+    """Red in the middle, as SEEN has it, and around it what nobody sees."""
+    pixels = np.where(SEEN[..., None], np.array([200, 0, 0], np.uint8), rng.integers(0, 256, (16, 16, 3), np.uint8))
+    if kind == "RGBA":
+        return Image.fromarray(np.dstack([pixels, 255 * SEEN.astype(np.uint8)]))
+    if kind == "LA":
+        return Image.fromarray(np.dstack([pixels[..., 0], 255 * SEEN.astype(np.uint8)]))
+    image = Image.fromarray(np.where(SEEN, 1, 0).astype(np.uint8)).convert("P")
+    image.putpalette([*rng.integers(0, 256, 3), 200, 0, 0] + [0, 0, 0] * 254)
+    return image
+
+
+@pytest.mark.parametrize(
+    "kind, suffix, how",
+    [
+        ("RGBA", ".png", {}),
+        ("RGBA", ".webp", {"lossless": True, "exact": True}),
+        ("RGBA", ".tif", {}),
+        ("LA", ".png", {}),
+        ("P", ".png", {"transparency": 0}),
+        ("P", ".png", {"transparency": b"\0"}),
+        ("P", ".gif", {"transparency": 0}),
+    ],
+)
+def test_what_is_transparent_is_white(tmp_path, kind, suffix, how):
+    for seed in range(2):
+        transparent(np.random.default_rng(seed), kind).save(tmp_path / f"{seed}{suffix}", **how)
+    first, second = (readers.decode(tmp_path / f"{seed}{suffix}", 16, None, whole=True) for seed in range(2))
+    assert np.array_equal(first, second) and (first[:, ~SEEN] == 255).all()
+    assert (first[:, SEEN].T == ([200] * 3 if kind == "LA" else [200, 0, 0])).all()
+
+
+def test_half_transparent_is_half_white_and_wholly_transparent_means_nothing(tmp_path):
+    for name, alpha in (("half", 128), ("none", 0)):
+        Image.new("RGBA", (8, 8), (200, 0, 0, alpha)).save(tmp_path / f"{name}.png")
+    half, none = (readers.decode(tmp_path / f"{name}.png", 8, None)[:, 0, 0].tolist() for name in ("half", "none"))
+    assert half == pytest.approx([227, 127, 127], abs=1) and none == [200, 0, 0]
+
+
+def test_drawings_in_black_on_nothing_are_seen(tmp_path, capsys):
+    """Their colour is black throughout: what they show is in what is transparent."""
+    root = write_folder(tmp_path, (("train", 5), ("val", 3)), suffix=".png")
+    for path in root.rglob("*.png"):
+        black = Image.fromarray(np.dstack([np.zeros((16, 16, 3), np.uint8), 255 * SEEN.astype(np.uint8)]))
+        black.save(path)
+    consume(data.load(root, ".", image_size=16))
+    assert len(said(capsys)) == 1  # of counts alone, none of levels
+
+
 def ramp(top, dtype=np.uint16):
     """[16, 16] from 0 to `top`."""
     return np.linspace(0, top, 256).reshape(16, 16).astype(dtype)
@@ -905,9 +958,11 @@ def fuzz_npy(tmp_path, monkeypatch):
     return sorted(tmp_path.glob("*.npy")), {"name": tmp_path / "a.npz", "data_dir": "."}, before
 
 
-def fuzz_folder(suffix):
+def fuzz_folder(suffix, mode="RGB"):
     def prepare(tmp_path, monkeypatch):
         root = write_folder(tmp_path / "a", (("train", 5), ("val", 1)), suffix=suffix)
+        if mode != "RGB":
+            picture(mode=mode).save(root / "train" / "cat" / f"0{suffix}", **({"transparency": 0} if mode == "P" else {}))
         return [root / "train" / "cat" / f"0{suffix}"], {"name": root, "data_dir": ".", "image_size": 16}, None
 
     return prepare
@@ -916,7 +971,8 @@ def fuzz_folder(suffix):
 FORMATS = (
     {layout.folder: fuzz_cifar(name, layout) for name, layout in LAYOUTS}
     | {"archive": fuzz_archive, "npz": fuzz_npz(np.savez), "npz deflated": fuzz_npz(np.savez_compressed), "npy": fuzz_npy}
-    | {suffix: fuzz_folder(suffix) for suffix in (".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif")}
+    | {suffix: fuzz_folder(suffix) for suffix in (".jpg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif")}
+    | {f"{suffix} {mode}": fuzz_folder(suffix, mode) for suffix, mode in ((".png", "P"), (".png", "RGBA"), (".tif", "RGBA"))}
 )
 
 
