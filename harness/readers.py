@@ -715,7 +715,10 @@ def read_npz(path: Path) -> tuple[Parts, list[str]]:
     train_labels, in order; these numbers are their names.
 
     Raises UserError."""
-    with blaming(path, "make the file again (train_images, train_labels, val_..., test_... as MedMNIST has them)"):
+    expected = "train_images, train_labels, val_..., test_... as MedMNIST has them"
+    with blaming(path, f"make the file again ({expected})"):
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"it is no whole .npz file; write one with np.savez ({expected}), or give a folder of images")
         parts = {}
         with zipfile.ZipFile(path) as archive:
             there = set(archive.namelist())
@@ -724,7 +727,8 @@ def read_npz(path: Path) -> tuple[Parts, list[str]]:
                 if part == "val" and len(absent) == 2:
                     continue
                 if absent:
-                    raise UserError(f"it has no {absent[0]}")
+                    others = first_of([printable(name.removesuffix(".npy"), 40) for name in sorted(there)]) or "nothing"
+                    raise UserError(f"it has no {absent[0]}, but {others}; name its arrays {expected}")
                 parts[part] = npz_part(part, *(npz_array(archive, f"{part}_{what}") for what in ("images", "labels")))
             known = [part for part in ("train", "val", "test") if f"{part}_objects.npy" in there]
             if known and known != list(parts):
@@ -784,7 +788,8 @@ def npz_part(part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
     if labels.dtype.kind not in "iu":
         raise UserError(f"{part}_labels are {labels.dtype}; save them as integers")
     if labels.ndim > 1 and labels.shape[1] > 1:
-        raise UserError(f"{part}_labels are {list(labels.shape)}: several for an image, but the head here chooses one class")
+        remedy = "give one class each (of one-hot rows, their argmax)"
+        raise UserError(f"{part}_labels are {list(labels.shape)}: several for an image; {remedy}")
     if labels.shape not in ((len(images),), (len(images), 1)):
         raise UserError(f"{part}: {len(images)} images, but labels {list(labels.shape)}")
     if labels.min() < 0 or labels.max() > np.iinfo(np.int64).max:
