@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from harness import UserError, counted, printable
@@ -55,12 +55,12 @@ def blaming(path: str | Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{path}: {in_words(error)}; {remedy}") from None
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: Exception, problem: str = "cannot be used") -> str:
     """What was found in a file whose reading ended so; the exception's own name only where there are no words."""
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return f"it has no {error.args[0]!r}"
     name = "" if type(error) is ValueError and str(error) else f"{type(error).__name__}: "
-    return f"cannot be used ({name}{str(error)[:200]})"
+    return f"{problem} ({name}{str(error)[:200]})"
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -125,7 +125,10 @@ def opened(
     Raises whatever PIL raises where it cannot, and ValueError for decompression bombs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about bombs, which are refused here
-        image = Image.open(file, formats=list(formats))
+        try:
+            image = Image.open(file, formats=list(formats))
+        except UnidentifiedImageError:  # whose words show an object
+            raise ValueError(f"it does not begin as a whole {' or '.join(formats)} does") from None
         width, height = image.size
         if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{width} x {height} pixels are too many")
@@ -364,7 +367,7 @@ class Files(NamedTuple):
                 return self.labels[split][i]
             except Exception as error:
                 if not self.skip_corrupt:
-                    reason = f"not a readable image ({type(error).__name__}: {str(error)[:200]})"
+                    reason = in_words(error, "not a readable image")
                     remedy = (
                         "put a readable one there, or start a run with --skip-corrupt, which uses the next image in its place"
                     )

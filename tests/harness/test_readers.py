@@ -721,7 +721,12 @@ def test_undecodable_images(tmp_path, monkeypatch):
         (root / "val" / "cat" / "1.jpg").write_bytes(raw)
         for workers in (0, 1):
             if workers == 0 or raw == b"":
-                data_refused(root / "val" / "cat" / "1.jpg", "--skip-corrupt", name=root, image_size=16, workers=workers)
+                line = data_refused(
+                    root / "val" / "cat" / "1.jpg", "--skip-corrupt", name=root, image_size=16, workers=workers
+                )
+                assert "_io." not in line and "UnidentifiedImageError" not in line
+                known = raw in (good[len(good) // 2 :], b"", b"not an image")
+                assert not known or "not a readable image (it does not begin as a whole JPEG or PNG or" in line
         splits = consume(data.load(root, ".", image_size=16, skip_corrupt=True))
         batch = next(splits.test.ordered(6))
         assert torch.equal(batch.images[1], batch.images[2]) and not torch.equal(batch.images[0], batch.images[1])
