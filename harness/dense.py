@@ -223,7 +223,7 @@ def number_classes(root: Path, parts: Parts, ignored: int | None) -> tuple[Parts
                 f"{files[row]}: the value {strange}, which no mask for training has; correct it, or let --ignore name it"
             )
     if share:
-        say(f"{root}: {note}")
+        say(f"data {root}: {note}")
     names = {part: np.array([portable(os.path.basename(file)) for file in files]) for part, (_, _, files) in parts.items()}
     parts = {part: (images, classes[masks], names[part]) for part, (images, masks, _) in parts.items()}
     return parts, [str(value) for value in values]

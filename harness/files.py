@@ -45,7 +45,8 @@ def unwritable(path: Path, error: Exception) -> UserError:
     """The UserError for a full disk or a folder without permission to write."""
     cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises RuntimeError for OSError
     reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
-    return UserError(f"{path} cannot be written ({reason}); what was there before is intact: mend that, then --resume")
+    remedy = "mend that and try again (a run: with --resume)"
+    return UserError(f"{path} cannot be written ({reason}); what was there before is intact: {remedy}")
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -29,7 +29,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, features
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from harness import UserError, counted, printable
@@ -56,12 +56,12 @@ def blaming(path: str | Path, remedy: str) -> Iterator[None]:
         raise UserError(f"{path}: {in_words(error)}; {remedy}") from None
 
 
-def in_words(error: Exception) -> str:
+def in_words(error: Exception, problem: str = "cannot be used") -> str:
     """What was found in a file whose reading ended so; the exception's own name only where there are no words."""
     if isinstance(error, KeyError) and error.args and isinstance(error.args[0], str):
         return f"it has no {error.args[0]!r}"
     name = "" if type(error) is ValueError and str(error) else f"{type(error).__name__}: "
-    return f"cannot be used ({name}{str(error)[:200]})"
+    return f"{problem} ({name}{str(error)[:200]})"
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -126,7 +126,10 @@ def opened(
     Raises whatever PIL raises where it cannot, and ValueError for decompression bombs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about bombs, which are refused here
-        image = Image.open(file, formats=list(formats))
+        try:
+            image = Image.open(file, formats=list(formats))
+        except UnidentifiedImageError:  # whose words show an object
+            raise ValueError(f"it does not begin as a whole {' or '.join(formats)} does") from None
         width, height = image.size
         if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise ValueError(f"{width} x {height} pixels are too many")
@@ -138,6 +141,15 @@ def opened(
             turn = None
     quarter = turn in [TURNS[number] for number in (5, 6, 7, 8)]
     return image, turn, image.size[::-1] if quarter else image.size
+
+
+def in_colour(image: Image.Image) -> Image.Image:
+    """An image as RGB: white is behind what is transparent, whose own colour nobody sees. Where all is, that means nothing."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][1] > 0:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def decode(
@@ -169,8 +181,7 @@ def decode(
         image.draft(None, wanted if image.size == (width, height) else wanted[::-1])
         if image.mode.startswith("I"):  # 16-bit grey
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        image = in_colour(image)
         if turn is not None:
             image = image.transpose(turn)
         x, y = image.width / width, image.height / height  # what draft made of the size
@@ -314,7 +325,7 @@ def say_levels(root: str | Path, paths: Iterable[bytes], looks: int = LOOKED_AT)
                     pixels = np.asarray(image).astype(np.float64)
                     low, high = pixels.min(), pixels.max()
                 else:
-                    pixels = np.asarray(image.convert("RGB"))
+                    pixels = np.asarray(in_colour(image))
                     low, high = int(pixels.min()), int(pixels.max())
                     low, high = (256 * low, 256 * high + 255) if deep else (low, high)  # of 16 bits PIL keeps the higher 8
             found[deep].append((int(np.clip(high, 0, white) * 256 // (white + 1)) + 1, high, low, white, path))
@@ -368,7 +379,7 @@ class Files(NamedTuple):
                 return self.labels[split][i]
             except Exception as error:
                 if not self.skip_corrupt:
-                    reason = f"not a readable image ({type(error).__name__}: {str(error)[:200]})"
+                    reason = in_words(error, "not a readable image")
                     remedy = (
                         "put a readable one there, or start a run with --skip-corrupt, which uses the next image in its place"
                     )
@@ -719,7 +730,10 @@ def read_npz(path: Path) -> tuple[Parts, list[str]]:
     train_labels, in order; these numbers are their names.
 
     Raises UserError."""
-    with blaming(path, "make the file again (train_images, train_labels, val_..., test_... as MedMNIST has them)"):
+    expected = "train_images, train_labels, val_..., test_... as MedMNIST has them"
+    with blaming(path, f"make the file again ({expected})"):
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"it is no whole .npz file; write one with np.savez ({expected}), or give a folder of images")
         parts = {}
         with zipfile.ZipFile(path) as archive:
             there = set(archive.namelist())
@@ -728,7 +742,8 @@ def read_npz(path: Path) -> tuple[Parts, list[str]]:
                 if part == "val" and len(absent) == 2:
                     continue
                 if absent:
-                    raise UserError(f"it has no {absent[0]}")
+                    others = first_of([printable(name.removesuffix(".npy"), 40) for name in sorted(there)]) or "nothing"
+                    raise UserError(f"it has no {absent[0]}, but {others}; name its arrays {expected}")
                 parts[part] = npz_part(part, *(npz_array(archive, f"{part}_{what}") for what in ("images", "labels")))
             known = [part for part in ("train", "val", "test") if f"{part}_objects.npy" in there]
             if known and known != list(parts):
@@ -788,7 +803,8 @@ def npz_part(part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndar
     if labels.dtype.kind not in "iu":
         raise UserError(f"{part}_labels are {labels.dtype}; save them as integers")
     if labels.ndim > 1 and labels.shape[1] > 1:
-        raise UserError(f"{part}_labels are {list(labels.shape)}: several for an image, but the head here chooses one class")
+        remedy = "give one class each (of one-hot rows, their argmax)"
+        raise UserError(f"{part}_labels are {list(labels.shape)}: several for an image; {remedy}")
     if labels.shape not in ((len(images),), (len(images), 1)):
         raise UserError(f"{part}: {len(images)} images, but labels {list(labels.shape)}")
     if labels.min() < 0 or labels.max() > np.iinfo(np.int64).max:

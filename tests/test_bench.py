@@ -212,8 +212,8 @@ def test_a_rival_does_the_same_work(block):
 
 
 # Operators of an outer iteration, which do not depend on widths, batches or patches. Each is a launch on a GPU, where whatever
-# has a kernel of its own takes fewer: 0.5 % above what they were on 2026-11-28 (before: 4870 and 14014).
-LAUNCHES = {"cifar100": (mlo_mae.CIFAR, 4017), "width 192": ({"depth": 12}, 13710)}
+# has a kernel of its own takes fewer. Before LayerNorm's tangent and AdamW were brought down there were 4,862 and 14,165.
+LAUNCHES = {"cifar100": (mlo_mae.CIFAR, 3990), "width 192": ({"depth": 12}, 13780)}
 
 
 @pytest.mark.slow
@@ -227,7 +227,7 @@ def test_an_outer_iteration_has_no_more_operators_than_it_had(name):
     sizes = (cfg.batch_size, cfg.labelled_batch_size, cfg.labelled_batch_size)
     batches = [iter([next(bench.random_batches(32, n, CPU)) for _ in range(cfg.level1_steps)]) for n in sizes]
     count = measure.operators(lambda: mlo_mae.outer_iteration(net, state, batches, 1000, *rates))
-    assert 0.97 * most < count <= most
+    assert 0.99 * most < count <= most
 
 
 @pytest.mark.slow

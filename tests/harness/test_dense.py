@@ -288,7 +288,7 @@ def test_ignored_pixels_are_counted_and_may_be_kept(tmp_path, capsys):
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "--ignore" in line]
     share = 100 * (labels == IGNORED).float().mean().item()
     assert 30 < share < 36 and line.startswith(
-        f"{root}: {share:.3g} % of the masks' pixels have the value 255, which is ignored"
+        f"data {root}: {share:.3g} % of the masks' pixels have the value 255, which is ignored"
     )
     assert splits.class_names == ["0", "128"]
 

@@ -385,7 +385,7 @@ def test_npz_refusals(tmp_path):
     objects = np.empty(12, object)
     objects[:] = Runs(os.system, f"echo > {canary}")
     for words, changes in (
-        (["no train_images"], {"train_images": None}),
+        (["no train_images, but test_images, test_labels, train_labels, ...; name its"], {"train_images": None}),
         (["no test_labels"], {"test_labels": None}),
         (["no val_images"], {"val_images": None}),
         (["no train_images"], {"train_images": None, "train_labels": None}),
@@ -400,7 +400,7 @@ def test_npz_refusals(tmp_path):
         (["square"], {"train_images": images[:, 0]}),
         (["test_images", "alike"], {"test_images": np.zeros((12, 9, 9, 3), np.uint8)}),
         (["test_images", "alike"], {"test_images": images}),
-        (["several"], {"train_labels": np.zeros((12, 14), int)}),
+        (["several", "argmax"], {"train_labels": np.zeros((12, 14), int)}),
         (["float64"], {"train_labels": np.zeros(12)}),
         (["12 images", "[11]"], {"train_labels": np.arange(11)}),
         (["-1"], {"train_labels": -np.ones(12, int)}),
@@ -427,7 +427,9 @@ def test_npz_refusals(tmp_path):
     noise, empty = np.random.default_rng(0).bytes(1000), b"PK\x05\x06" + bytes(18)
     for raw in (b"", b"x", good[:100], good[:-30], good[100:], noise, empty):
         (tmp_path / "b.npz").write_bytes(raw)
-        data_refused(tmp_path / "b.npz", name=tmp_path / "b.npz")
+        line = data_refused(tmp_path / "b.npz", name=tmp_path / "b.npz")
+        assert raw == empty or raw == good[100:] or "it is no whole .npz file; write one with np.savez (train_images" in line
+        assert raw != empty or "it has no train_images, but nothing; name its arrays" in line
 
 
 def npy(shape, dtype="|u1", body=b""):
@@ -550,6 +552,59 @@ def test_odd_images(tmp_path):
     for image in next(splits.test.ordered(2)).images:  # 16 bits are scaled, not cut off
         mean = (image * splits.test.std / 255 + splits.test.mean / 255).mean()
         assert abs(mean - grey.mean() / 65535) < 0.05
+
+
+SEEN = np.zeros((16, 16), bool)
+SEEN[4:12, 4:12] = True
+
+
+def transparent(rng, kind):
+    """Red in the middle, as SEEN has it, and around it what nobody sees."""
+    pixels = np.where(SEEN[..., None], np.array([200, 0, 0], np.uint8), rng.integers(0, 256, (16, 16, 3), np.uint8))
+    if kind == "RGBA":
+        return Image.fromarray(np.dstack([pixels, 255 * SEEN.astype(np.uint8)]))
+    if kind == "LA":
+        return Image.fromarray(np.dstack([pixels[..., 0], 255 * SEEN.astype(np.uint8)]))
+    image = Image.fromarray(np.where(SEEN, 1, 0).astype(np.uint8)).convert("P")
+    image.putpalette([*rng.integers(0, 256, 3), 200, 0, 0] + [0, 0, 0] * 254)
+    return image
+
+
+@pytest.mark.parametrize(
+    "kind, suffix, how",
+    [
+        ("RGBA", ".png", {}),
+        ("RGBA", ".webp", {"lossless": True, "exact": True}),
+        ("RGBA", ".tif", {}),
+        ("LA", ".png", {}),
+        ("P", ".png", {"transparency": 0}),
+        ("P", ".png", {"transparency": b"\0"}),
+        ("P", ".gif", {"transparency": 0}),
+    ],
+)
+def test_what_is_transparent_is_white(tmp_path, kind, suffix, how):
+    for seed in range(2):
+        transparent(np.random.default_rng(seed), kind).save(tmp_path / f"{seed}{suffix}", **how)
+    first, second = (readers.decode(tmp_path / f"{seed}{suffix}", 16, None, whole=True) for seed in range(2))
+    assert np.array_equal(first, second) and (first[:, ~SEEN] == 255).all()
+    assert (first[:, SEEN].T == ([200] * 3 if kind == "LA" else [200, 0, 0])).all()
+
+
+def test_half_transparent_is_half_white_and_wholly_transparent_means_nothing(tmp_path):
+    for name, alpha in (("half", 128), ("none", 0)):
+        Image.new("RGBA", (8, 8), (200, 0, 0, alpha)).save(tmp_path / f"{name}.png")
+    half, none = (readers.decode(tmp_path / f"{name}.png", 8, None)[:, 0, 0].tolist() for name in ("half", "none"))
+    assert half == pytest.approx([227, 127, 127], abs=1) and none == [200, 0, 0]
+
+
+def test_drawings_in_black_on_nothing_are_seen(tmp_path, capsys):
+    """Their colour is black throughout: what they show is in what is transparent."""
+    root = write_folder(tmp_path, (("train", 5), ("val", 3)), suffix=".png")
+    for path in root.rglob("*.png"):
+        black = Image.fromarray(np.dstack([np.zeros((16, 16, 3), np.uint8), 255 * SEEN.astype(np.uint8)]))
+        black.save(path)
+    consume(data.load(root, ".", image_size=16))
+    assert len(said(capsys)) == 1  # of counts alone, none of levels
 
 
 def ramp(top, dtype=np.uint16):
@@ -679,7 +734,12 @@ def test_undecodable_images(tmp_path, monkeypatch):
         (root / "val" / "cat" / "1.jpg").write_bytes(raw)
         for workers in (0, 1):
             if workers == 0 or raw == b"":
-                data_refused(root / "val" / "cat" / "1.jpg", "--skip-corrupt", name=root, image_size=16, workers=workers)
+                line = data_refused(
+                    root / "val" / "cat" / "1.jpg", "--skip-corrupt", name=root, image_size=16, workers=workers
+                )
+                assert "_io." not in line and "UnidentifiedImageError" not in line
+                known = raw in (good[len(good) // 2 :], b"", b"not an image")
+                assert not known or "not a readable image (it does not begin as a whole JPEG or PNG or" in line
         splits = consume(data.load(root, ".", image_size=16, skip_corrupt=True))
         batch = next(splits.test.ordered(6))
         assert torch.equal(batch.images[1], batch.images[2]) and not torch.equal(batch.images[0], batch.images[1])
@@ -935,9 +995,11 @@ def fuzz_npy(tmp_path, monkeypatch):
     return sorted(tmp_path.glob("*.npy")), {"name": tmp_path / "a.npz", "data_dir": "."}, before
 
 
-def fuzz_folder(suffix):
+def fuzz_folder(suffix, mode="RGB"):
     def prepare(tmp_path, monkeypatch):
         root = write_folder(tmp_path / "a", (("train", 5), ("val", 1)), suffix=suffix)
+        if mode != "RGB":
+            picture(mode=mode).save(root / "train" / "cat" / f"0{suffix}", **({"transparency": 0} if mode == "P" else {}))
         return [root / "train" / "cat" / f"0{suffix}"], {"name": root, "data_dir": ".", "image_size": 16}, None
 
     return prepare
@@ -946,7 +1008,8 @@ def fuzz_folder(suffix):
 FORMATS = (
     {layout.folder: fuzz_cifar(name, layout) for name, layout in LAYOUTS}
     | {"archive": fuzz_archive, "npz": fuzz_npz(np.savez), "npz deflated": fuzz_npz(np.savez_compressed), "npy": fuzz_npy}
-    | {suffix: fuzz_folder(suffix) for suffix in (".jpg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif")}
+    | {suffix: fuzz_folder(suffix) for suffix in (".jpg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif")}
+    | {f"{suffix} {mode}": fuzz_folder(suffix, mode) for suffix, mode in ((".png", "P"), (".png", "RGBA"), (".tif", "RGBA"))}
 )
 
 
