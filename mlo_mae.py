@@ -716,12 +716,13 @@ def level1_step(
     eyes = theta.params[: net.encoder_size] if eyes is None else eyes
     with torch.no_grad():
         prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress, known=known)  # (1)
-    step, params = Step(theta, None, rates, images, *choice, eyes), theta.params.detach().requires_grad_()
-    errors, features = errors_and_features(net, params[: net.encoder_size], params[net.encoder_size :], step)
+    step = Step(theta, None, rates, images, *choice, eyes)
+    both = [part.detach().requires_grad_() for part in theta.params.tensor_split([net.encoder_size])]  # of E, of D
+    errors, features = errors_and_features(net, *both, step)
     loss = level1_loss(prob, step.mask, errors)  # (2)
     if net.penalty:
         loss = loss + net.penalty(features)
-    gradient = average(torch.autograd.grad(loss, params)[0])  # every image hides as many patches: a mean of means
+    gradient = average(torch.cat(torch.autograd.grad(loss, both)))  # every image hides as many patches: a mean of means
     error = errors.detach().sum() / step.mask.sum()
     return stepped(theta, gradient, rates, in_place), step._replace(gradient=gradient), loss.detach(), error  # (3)
 
@@ -785,7 +786,9 @@ def outer_iteration(
         # The caller has its state still, and the derivative begins where the step did that it is of.
         how["in_place"] = 0 < n < cfg.level1_steps - learns and not all_steps
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
-        steps = [*steps, step] if all_steps else [*steps, step][-cfg.mask_batches :]
+        if not all_steps:  # of earlier steps the images and masks alone are looked at
+            steps = [earlier._replace(theta=None, gradient=None) for earlier in steps]
+        steps = [*steps, step][-(cfg.level1_steps if all_steps else cfg.mask_batches) :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
     if learns:

@@ -1,6 +1,8 @@
 """A level's parameters as ONE vector: an optimiser step, its Jacobian and a direction in parameter space are then one
 line each, as in the equations. Modules keep the architecture alone, with parameters on the meta device."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -8,9 +10,15 @@ from torch.func import functional_call
 from harness import UserError
 
 
+@functools.lru_cache(maxsize=16)
+def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    """{name: shape} of a module's parameters: looked up once, since the walk through a module takes as long as a small layer."""
+    return {name: parameter.shape for name, parameter in module.named_parameters()}
+
+
 def unflatten(module: nn.Module, params: Tensor) -> dict[str, Tensor]:
     """The vector `params` as {name: view}, in the order of `module.named_parameters()`."""
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    shapes = shapes_of(module)
     pieces = params.split([shape.numel() for shape in shapes.values()])
     return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)}
 
@@ -22,7 +30,7 @@ def call(module: nn.Module, params: Tensor, *args) -> Tensor:
 
 def size_of(module: nn.Module) -> int:
     """How many parameters a module has."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(shape.numel() for shape in shapes_of(module).values())
 
 
 def named(modules: list[nn.Module], params: Tensor) -> dict[str, Tensor]:
