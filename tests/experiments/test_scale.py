@@ -121,22 +121,34 @@ def test_bytes_exchanged_are_those_of_an_outer_iteration(monkeypatch, case, lear
     assert sum(gathered) == both * learns
 
 
-@pytest.mark.parametrize("steps, batches", [(2, 1), (3, 2), (2, 2), (4, 3), (2, 4)])
-def test_vectors_of_theta_are_those_that_are_held(monkeypatch, steps, batches):
-    """At the jvp, when the gradient is another's: all but one."""
+@pytest.mark.parametrize(
+    "masking, steps, batches",
+    [
+        *(("learned", *counts) for counts in [(1, 1), (2, 1), (3, 2), (2, 2), (4, 3), (2, 4)]),
+        *(("random", *counts) for counts in [(2, 1), (3, 2), (4, 1)]),
+    ],
+)
+def test_vectors_of_theta_are_those_that_are_held(monkeypatch, masking, steps, batches):
+    """At the jvp, or in MAE's last step: all but the gradient at work."""
     cfg = replace(BASE, image_size=16, classes=5, level1_steps=steps, mask_batches=batches, mask_start=0.0, mask_wait=0.0)
-    net, state, rates = begun(cfg)
-    length, held, real = len(state.theta.params), [], mlo_mae.directional_errors
+    net, state, rates = begun(cfg := replace(cfg, masking=masking))
+    length, held = len(state.theta.params), []
 
-    def watched(*arguments):
-        found = {t.untyped_storage().data_ptr() for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == length}
-        held.append(len(found))
-        return real(*arguments)
+    def watching(name):
+        real = getattr(mlo_mae, name)
 
-    monkeypatch.setattr(mlo_mae, "directional_errors", watched)
+        def watched(*arguments):
+            every = (t for t in gc.get_objects() if type(t) is torch.Tensor and t.numel() == length)
+            held.append(len({t.untyped_storage().data_ptr() for t in every}))
+            return real(*arguments)
+
+        monkeypatch.setattr(mlo_mae, name, watched)
+
+    watching("directional_errors" if masking == "learned" else "errors_and_features")
+    mlo_mae.most_and_others.cache_clear()  # it has weight decays of other tests
     gc.collect()
-    state, _ = mlo_mae.outer_iteration(net, state, noise_batches(of_program(cfg)), 10, *rates)
-    assert 4 * length * (held[0] + 1) == scale.memory(cfg, 1)["vectors of theta"]
+    mlo_mae.outer_iteration(net, state, noise_batches(of_program(cfg)), 10, *rates)
+    assert 4 * length * (held[-1] + 1) == scale.memory(cfg, 1)["vectors of theta"]
 
 
 def held_of_an_image(cfg, backend):
