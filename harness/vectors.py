@@ -12,7 +12,7 @@ from harness import UserError
 
 @functools.lru_cache(maxsize=16)
 def shapes_of(module: nn.Module) -> dict[str, torch.Size]:
-    """{name: shape} of a module's parameters: looked up once, since the walk through a module takes as long as a small layer."""
+    """{name: shape} of a module's parameters: looked up once, since the walk through it takes as long as a small layer."""
     return {name: parameter.shape for name, parameter in module.named_parameters()}
 
 
