@@ -17,7 +17,6 @@ import torch.autograd.forward_ad as fwAD
 from .backend import ByFormula, apply_fused, architecture, current, in_turn, jit, launch, pushforward, runs_triton, tl, triton
 
 WIDEST_HEAD = 128  # beyond it the backward's tiles outgrow the registers
-LONG = 128  # rows of at least so many tokens go through torch's tiles on a CPU; shorter ones gain little there
 SCORES = 2**26  # elements of the N x N matrices that a CPU holds at once where a tangent is wanted
 LOG2_E = 1.4426950408889634  # the kernels' softmax runs on exp2, so the scale carries this factor
 
@@ -692,6 +691,6 @@ def attention(qkv):
     d = qkv.shape[-1]
     if runs_triton("attention", qkv, limit=f"head dim {d} exceeds {WIDEST_HEAD}" if d > WIDEST_HEAD else None):
         return apply_fused(lambda x: Attention.apply(TRITON, x)[0], partial(with_tangent, TRITON), qkv)
-    if qkv.is_cpu and current() != "reference" and qkv.shape[1] >= LONG:
+    if qkv.is_cpu and current() != "reference":
         return attention_on_a_cpu(qkv)
     return attention_reference(qkv)

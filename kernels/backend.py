@@ -49,8 +49,8 @@ def current():
 class use:
     """Choose the backend of the whole process, `kernels.use("triton")`, or of a block, `with kernels.use("reference"):`.
 
-    "auto" runs Triton on GPU tensors of float32, float16 and bfloat16 and the reference elsewhere (on a CPU, long rows of
-    attention by torch's tiles); "triton" raises where Triton cannot run; "reference" is plain PyTorch, differentiable to
+    "auto" runs Triton on GPU tensors of float32, float16 and bfloat16 and the reference elsewhere (on a CPU, attention by
+    torch's tiles); "triton" raises where Triton cannot run; "reference" is plain PyTorch, differentiable to
     any order. ValueError for other names.
     """
 

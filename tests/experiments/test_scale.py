@@ -164,7 +164,7 @@ def held_of_an_image(cfg, backend):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("backend, error", [("auto", 0.1), pytest.param("triton", 0.005, marks=pytest.mark.slow)])
 def test_activations_are_those_that_are_held(precision, backend, error):
-    """A CPU's rows of fewer than 128 tokens (those of visible patches) keep scores, where kernels keep log-sum-exps."""
+    """On a CPU the loss keeps pixels that its kernel computes again."""
     pixels = 96 if backend == "auto" else 32
     cfg = replace(BASE, image_size=pixels, patch_size=8, width=64, decoder_width=32, precision=precision)
     assert scale.activations(cfg) == pytest.approx(held_of_an_image(cfg, backend), rel=error)

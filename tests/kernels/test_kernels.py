@@ -15,6 +15,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 
 import kernels
+from harness.memory import held_for_backward
 from kernels.attention import attention_reference
 from kernels.cross_compile import TARGETS
 from kernels.loss import patch_loss_reference
@@ -735,10 +736,15 @@ def test_use_refuses_unknown_names():
         kernels.use("cuda")
 
 
-def test_auto_computes_on_the_cpu_by_reference():
-    with kernels.use("auto"):
-        x = torch.randn(1, 4, 3, 1, 16, dtype=torch.float64)
-        assert torch.equal(kernels.attention(x), attention_reference(x))
+def test_auto_computes_on_the_cpu_by_torchs_tiles_and_by_reference_where_asked():
+    x = torch.randn(2, 40, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    held = {}
+    for backend in ("auto", "reference"):
+        with kernels.use(backend):
+            assert torch.allclose(kernels.attention(x), attention_reference(x), rtol=1e-12)
+            held[backend] = held_for_backward(lambda: kernels.attention(x))
+    scores = 8 * 2 * 2 * 40 * 40  # bytes of the N x N matrices
+    assert held["auto"] < scores + x.nbytes <= held["reference"]
 
 
 @needs_triton
