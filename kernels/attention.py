@@ -14,7 +14,20 @@ from typing import NamedTuple
 import torch
 import torch.autograd.forward_ad as fwAD
 
-from .backend import ByFormula, apply_fused, architecture, current, in_turn, jit, launch, pushforward, runs_triton, tl, triton
+from .backend import (
+    ByFormula,
+    Function,
+    apply_fused,
+    architecture,
+    current,
+    in_turn,
+    jit,
+    launch,
+    pushforward,
+    runs_triton,
+    tl,
+    triton,
+)
 
 WIDEST_HEAD = 128  # beyond it the backward's tiles outgrow the registers
 SCORES = 2**26  # elements of the N x N matrices that a CPU holds at once where a tangent is wanted
@@ -648,7 +661,7 @@ def with_tangent(kernels, qkv, tangent):
     return ByFormula.apply(kernels.jvp, jvp_formula, 0, qkv, tangent)
 
 
-class Attention(torch.autograd.Function):
+class Attention(Function):
     @staticmethod
     def forward(kernels, qkv):
         return kernels.forward(qkv)

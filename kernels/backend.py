@@ -1,6 +1,7 @@
 """Which implementation runs, how a Triton kernel is started, and where derivatives beyond a kernel's own come from."""
 
 import functools
+import inspect
 import os
 import types
 
@@ -133,7 +134,15 @@ def in_turn(function, info, in_dims, *inputs):
     return (tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])) if several else (torch.stack(results), 0)
 
 
-class ByFormula(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """A Function whose signature is at hand: autograd asks for it in each call, and to find it takes longer than a launch."""
+
+    def __init_subclass__(cls, **arguments):
+        super().__init_subclass__(**arguments)
+        cls.forward.__signature__ = inspect.signature(cls.forward)
+
+
+class ByFormula(Function):
     """kernel(*constants, *variables), with the derivatives of a plain formula of equal value.
 
     Backward and jvp start their kernels through this class, so derivatives of derivatives are right to any order: they

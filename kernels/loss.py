@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .backend import ByFormula, apply_fused, jit, launch, pushforward, runs_triton, tl, triton
+from .backend import ByFormula, Function, apply_fused, jit, launch, pushforward, runs_triton, tl, triton
 from .patches import gather_patches_reference, image_offsets, load_pixels, patch_tiles, patch_values
 
 LONGEST_PATCH = 8192  # values: a program holds at least one whole patch, 64 values a thread of 4 warps
@@ -177,7 +177,7 @@ def loss_with_tangent(pred, tangent, images, mask):
     return ByFormula.apply(loss_jvp_triton, loss_jvp_formula, 2, images, mask, pred, tangent)
 
 
-class PatchLoss(torch.autograd.Function):
+class PatchLoss(Function):
     @staticmethod
     def forward(pred, images, mask):
         return loss_triton(images, mask, pred)

@@ -3,7 +3,7 @@
 import torch
 from einops import rearrange
 
-from .backend import jit, launch, runs_triton, tile, tl, triton
+from .backend import Function, jit, launch, runs_triton, tile, tl, triton
 
 
 def gather_patches_reference(images, keep, patch):
@@ -180,7 +180,7 @@ def spread_triton(patches, keep, patch, shape):
     return images
 
 
-class GatherPatches(torch.autograd.Function):
+class GatherPatches(Function):
     """Linear in the images; its transpose is SpreadPatches, so derivatives of any order stay on the kernels."""
 
     @staticmethod
@@ -203,7 +203,7 @@ class GatherPatches(torch.autograd.Function):
         return GatherPatches.apply(tangent, *ctx.saved_tensors, ctx.patch)
 
 
-class SpreadPatches(torch.autograd.Function):
+class SpreadPatches(Function):
     """Patches [B, K, p*p*C] summed into their places in images of zeros."""
 
     @staticmethod

@@ -2,7 +2,7 @@
 
 import torch
 
-from .backend import jit, launch, runs_triton, tile, tl, triton
+from .backend import Function, jit, launch, runs_triton, tile, tl, triton
 
 
 def select_patches_reference(prob, keep):
@@ -155,7 +155,7 @@ def collect_triton(grad, restore, visible, dtypes):
     return tokens, mask_tokens.sum(0).view(1, 1, D).to(dtypes[1]), pos
 
 
-class SelectPatches(torch.autograd.Function):
+class SelectPatches(Function):
     """No derivative passes; a Function only so that torch.func hands the kernel plain tensors."""
 
     @staticmethod
@@ -175,7 +175,7 @@ class SelectPatches(torch.autograd.Function):
         return None, None, None
 
 
-class ScatterTokens(torch.autograd.Function):
+class ScatterTokens(Function):
     """Linear in its three float inputs; its transpose is CollectTokens, so derivatives of any order stay on the kernels."""
 
     @staticmethod
@@ -201,7 +201,7 @@ class ScatterTokens(torch.autograd.Function):
         return ScatterTokens.apply(*[m if t is None else t for t, m in zip(tangents, missing)], restore)
 
 
-class CollectTokens(torch.autograd.Function):
+class CollectTokens(Function):
     """grad [B, 1+L, D] -> what falls on the tokens [B, 1+K, D], on the mask token [1, 1, D], on the positions [1, 1+L, D]."""
 
     @staticmethod
