@@ -70,7 +70,7 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -108,7 +108,7 @@ from harness.processes import (
 from harness.randomness import DROPOUT, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, MASKS, draw_dropout, torch_generator
 from harness.run import Run, add_run_flags, first_name, read_metrics, settings_of
 from harness.schedule import schedule
-from harness.vectors import call, flatten, inverse_fan_in, size_of, unflatten, weight_decays
+from harness.vectors import Params, call, flatten, inverse_fan_in, size_of, unflatten, weight_decays
 from harness.weights import starting_weights
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
 
@@ -380,7 +380,7 @@ def autocast(net: Networks, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=net.cfg.precision == "bf16")
 
 
-def errors_and_features(net: Networks, encoder_params: Tensor, decoder_params: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+def errors_and_features(net: Networks, encoder_params: Params, decoder_params: Params, step: Step) -> tuple[Tensor, Tensor]:
     """l [B, N]: mean squared error of each hidden patch's normalised pixels, 0 where the patch is visible; and the CLS
     tokens of the masked images [B, D]."""
 
@@ -388,7 +388,7 @@ def errors_and_features(net: Networks, encoder_params: Tensor, decoder_params: T
         with autocast(net, images.device):
             tokens = call(net.encoder, encoder_params, images, keep)  # [B, 1+K, D]
             pred = call(net.decoder, decoder_params, tokens, restore)  # [B, N, p*p*C]
-        return patch_loss(pred, images, mask), tokens[:, 0].to(encoder_params.dtype)
+        return patch_loss(pred, images, mask), tokens[:, 0].to(images.dtype)
 
     return in_parts(work, net.cfg.accumulate, step.images, step.keep, step.restore, step.mask)
 
@@ -488,27 +488,28 @@ def adamw(level: Level, gradient: Tensor, rates: Rates, jacobian: str = "adamw")
 
 
 @torch.no_grad()
-def stepped(level: Level, gradient: Tensor, rates: Rates, in_place: bool = False) -> Level:
+def stepped(level: Level, gradient: Sequence[Tensor], rates: Rates, in_place: bool = False) -> Level:
     """`adamw`'s value, to rounding, by torch's one pass over memory where the definition takes a dozen.
 
-    in_place: in the memory of `level`, which then holds the next one."""
-    decay, others = most_and_others(rates.decay)
-    few = Level(*(vector[others] for vector in level[:3]), level.t)  # without weight decay, and the pass has one for all
-    few = adamw(few, gradient[others], Rates(rates.lr, rates.decay[others], rates.eps))
+    gradient: in pieces, in the vector's order, each of one weight decay. in_place: in the memory of `level`, which then holds
+    the next one."""
     after = level if in_place else Level(*(vector.clone() for vector in level[:3]), level.t)
-    vectors = [after.params], [gradient], [after.mu], [after.nu]
-    made = torch.full((), float(level.t), device=gradient.device)
+    sizes, groups = tuple(piece.numel() for piece in gradient), {}
+    pieces = zip(*(vector.split(sizes) for vector in after[:3]), (piece.reshape(-1) for piece in gradient))
+    for decay, some in zip(decays_of(rates.decay, sizes), pieces):
+        groups.setdefault(decay, []).append(some)
     how = {"fused": True, "amsgrad": False, "maximize": False, "beta1": BETA1, "beta2": BETA2, "eps": rates.eps}
-    torchs_adamw(*vectors, [], [made], lr=rates.lr, weight_decay=decay, **how)
-    after.params[others] = few.params
+    for decay, some in groups.items():
+        params, mu, nu, gradients = map(list, zip(*some))
+        made = torch.full((len(some),), float(level.t), device=level.params.device).unbind()  # which the pass counts up
+        torchs_adamw(params, gradients, mu, nu, [], list(made), lr=rates.lr, weight_decay=decay, **how)
     return after._replace(t=level.t + 1)
 
 
 @functools.lru_cache(maxsize=2)
-def most_and_others(decay: Tensor) -> tuple[float, Tensor]:
-    """The highest of these weight decays [n], and which parameters have another: once a run, since it waits for the device."""
-    most = decay.max()
-    return most.item(), (decay != most).nonzero()[:, 0]
+def decays_of(decay: Tensor, sizes: tuple[int, ...]) -> list[float]:
+    """The weight decay of each piece, of a vector's: looked up once a run, since it waits for the device."""
+    return torch.stack([piece[0] for piece in decay.split(sizes)]).tolist()
 
 
 Cotangent = tuple[Tensor, Tensor | None, Tensor | None]  # A, of (theta, mu, nu); None: 0
@@ -709,7 +710,8 @@ def level1_step(
     in_place: bool = False,
 ) -> tuple[Level, Step, Tensor, Tensor]:
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3). eyes: parameters of the encoder that T reads
-    (None: those of theta); known: p, where T need not be asked; in_place: theta' is put where theta was.
+    (None: those of theta); known: p, where T need not be asked; in_place: theta' is put where theta was, and the Step is not
+    to be differentiated.
 
     Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
     hidden patches."""
@@ -717,14 +719,18 @@ def level1_step(
     with torch.no_grad():
         prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress, known=known)  # (1)
     step = Step(theta, None, rates, images, *choice, eyes)
-    both = [part.detach().requires_grad_() for part in theta.params.tensor_split([net.encoder_size])]  # of E, of D
-    errors, features = errors_and_features(net, *both, step)
+    parts = zip((net.encoder, net.decoder), theta.params.tensor_split([net.encoder_size]))
+    pieces = [{name: piece.detach().requires_grad_() for name, piece in unflatten(*part).items()} for part in parts]
+    errors, features = errors_and_features(net, *pieces, step)
     loss = level1_loss(prob, step.mask, errors)  # (2)
     if net.penalty:
         loss = loss + net.penalty(features)
-    gradient = average(torch.cat(torch.autograd.grad(loss, both)))  # every image hides as many patches: a mean of means
+    gradient, vector = torch.autograd.grad(loss, [piece for part in pieces for piece in part.values()]), None
+    if world() > 1 or not in_place:  # a vector where several processes exchange it or a derivative may ask for it
+        vector = average(torch.cat([piece.flatten() for piece in gradient]))  # all images hide as many: a mean of means
+        gradient = vector.split([piece.numel() for piece in gradient])
     error = errors.detach().sum() / step.mask.sum()
-    return stepped(theta, gradient, rates, in_place), step._replace(gradient=gradient), loss.detach(), error  # (3)
+    return stepped(theta, gradient, rates, in_place), step._replace(gradient=vector), loss.detach(), error  # (3)
 
 
 def joined(steps: list[Step]) -> Step:

@@ -115,9 +115,9 @@ def memory(cfg: Settings, gpus: int) -> dict[str, int]:
     """Bytes on each GPU, temporaries left out. Weights and moments: of now, the iteration's start, the last step's start."""
     (encoder, decoder, head, masking), (level1, labelled) = parameters(cfg).values(), activations(cfg).values()
     pairs = (level1, cfg.batch_size), (labelled, 2 * cfg.labelled_batch_size * (learned := cfg.masking == "learned"))
-    theta = encoder + decoder
+    theta, kept = encoder + decoder, learned or cfg.level1_steps == 2  # a step's gradient, beside the next one's
     return {
-        "vectors of theta": 4 * theta * (3 * min(2 + learned, cfg.level1_steps + 1) + 3),  # 3: decays, two gradients
+        "vectors of theta": 4 * theta * (3 * min(2 + learned, cfg.level1_steps + 1) + 2 + kept),  # 2: decays, a gradient
         "bfloat16 copies": 2 * theta * (cfg.precision == "bf16"),
         "vectors of head and T": 4 * (4 * head + 6 * masking),
         "activations": max(size * math.ceil(images / gpus / cfg.accumulate) for size, images in pairs),

@@ -23,9 +23,12 @@ def unflatten(module: nn.Module, params: Tensor) -> dict[str, Tensor]:
     return {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces)}
 
 
-def call(module: nn.Module, params: Tensor, *args) -> Tensor:
-    """`module(*args)` with its parameters taken from the vector `params`; differentiable in it to any order."""
-    return functional_call(module, unflatten(module, params), args)
+Params = Tensor | dict[str, Tensor]  # of a module: one vector, or what `unflatten` makes of it
+
+
+def call(module: nn.Module, params: Params, *args) -> Tensor:
+    """`module(*args)` with its parameters taken from `params`; differentiable in them to any order."""
+    return functional_call(module, unflatten(module, params) if isinstance(params, Tensor) else params, args)
 
 
 def size_of(module: nn.Module) -> int:

@@ -145,7 +145,7 @@ def test_vectors_of_theta_are_those_that_are_held(monkeypatch, masking, steps, b
         monkeypatch.setattr(mlo_mae, name, watched)
 
     watching("directional_errors" if masking == "learned" else "errors_and_features")
-    mlo_mae.most_and_others.cache_clear()  # it has weight decays of other tests
+    mlo_mae.decays_of.cache_clear()  # it has weight decays of other tests
     gc.collect()
     mlo_mae.outer_iteration(net, state, noise_batches(of_program(cfg)), 10, *rates)
     assert 4 * length * (held[-1] + 1) == scale.memory(cfg, 1)["vectors of theta"]

@@ -897,13 +897,23 @@ def test_a_worker_that_dies_is_an_error(tmp_path):
         next(splits.train.stream(4, seed=0))
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sends a signal is not told")
+def status_of(pid, name):
+    """A line of what Linux tells of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line.split(":")[1].strip() for line in lines if line.startswith(f"{name}:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_workers_go_on_where_a_whole_job_is_asked_to_end(tmp_path):
     """As timeout, systemd and Slurm do: the run's last update may want batches. Where the run itself asks, they end."""
     before = set(multiprocessing.active_children())
     stream = data.load(write_folder(tmp_path), ".", image_size=16, workers=2).train.stream(4, seed=0)
     next(stream)
     workers = set(multiprocessing.active_children()) - before
+    deadline, blocked = time.monotonic() + 30, 1 << (signal.SIGTERM - 1)  # a worker that is only starting does not know yet
+    while not all(int(status_of(worker.pid, "SigBlk"), 16) & blocked for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     subprocess.run(["kill", *(str(worker.pid) for worker in workers)], check=True)  # from another process
     for _ in range(20):
         next(stream)
