@@ -48,7 +48,7 @@ def interruptible() -> Iterator[None]:
         if not isinstance(found.exc_value, Interrupted):
             former(found)
         else:  # again, when that is over
-            threading.Timer(0.01, signal.raise_signal, [found.exc_value.number]).start()
+            threading.Timer(0.01, send, [found.exc_value.number]).start()
 
     try:
         with handled(handler):
@@ -60,6 +60,14 @@ def interruptible() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = former
+
+
+def send(number: int) -> None:
+    """Have the main thread meet this signal, at once where it sleeps (on Windows: when it wakes)."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
 
 
 def ignore(number: int, frame: FrameType | None) -> None:

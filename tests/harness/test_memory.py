@@ -246,7 +246,7 @@ print(free_memory(torch.device("cpu")))
     assert 0.9 * 2**27 < float(output) <= 2**27
 
 
-def test_a_batch_that_cannot_fit_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+def test_a_batch_that_cannot_fit_is_refused_before_anything_is_written(drawn_once, monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "free_memory", lambda device: 50_000_000)
     sizes = {"width": 64, "depth": 4, "images": 64, "device": "cpu"}
     mlo_mae.train(mlo_mae.Config(**sizes, epochs=1, labelled_batch_size=2, batch_size=8, level1_steps=1), tmp_path / "fits")
