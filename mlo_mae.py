@@ -1249,9 +1249,8 @@ def foresee_memory(net: Networks, theta: Tensor, size: tuple[int, int, int]) -> 
 
     def level1(count: int) -> Tensor:
         choice = select_patches(theta.new_zeros(count, net.patches), net.visible)
-        return patch_errors(
-            whole, encoder_params, decoder_params, Step(None, None, None, theta.new_zeros(count, *size), *choice)
-        )
+        step = Step(None, None, None, theta.new_zeros(count, *size), *choice)
+        return patch_errors(whole, encoder_params, decoder_params, step)
 
     def levels_2_and_3(count: int) -> Tensor:
         return encode(whole, encoder_params, theta.new_zeros(count, *size))
