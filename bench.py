@@ -47,7 +47,7 @@ from harness.measure import Page, interleaved, operations, operators, peak_memor
 from harness.pictures import save_figure
 from harness.randomness import DROPOUT, REDRAWN, draw_dropout
 from harness.vectors import decays, inverse_fan_in, weight_decays
-from kernels.race import COMPILED, DTYPES, GEOMETRY, SDPA, cases, race
+from kernels.race import COMPILED, DTYPES, GEOMETRY, KERNELS, SDPA, cases, race
 from mlo_mae import Config, Labelled, Level, Networks, Rates, Result, Step
 
 # ----------------------------------------------------------------------------- the hypergradient, as published
@@ -122,7 +122,7 @@ SIZES = {
     "tiny": (16, PUBLISHED | FEW | TINY),
     "small": (32, PUBLISHED | {"batch_size": 128, "labelled_batch_size": 64}),
     "medium": (32, PUBLISHED | FEW | {"width": 192, "depth": 6, "heads": 3, "decoder_width": 128}),
-    "vit-b/2": (32, mlo_mae.CIFAR | FEW),
+    "vit-b/2": (32, mlo_mae.CIFAR | FEW | {"precision": "fp32"}),
 }
 
 
@@ -444,8 +444,7 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
     theta, psi, head, labelled, steps = arguments
     step, looked_at = steps[-1], mlo_mae.joined(steps)  # (9) and (10) are taken over the latest batches
     split, cfg = net.encoder_size, net.cfg
-    plain = dataclasses.replace(net, cfg=dataclasses.replace(cfg, masking="random"))
-
+    plain = dataclasses.replace(net, cfg=dataclasses.replace(cfg, masking="random"), replay=None)
     own = theta._replace(params=theta.params.clone(), mu=theta.mu.clone(), nu=theta.nu.clone())
 
     def level1(net):
@@ -472,7 +471,11 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
         prob = mlo_mae.masking_probability(net, psi_leaf, looked_at.images, looked_at.eyes)
         return step_of_masks(torch.autograd.grad(mlo_mae.level1_loss(prob, looked_at.mask, prob.detach()), psi_leaf)[0])
 
-    return {
+    launched = {}
+    if net.replay:
+        at_once = dataclasses.replace(plain, replay=mlo_mae.in_one_launch(plain, step.rates.decay))
+        launched = {"plain MAE step, in one launch": lambda: level1(at_once)}
+    return launched | {
         "plain MAE step": lambda: level1(plain),
         "mask update": mask_update,
         "level-1 step": lambda: level1(net),
@@ -514,7 +517,8 @@ def run_step(options: argparse.Namespace, device: torch.device, page: Page) -> d
     if options.profile:
         options.profile.touch()  # rather fail now than after the measurements
     preset = options.preset or "shapes"
-    cfg = Config(**{"preset": preset} | mlo_mae.PRESETS[preset] | {"precision": options.precision or "fp32"})
+    given = {"precision": options.precision} if options.precision else {}
+    cfg = mlo_mae.with_precision(Config(**{"preset": preset} | mlo_mae.PRESETS[preset] | given), device)
     batch = options.batch_size or cfg.batch_size
     labelled = max(1, round(cfg.labelled_batch_size * batch / cfg.batch_size))
     cfg = dataclasses.replace(cfg, batch_size=batch, labelled_batch_size=labelled)
@@ -538,6 +542,8 @@ def measure_step(
     net, arguments = problem(cfg, cfg.image_size or 32, device, cfg.mask_batches, warm=2)
     theta, psi, head, _, _ = arguments
     state, rates = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device)), rates_of(net, device)
+    if device.type == "cuda":
+        net.replay = mlo_mae.in_one_launch(net, rates[0][0])
     batch, labelled, compared = cfg.batch_size, cfg.labelled_batch_size, parts_of(net, arguments)
     streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
 
@@ -562,7 +568,8 @@ def measure_step(
     for name, times in interleaved(lambda: calls, repeats, device).items():
         rows[name] |= quartiles(times)
     rivals = [name for name in RIVALS if name in calls]
-    once = dict.fromkeys(["data", *list(compared)[2:]], 1) | {"level-1 step": cfg.level1_steps}
+    parts = [name for name in compared if not name.startswith(("plain MAE step", "mask update"))]
+    once = dict.fromkeys(["data", *parts], 1) | {"level-1 step": cfg.level1_steps}
     ceiling = product_rate(device, DTYPES[cfg.precision], torch.float32)  # a CPU may well be slower in bfloat16
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
         row |= {"times": once.get(name, 0), "flops": operations(calls[name]), "operators": operators(calls[name])}
@@ -662,6 +669,8 @@ def run_kernels(options: argparse.Namespace, device: torch.device, page: Page) -
     for dtype in options.dtypes or DTYPES:
         most = product_rate(device, DTYPES[dtype], torch.float32)
         for case in (case for name in options.shapes or USUAL for case in cases(name, batch, DTYPES[dtype], device)):
+            if case.kernel not in (options.kernels or KERNELS):
+                continue
             for direction, (moved, made) in case.work.items():
                 what = {"kernel": case.kernel, "shape": case.shape, "dtype": dtype, "direction": direction}
                 try:
@@ -800,9 +809,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     whole = add("step", run_step, "one outer iteration, its parts and its floor")
     whole.add_argument("--preset", choices=list(mlo_mae.PRESETS), help="whose sizes (default shapes)")
     whole.add_argument("--batch-size", type=measure.positive, help="of level 1; levels 2 and 3 keep their ratio to it")
-    whole.add_argument("--precision", choices=list(DTYPES), help="default fp32")
+    whole.add_argument("--precision", choices=list(DTYPES), help="default: the preset's")
     whole.add_argument("--profile", type=Path, help="where to write a trace for chrome://tracing (.gz: compressed)")
     each = add("kernels", run_kernels, "each kernel against the best that PyTorch offers")
+    each.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: all")
     each.add_argument("--shapes", nargs="+", choices=list(GEOMETRY), help=f"default: {' '.join(USUAL)}")
     each.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="default: both")
     each.add_argument("--batch-size", type=measure.positive, help="default 128, on a CPU 4")

@@ -89,6 +89,7 @@ import kernels
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, packed, unpacked, whole_number
 from harness.cli import flag
+from harness.graphs import replayed
 from harness.memory import foresee, in_parts, through
 from harness.probe import mask_statistics
 from harness.processes import (
@@ -181,7 +182,8 @@ class Config:
 
     seed: int = flag(0, "of weights, batches, masks and dropout", least=0, below=2**63)
     device: str = flag("auto", "auto, cpu, cuda, mps")
-    precision: Literal["fp32", "bf16"] = flag("fp32", "of encoder and decoder; parameters are fp32 always")
+    precision: Literal["auto", "fp32", "bf16"] = flag("fp32", "of encoder and decoder; auto: bf16 on a GPU that has it")
+    graphs: Literal["auto", "off"] = flag("auto", "on a GPU, start a step of level 1 in one launch: less time, more memory")
     log_every: int = flag(10, "mask updates between two lines of metrics.jsonl", least=1, most=65536)
     checkpoint_minutes: float = flag(5.0, "minutes between checkpoints (0: after every mask update)", least=0)
 
@@ -198,7 +200,7 @@ CIFAR = (
     | {"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12}
     | {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
     | {"epochs": 200, "batch_size": 128, "labelled_batch_size": 128}
-    | {"lr": 1e-4, "head_lr": 1e-3, "mask_lr": 0.05, "weight_decay": 0.01, "warmup": 0.0}
+    | {"lr": 1e-4, "head_lr": 1e-3, "mask_lr": 0.05, "weight_decay": 0.01, "warmup": 0.0, "precision": "auto"}
 )
 IMAGENET = (
     CIFAR
@@ -213,7 +215,8 @@ PRESETS = {
     "imagenet-large": IMAGENET | {"width": 1024, "depth": 24, "heads": 16},
 }
 # What may change when a run is resumed, since the result does not depend on it; data may lie elsewhere, and must be the same.
-MACHINE_FIELDS = {"data", "data_dir", "device", "workers", "checkpoint_minutes", "accumulate", "checkpoint_activations"}
+MACHINE_FIELDS = {"data", "data_dir", "device", "workers", "graphs", "checkpoint_minutes"}
+MACHINE_FIELDS |= {"accumulate", "checkpoint_activations"}
 MAX_WEIGHTS = 2**31  # of a model; a damaged file must not ask for more
 
 
@@ -262,7 +265,8 @@ class Networks:
     """The four architectures (parameters on the meta device) and what depends on them alone.
 
     score(images, generator, progress) -> [B, N] and penalty(CLS tokens [B, D]) -> scalar are for baselines: another way
-    to choose the masks (the highest are hidden, with p = 1), and a term added to L1. sight: of a T of another run."""
+    to choose the masks (the highest are hidden, with p = 1), and a term added to L1. sight: of a T of another run.
+    replay: `in_one_launch`, for steps that are made in place."""
 
     cfg: Config
     encoder: nn.Module
@@ -272,6 +276,7 @@ class Networks:
     score: Callable[[Tensor, torch.Generator, float], Tensor] | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
     sight: "Sight | None" = None
+    replay: "Callable[[Step, Tensor], Update] | None" = None
 
     @property
     def patches(self) -> int:  # N
@@ -351,17 +356,19 @@ def draw_masks(
     """p [B, N], and the choice (1): visible ids [B, K], restore ids [B, N], mask [B, N].
 
     `keys` seed the draw; `progress` is the share of the run that is done; `known` is p, where T need not be asked."""
-    cfg, joined = net.cfg, world() * len(images)  # random numbers must not depend on the number of processes
-    uniform = torch.rand(joined, net.patches, generator=torch_generator(*keys))[share(joined)].to(images.device)
-    score, prob = uniform, torch.ones_like(uniform)
+    cfg, weighs = net.cfg, weighed_by(net.cfg, progress) and not net.score
+    prob = torch.ones(len(images), net.patches, device=images.device)
+    if weighs:
+        prob = masking_probability(net, psi, images, eyes) if known is None else known
     if net.score:
         score = net.score(images, torch_generator(*keys), progress)
-    elif weighed_by(cfg, progress):
-        prob = masking_probability(net, psi, images, eyes) if known is None else known
-        if cfg.mask_choice == "highest":
-            score = prob
-        elif cfg.mask_choice == "odds":  # the highest of logit + Gumbel noise are a draw without replacement by the odds
-            score = prob.logit(1e-6) - (-uniform.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
+    elif weighs and cfg.mask_choice == "highest":
+        score = prob
+    else:
+        joined = world() * len(images)  # random numbers must not depend on the number of processes
+        score = torch.rand(joined, net.patches, generator=torch_generator(*keys))[share(joined)].to(images.device)
+        if weighs and cfg.mask_choice == "odds":  # the highest of logit + Gumbel noise: drawn without replacement by the odds
+            score = prob.logit(1e-6) - (-score.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
     return prob, *select_patches(score, net.visible)
 
 
@@ -378,6 +385,16 @@ def is_given(cfg: Config) -> bool:
 def autocast(net: Networks, device: torch.device):
     """bfloat16 for encoder and decoder where asked for; T, the head and every loss stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=net.cfg.precision == "bf16")
+
+
+def with_precision(cfg: Config, device: torch.device) -> Config:
+    """The configuration with what --precision auto is on this device. Beside bfloat16 a GPU may multiply float32 as TF32."""
+    gpu = device.type == "cuda"
+    if cfg.precision == "auto":
+        cfg = dataclasses.replace(cfg, precision="bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32")
+    if gpu:
+        torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")
+    return cfg
 
 
 def errors_and_features(net: Networks, encoder_params: Params, decoder_params: Params, step: Step) -> tuple[Tensor, Tensor]:
@@ -493,7 +510,7 @@ def stepped(level: Level, gradient: Sequence[Tensor], rates: Rates, in_place: bo
 
     gradient: in pieces, in the vector's order, each of one weight decay. in_place: in the memory of `level`, which then holds
     the next one."""
-    after = level if in_place else Level(*(vector.clone() for vector in level[:3]), level.t)
+    after = level if in_place else copied(level)
     sizes, groups = tuple(piece.numel() for piece in gradient), {}
     pieces = zip(*(vector.split(sizes) for vector in after[:3]), (piece.reshape(-1) for piece in gradient))
     for decay, some in zip(decays_of(rates.decay, sizes), pieces):
@@ -501,7 +518,7 @@ def stepped(level: Level, gradient: Sequence[Tensor], rates: Rates, in_place: bo
     how = {"fused": True, "amsgrad": False, "maximize": False, "beta1": BETA1, "beta2": BETA2, "eps": rates.eps}
     for decay, some in groups.items():
         params, mu, nu, gradients = map(list, zip(*some))
-        made = torch.full((len(some),), float(level.t), device=level.params.device).unbind()  # which the pass counts up
+        made = (torch.zeros(len(some), device=level.params.device) + level.t).unbind()  # which the pass counts up
         torchs_adamw(params, gradients, mu, nu, [], list(made), lr=rates.lr, weight_decay=decay, **how)
     return after._replace(t=level.t + 1)
 
@@ -693,6 +710,10 @@ def eyes_of(net: Networks, state: State) -> Tensor:
     return state.theta.params[: net.encoder_size] if state.eyes is None else state.eyes
 
 
+def copied(level: Level) -> Level:
+    return Level(*(vector.clone() for vector in level[:3]), level.t)
+
+
 def fresh_level(params: Tensor, device: torch.device | str) -> Level:
     return Level(params.to(device), torch.zeros_like(params, device=device), torch.zeros_like(params, device=device), 0)
 
@@ -719,6 +740,17 @@ def level1_step(
     with torch.no_grad():
         prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress, known=known)  # (1)
     step = Step(theta, None, rates, images, *choice, eyes)
+    update = net.replay if in_place and net.replay else functools.partial(level1_update, net, in_place=in_place)
+    theta, gradient, loss, error = update(step, prob)
+    return theta, step._replace(gradient=gradient), loss, error
+
+
+Update = tuple[Level, Tensor | None, Tensor, Tensor]  # theta', g1 as a vector (None: in pieces), L1, mean unweighted error
+
+
+def level1_update(net: Networks, step: Step, prob: Tensor, in_place: bool = False) -> Update:
+    """(2) and (3), when p and the masks are there."""
+    theta = step.theta
     parts = zip((net.encoder, net.decoder), theta.params.tensor_split([net.encoder_size]))
     pieces = [{name: piece.detach().requires_grad_() for name, piece in unflatten(*part).items()} for part in parts]
     errors, features = errors_and_features(net, *pieces, step)
@@ -730,7 +762,26 @@ def level1_step(
         vector = average(torch.cat([piece.flatten() for piece in gradient]))  # all images hide as many: a mean of means
         gradient = vector.split([piece.numel() for piece in gradient])
     error = errors.detach().sum() / step.mask.sum()
-    return stepped(theta, gradient, rates, in_place), step._replace(gradient=vector), loss.detach(), error  # (3)
+    return stepped(theta, gradient, step.rates, in_place), vector, loss.detach(), error  # (3)
+
+
+def in_one_launch(net: Networks, decay: Tensor, **how) -> Callable[[Step, Tensor], Update]:
+    """`level1_update` in place, as one launch of a GPU. What changes from step to step has to be a tensor, so the learning
+    rate is one, and the number of steps made. how: of `replayed`."""
+
+    def work(params, mu, nu, t, lr, prob, *batch):
+        step = Step(Level(params, mu, nu, t), None, Rates(lr, decay), *batch)
+        return level1_update(net, step, prob, in_place=True)[2:]
+
+    run = replayed(work, 3, **how)
+
+    def update(step: Step, prob: Tensor) -> Update:
+        numbers = (torch.full((), float(value), device=prob.device) for value in (step.theta.t, step.rates.lr))
+        batch = step.images, step.keep, step.restore, step.mask
+        *vectors, loss, error = run(*step.theta[:3], *numbers, prob, *batch)
+        return Level(*vectors, step.theta.t + 1), None, loss, error
+
+    return update
 
 
 def joined(steps: list[Step]) -> Step:
@@ -780,17 +831,18 @@ def outer_iteration(
     decay: of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr; hypergradient: another
     form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
-    cfg, theta, head, psi, waited, steps = net.cfg, state.theta, state.head, state.psi, state.waited, []
+    cfg, head, psi, waited, steps = net.cfg, state.head, state.psi, state.waited, []
     progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total, waited)
     learns, all_steps = learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
+    in_place = 0 if all_steps else cfg.level1_steps - learns  # steps; not those that are differentiated
+    theta = copied(state.theta) if in_place else state.theta  # the caller has its state still
 
     for n in range(cfg.level1_steps):
         number, done = state.iteration * cfg.level1_steps + n, (state.iteration - first) * cfg.level1_steps + n
         lr = cfg.lr * schedule(done, length * cfg.level1_steps, cfg.warmup * length * cfg.level1_steps)
         images, keys = next(batches[0]).images, (cfg.seed, MASKS, number)
         how = {"progress": progress, "eyes": state.eyes, "known": next(batches[3]) if batches[3:] else None}
-        # The caller has its state still, and the derivative begins where the step did that it is of.
-        how["in_place"] = 0 < n < cfg.level1_steps - learns and not all_steps
+        how["in_place"] = n < in_place
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
         if not all_steps:  # of earlier steps the images and masks alone are looked at
             steps = [earlier._replace(theta=None, gradient=None) for earlier in steps]
@@ -819,6 +871,7 @@ def outer_iteration(
         else:  # its scale follows the levels below it; eps must stay below any of its elements
             psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))
             losses["hypergradient_norm"] = result.hypergradient.norm()
+    theta = copied(theta) if net.replay and in_place else theta  # the next replay works in the same memory
     return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
 
 
@@ -1162,6 +1215,7 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
     Raises UserError, and Interrupted after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(cfg)
     device = cli.choose_device(cfg.device)
+    cfg = with_precision(cfg, device)
     run = Run(out, {"config": dataclasses.asdict(cfg)}, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes)
     splits = first_before_others(lambda: load_data(cfg, device))
     run.compare("data", splits.facts(), data.COMPUTED)
@@ -1194,6 +1248,8 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
     mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
+    if cfg.graphs == "auto" and device.type == "cuda" and world() * cfg.accumulate == 1 and not cfg.checkpoint_activations:
+        net.replay = in_one_launch(net, decay[0])
     start, end = window(cfg, total)
     if cfg.masking == "learned" and start == end and not is_given(cfg):
         raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or lower --mask-start")

@@ -115,9 +115,11 @@ def memory(cfg: Settings, gpus: int) -> dict[str, int]:
     """Bytes on each GPU, temporaries left out. Weights and moments: of now, the iteration's start, the last step's start."""
     (encoder, decoder, head, masking), (level1, labelled) = parameters(cfg).values(), activations(cfg).values()
     pairs = (level1, cfg.batch_size), (labelled, 2 * cfg.labelled_batch_size * (learned := cfg.masking == "learned"))
-    theta, kept = encoder + decoder, learned or cfg.level1_steps == 2  # a step's gradient, beside the next one's
+    theta = encoder + decoder
     return {
-        "vectors of theta": 4 * theta * (3 * min(2 + learned, cfg.level1_steps + 1) + 2 + kept),  # 2: decays, a gradient
+        "vectors of theta": 4
+        * theta
+        * (3 * min(2 + learned, cfg.level1_steps + 1) + 2 + learned),  # decays, a gradient (T's too)
         "bfloat16 copies": 2 * theta * (cfg.precision == "bf16"),
         "vectors of head and T": 4 * (4 * head + 6 * masking),
         "activations": max(size * math.ceil(images / gpus / cfg.accumulate) for size, images in pairs),
@@ -172,6 +174,7 @@ def run_command(argv: list[str]) -> dict:
     gpus, preset = flags.pop("gpus"), flags.get("preset", "imagenet-large")
     cfg = Settings(**{"preset": preset, "precision": "bf16"} | mlo_mae.PRESETS[preset] | flags)
     cfg = replace(cfg, image_size=cfg.image_size or 224, images=cfg.images or TRAINING_IMAGES["imagenet"])
+    cfg = replace(cfg, precision="bf16") if cfg.precision == "auto" else cfg  # these GPUs have it
     mlo_mae.check(cfg)
     mlo_mae.check_size(cfg, cfg.image_size, CHANNELS)
     if cfg.masking != "learned" or cfg.masking_from or cfg.unroll == "full" or cfg.hypergradient == "unrolled":

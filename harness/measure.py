@@ -308,7 +308,8 @@ class Page:
 
 # ---------------------------------------------------------------------------------------- programs that measure
 
-LIMITS = ("sizes", "preset", "precision", "shapes", "dtypes", "batch_size")  # flags that say what is measured; None: the usual
+# flags that say what is measured; None: the usual
+LIMITS = ("sizes", "preset", "precision", "kernels", "shapes", "dtypes", "batch_size")
 
 
 def positive(text: str) -> int:

@@ -20,6 +20,7 @@ from kernels.patches import gather_patches_reference
 from kernels.tokens import scatter_tokens_reference, select_patches_reference
 
 GEOMETRY = {"tiny": (8, 2), "cifar": (32, 2), "imagenet": (224, 16)}  # image and patch size in pixels; the last: ViT-B/16's
+KERNELS = "gather_patches", "select_patches", "scatter_tokens", "patch_loss", "attention"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 

@@ -180,6 +180,12 @@ def test_a_comparison_that_fails_leaves_the_others_which_are_saved_as_they_come(
     assert page.name.startswith("kernels-cifar-fp32-2-") and page.read_text() in f"`{page.read_text().split('`')[1]}`\n\n{out}"
 
 
+def test_some_kernels_alone(capsys):
+    words = "--shapes", "tiny", "--batch-size", "2", "--dtypes", "fp32", "--no-compile"
+    status, report, _ = run(capsys, "kernels", "--kernels", "patch_loss", "select_patches", *words)
+    assert status == 0 and {row["kernel"] for row in report["rows"]} == {"patch_loss", "select_patches"}
+
+
 def test_a_wrong_kernel_gets_no_speedup(capsys, monkeypatch):
     right = kernels.patch_loss
     monkeypatch.setattr(kernels, "patch_loss", lambda pred, images, mask: right(pred, images, mask) * (1 + 1e-3))

@@ -1,13 +1,17 @@
 """The networks, masks and losses against their equations written out, and the loop that puts them together."""
 
+import contextlib
 import dataclasses
+import json
 import math
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEFAULT, TINY, noise_batches, other_sight
+from helpers import DEFAULT, TINY, arguments, as_recorded, noise_batches, other_sight
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import mlo_mae
@@ -602,7 +606,7 @@ def test_whether_t_waits_is_what_the_processes_agree_on(monkeypatch, others):
 
 
 def test_the_last_steps_theta_is_there_when_t_is_told(monkeypatch):
-    """Steps in between are made in place; the state that came in, and where the last step began, are whole."""
+    """The steps before it are made in place; the state that came in, and where the last step began, are whole."""
     settings = {"level1_steps": 4, "mask_batches": 2, "mask_start": 0.0, "mask_wait": 0.0, "unroll": "last"}
     net, state, rest = fresh_state(**DEFAULT | settings)
     seen, real = [], mlo_mae.stepped
@@ -620,7 +624,110 @@ def test_the_last_steps_theta_is_there_when_t_is_told(monkeypatch):
     monkeypatch.setattr(mlo_mae, "stepped", watched)
     before = [x.clone() for x in state.theta[:3]]
     mlo_mae.outer_iteration(net, state, *rest, looked_at)
-    assert all(map(torch.equal, before, state.theta[:3])) and seen == [False, True, True, False]
+    assert all(map(torch.equal, before, state.theta[:3])) and seen == [True, True, True, False]
+
+
+def test_automatic_precision_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
+    cpu, gpu, products = torch.device("cpu"), torch.device("cuda"), []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", products.append)
+    for name, device, able, expected in (
+        ("auto", cpu, True, "fp32"),
+        ("auto", gpu, True, "bf16"),
+        ("auto", gpu, False, "fp32"),
+        ("bf16", cpu, False, "bf16"),
+        ("bf16", gpu, True, "bf16"),
+        ("fp32", gpu, True, "fp32"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able: able)
+        assert mlo_mae.with_precision(Config(precision=name), device) == Config(precision=expected)
+    assert products == ["high", "highest", "high", "highest"]  # TF32 beside bfloat16 alone
+    assert {name: Config(**PRESETS[name]).precision for name in PRESETS} == {"shapes": "fp32"} | dict.fromkeys(
+        ("cifar10", "cifar100", "imagenet", "imagenet-large"), "auto"
+    )
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_a_runs_settings_have_the_precision_that_it_had(sides, tmp_path):
+    """So that it cannot be continued in another."""
+    words = arguments(sides, tmp_path / "run", "--precision", "auto", "--epochs", 2)
+    assert mlo_mae.main(words) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["precision"] == "fp32"
+
+
+def in_launches(settings, record, device="cpu", total=8):
+    """States and losses of a run whose steps are recorded, and of one whose steps are not."""
+    runs = []
+    for recorded in (True, False):
+        net, state, (batches, _, decay, mask_rate) = fresh_state(**settings)
+        decay, mask_rate = [vector.to(device) for vector in decay], mask_rate.to(device)
+        state = state._replace(**{name: mlo_mae.fresh_level(getattr(state, name).params, device) for name in LEVELS})
+        batches = [(data.Batch(*(tensor.to(device) for tensor in batch)) for batch in stream) for stream in batches]
+        if recorded:
+            net.replay = mlo_mae.in_one_launch(net, decay[0], **record)
+        runs.append(run_through(net, state, (batches, 4, decay, mask_rate), total))
+    return runs
+
+
+LEVELS = ("theta", "head", "psi")
+RECORDED = [{}, {"mask_choice": "odds"}, {"masking": "random"}, {"level1_steps": 1}, {"unroll": "full", "mask_batches": 1}]
+
+
+def same_run(runs, rtol):
+    (states, rows), (judges, expected) = runs
+    for state, judge in zip(states, judges):  # all of them, so that none was written over since
+        for level, truth in zip(state[1:4], judge[1:4]):
+            assert level.t == truth.t
+            assert all(torch.allclose(x, y, rtol=rtol, atol=rtol / 10) for x, y in zip(level[:3], truth[:3]))
+        assert (state.eyes is None) == (judge.eyes is None)
+        assert state.eyes is None or torch.allclose(state.eyes, judge.eyes, rtol=rtol, atol=rtol / 10)
+    for row, truth in zip(rows, expected):
+        assert row.keys() == truth.keys() and all(torch.allclose(row[name], truth[name], rtol=rtol) for name in row)
+
+
+@pytest.mark.parametrize("settings", RECORDED, ids=str)
+def test_steps_in_one_launch_are_the_same_run(settings, monkeypatch):
+    """To the bit, where learning rates are float32 as they are: they, and counts of steps, change from step to step. Three
+    parts of a run, in one of which T may wait."""
+    monkeypatch.setattr(mlo_mae, "schedule", lambda step, *others: 2.0 ** -(step % 5))
+    settings = DEFAULT | THREE_PARTS | {"level1_steps": 3, "mask_wait": 0.5, "lr": 2.0**-9} | settings
+    same_run(in_launches(settings, {"record": as_recorded}), 0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
+@pytest.mark.parametrize("settings", RECORDED, ids=str)
+def test_a_gpus_steps_in_one_launch_are_the_same_run(settings, capsys):
+    settings = DEFAULT | THREE_PARTS | {"level1_steps": 3, "mask_wait": 0.5} | settings
+    same_run(in_launches(settings, {}, "cuda"), 1e-2)
+    assert capsys.readouterr().err == ""
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails where an operator sees, makes or asks for something off the device "meta", where nothing has a value."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        absent = function is torch.ops.aten._fused_adamw_.tensor_lr  # on "meta"; in place
+        result = None if absent else function(*args, **(kwargs or {}))
+        found = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in found), function
+        return result
+
+
+def test_a_step_in_one_launch_waits_for_nothing_and_uploads_nothing(monkeypatch):
+    """Which a CUDA graph must not: with tensors that have no value, whatever looks at one fails."""
+    monkeypatch.setattr(mlo_mae, "autocast", lambda *given: contextlib.nullcontext())  # there is none for such tensors
+    net, state, (batches, _, decay, _) = fresh_state(**DEFAULT)
+    how, seen = {"record": lambda function: (function, function())}, []
+    images, rates = next(batches[0]).images, mlo_mae.Rates(1e-3, decay[0])
+    net.replay = lambda step, prob: seen.append((step, prob)) or (step.theta, None, None, None)
+    mlo_mae.level1_step(net, state.theta, state.psi.params, images, rates, 0, in_place=True)
+    ((step, prob),) = seen
+    mlo_mae.level1_update(net, step._replace(theta=mlo_mae.copied(step.theta)), prob, in_place=True)  # looks up the decays
+    step = step._replace(**{name: getattr(step, name).to("meta") for name in ("images", "keep", "restore", "mask")})
+    step = step._replace(theta=mlo_mae.Level(*(vector.to("meta") for vector in state.theta[:3]), 0))
+    prob = prob.to("meta")
+    with OnOneDevice():
+        theta, gradient, loss, error = mlo_mae.in_one_launch(net, decay[0], **how)(step, prob)
+    assert theta.t == 1 and gradient is None and loss.is_meta and error.shape == ()
 
 
 def test_a_look_that_does_not_move_t_costs_no_backward_pass(monkeypatch):

@@ -1,0 +1,83 @@
+"""Steps in one launch: with a stand-in for a CUDA graph that is as strict about memory and numbers, and, where there is a GPU,
+with the real one."""
+
+import pytest
+import torch
+from helpers import as_recorded
+
+from harness.graphs import recorded, replayed
+
+
+def work(total, held, x, weight):
+    """Changes the first two in place."""
+    total += weight * x.sum()
+    held.mul_(0.5).add_(x)
+    return total + held.sum(), x * weight
+
+
+def plain(total, held, x, weight):
+    """The same, of copies."""
+    total, held = total.clone(), held.clone()
+    results = work(total, held, x, weight)
+    return total, held, *results
+
+
+def numbers(device="cpu", size=3):
+    return tuple(torch.rand(shape, dtype=torch.float64).to(device) for shape in ((), (size,), (size,), ()))
+
+
+def in_turn(call, device="cpu"):
+    """Three calls, each with what the one before it returned and with new numbers, and one that begins again."""
+    given, expected, kept = numbers(device), [], []
+    begun = [x.clone() for x in given]
+    for number in range(4):
+        total, held, *results = call(*given)
+        expected.append(plain(*begun))
+        assert all(map(torch.allclose, (total, held, *results), expected[-1]))
+        kept.append(results)
+        new = numbers(device)
+        given = (total, held, *new[2:]) if number < 2 else new
+        begun = [x.clone() for x in given]
+    assert all(torch.equal(x, y) for x, y in zip(given, begun))
+    for found, wanted in zip(kept, expected):  # the second pair is of no use to a later call, and stays
+        assert all(map(torch.allclose, found, wanted[2:]))
+
+
+def test_a_replay_is_a_call():
+    in_turn(replayed(work, 2, as_recorded))
+
+
+def test_what_is_given_stays_as_it_is_unless_it_was_returned():
+    call, given = replayed(work, 2, as_recorded), numbers()
+    before = [x.clone() for x in given]
+    first = call(*given)
+    again = call(*given)
+    assert all(map(torch.equal, given, before)) and all(map(torch.equal, first, again))
+    after = call(*again[:2], *given[2:])
+    assert after[0] is again[0] and not torch.equal(after[0], plain(*before)[0])  # in the same memory
+
+
+def test_other_shapes_are_recorded_anew():
+    counts = []
+    call = replayed(work, 2, lambda function: counts.append(1) or as_recorded(function))
+    for size in (3, 3, 1, 1, 4):
+        given = numbers(size=size)
+        assert all(map(torch.allclose, call(*given), plain(*given)))
+    assert len(counts) == 3
+
+
+def test_what_cannot_be_recorded_is_called_each_time(capsys):
+    def record(function):
+        function()  # it had begun
+        raise RuntimeError("operation not permitted while it is recorded\nmore lines")
+
+    in_turn(call := replayed(work, 2, record))
+    call(*numbers())
+    said = "steps are not recorded, and take longer to start (operation not permitted while it is recorded); --graphs off\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
+def test_a_gpus_graph_is_a_call(capsys):
+    in_turn(replayed(work, 2, recorded), "cuda")
+    assert capsys.readouterr().err == ""
