@@ -1395,7 +1395,15 @@ def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
     return flatten([net.masking], content["masking"]), flatten([net.seer], kept)
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------------- in Python, command line
+
+
+def load(path: str | Path, device: str = "auto", **how):
+    """A run, or public weights, for images of your own: `experiments.encode.load`, which names all it takes and raises.
+
+    model = load("runs/shapes-learned-0")
+    model.features(images), model.weights(images), model.reconstruct(images), model.encoder"""
+    return cli.command("encode").load(path, device, **how)
 
 
 def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> dict | None:

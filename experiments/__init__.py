@@ -11,7 +11,9 @@ import mlo_mae
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, whole_number
 from harness.run import difference
+from harness.vectors import call
 from harness.weights import starting_weights
+from kernels import gather_patches
 
 
 def config_of(content: dict) -> mlo_mae.Config:
@@ -25,9 +27,10 @@ def config_of(content: dict) -> mlo_mae.Config:
     return cfg
 
 
-def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networks, mlo_mae.State, data.Splits]:
-    """A run's networks, state and data; `machine` overrides fields of its configuration. Raises UserError."""
-    content, device = newest(run, mlo_mae.FORMAT), cli.choose_device(device)
+def read_run(run: Path, device: torch.device, **machine) -> tuple[mlo_mae.Networks, mlo_mae.State, dict]:
+    """A run's networks, state, and what its checkpoint says of its data, which are not needed; `machine` overrides fields of
+    its configuration. Raises UserError."""
+    content = newest(run, mlo_mae.FORMAT)
     with fitting(run / "checkpoint.pt"):
         cfg, facts = dataclasses.replace(config_of(content), **machine), content["data"]
         mlo_mae.check(cfg)
@@ -36,13 +39,30 @@ def open_run(run: Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networ
             raise UserError(f"its images have {sizes[0]} pixels, but --image-size is {cfg.image_size}")
         sight = mlo_mae.sight_of(content, facts, device) if cfg.masking_from else None
         net, _ = mlo_mae.build(cfg, *sizes, sight)
-        state = mlo_mae.restored(net, content, device)  # before the data, whose size a damaged file could make absurd
-    splits = mlo_mae.load_data(cfg, device)
+        return net, mlo_mae.restored(net, content, device), facts
+
+
+def open_run(run: str | Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networks, mlo_mae.State, data.Splits]:
+    """`read_run`, and its data. Raises UserError."""
+    run, device = Path(run), cli.choose_device(device)
+    net, state, facts = read_run(run, device, **machine)  # before the data, whose size a damaged file could make absurd
+    splits = mlo_mae.load_data(net.cfg, device)
     with fitting(run / "checkpoint.pt"):
         what = difference(facts, splits.facts(), data.COMPUTED)
     if what:
-        raise UserError(f"{cfg.data} is not the data that {run} was trained on: {what}")
+        raise UserError(f"{net.cfg.data} is not the data that {run} was trained on: {what}")
     return net, state, splits
+
+
+@torch.no_grad()
+def reconstructed(net: mlo_mae.Networks, theta: Tensor, images: Tensor, keep: Tensor, restore: Tensor) -> Tensor:
+    """The decoder's patches [B, N, p*p*C] of images of which it sees the patches `keep`. What it predicts are normalised
+    patches: they get each true patch's own mean and deviation, which it does not know."""
+    encoder_params, decoder_params = theta.tensor_split([net.encoder_size])
+    with mlo_mae.autocast(net, images.device):
+        pred = call(net.decoder, decoder_params, call(net.encoder, encoder_params, images, keep), restore).float()
+    target = gather_patches(images, None, net.cfg.patch_size)
+    return pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 
 
 @torch.no_grad()

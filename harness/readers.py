@@ -119,7 +119,7 @@ TURNS = {  # EXIF's orientation: what makes such an image upright
 
 
 def opened(
-    file: str | Path | BinaryIO, formats: Iterable[str] = FORMATS
+    file: str | Path | BinaryIO | Image.Image, formats: Iterable[str] = FORMATS
 ) -> tuple[Image.Image, Image.Transpose | None, tuple[int, int]]:
     """An image as it is stored, what makes it upright, and the width and height that it has then. A JPEG is not decoded yet.
 
@@ -127,7 +127,7 @@ def opened(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about bombs, which are refused here
         try:
-            image = Image.open(file, formats=list(formats))
+            image = file.copy() if isinstance(file, Image.Image) else Image.open(file, formats=list(formats))
         except UnidentifiedImageError:  # whose words show an object
             raise ValueError(f"it does not begin as a whole {' or '.join(formats)} does") from None
         width, height = image.size
@@ -166,9 +166,23 @@ def decode(
     It is upright, as its EXIF says. With `whole`, all of it, squashed into the square. Raises whatever PIL raises where it
     cannot, and ValueError for decompression bombs.
     """
+    return pixels_of(*opened(file), size, rng, whole, flip, crop)
+
+
+def pixels_of(
+    image: Image.Image,
+    turn: Image.Transpose | None,
+    upright: tuple[int, int],
+    size: int,
+    rng: np.random.Generator | None,
+    whole: bool,
+    flip: bool = True,
+    crop: bool = True,
+) -> np.ndarray:
+    """`decode`, of what `opened` returns."""
+    width, height = upright
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL warns about odd palettes too
-        image, turn, (width, height) = opened(file)
         w = h = min(width, height) * 224 / 256
         left, top = (width - w) / 2, (height - h) / 2
         if whole:
@@ -190,6 +204,23 @@ def decode(
     if rng and rng.random() < 0.5 and flip:
         pixels = pixels[:, ::-1]
     return pixels.transpose(2, 0, 1)
+
+
+def picture(source: Path | Image.Image, size: int, channels: int) -> np.ndarray:
+    """An image file, or an image of PIL's, as [size, size, channels] uint8: whole where it has this very size, else its middle
+    as `decode` cuts it. Raises what `decode` raises."""
+    image, turn, upright = opened(source)
+    pixels = pixels_of(image, turn, upright, size, None, whole=upright == (size, size)).transpose(1, 2, 0)
+    return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
+def list_pictures(root: Path) -> list[Path]:
+    """The image files in a folder at any depth, in an order that every system gives."""
+    found = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if not is_housekeeping(name)]
+        found += [os.path.join(folder, name) for name in names if not why_left_out(name)]
+    return [Path(path) for path in sorted(found, key=lambda path: (portable(path), path))]
 
 
 # --------------------------------------------------------------------------------------- folders, and their decoding
@@ -789,6 +820,19 @@ def npz_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
         raise UserError(f"{bomb}; if it is meant, write the file with np.savez instead of np.savez_compressed")
     with archive.open(info) as file:
         return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def npz_pictures(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """(name, array) of each array of a .npz file whose name ends in "images". Raises UserError."""
+    with blaming(path, "make the file again with np.savez(FILE, images=...)"):
+        if not zipfile.is_zipfile(path):
+            raise UserError("it is no whole .npz file; write one with np.savez(FILE, images=...)")
+        with zipfile.ZipFile(path) as archive:
+            there = [name.removesuffix(".npy") for name in sorted(archive.namelist())]
+            if not (names := [name for name in there if name.endswith("images")]):
+                raise UserError(f"it has {first_of([printable(name, 40) for name in there]) or 'nothing'}, and no images")
+            for name in names:
+                yield name, npz_array(archive, name)
 
 
 def npz_part(part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@
 A file is never trusted and nothing in it is executed: whatever is wrong ends in a `UserError`.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -63,6 +64,7 @@ class Found(NamedTuple):
     others: list[str]  # names of what stands beside them and is another network's
     heads: dict[str, int]  # "heads", "decoder_heads", where the file says them: they leave no trace in the weights' shapes
     choice: str  # which of the file's networks it is, in words; "" where there is one
+    pixels: tuple[list[float], list[float]] | None  # mean and deviation of its images' channels, where the file says them
 
 
 # ----------------------------------------------------------------------------------------------------- reading
@@ -177,7 +179,21 @@ def find(content: dict, facts: dict) -> Found:
     beside = [name for name in tensors if not name.startswith(prefix)]
     decoder = {name: tensors[name] for name in beside if is_decoder(name) and name not in weights}
     choice = f"of {chosen.rstrip('.') or 'the top level'}, not of {several}" if several else ""
-    return Found(weights | decoder, [name for name in beside if name not in decoder], stated_heads(facts), choice)
+    others = [name for name in beside if name not in decoder]
+    return Found(weights | decoder, others, stated_heads(facts), choice, stated_pixels(facts))
+
+
+def stated_pixels(facts: dict) -> tuple[list[float], list[float]] | None:
+    """The mean and deviation of pixels from 0 to 1 that an export states, each as a list or as its JSON."""
+    found = []
+    for name in ("mean", "std"):
+        value = facts.get(name)
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, list) or not value or not all(type(x) is float and 0 <= x < math.inf for x in value):
+            return None
+        found.append(value)
+    return tuple(found) if len(found[0]) == len(found[1]) and all(found[1]) else None
 
 
 def stated_heads(facts: dict) -> dict[str, int]:

@@ -1,0 +1,316 @@
+"""A trained network for images of one's own: features, weights of patches, reconstructions.
+
+    python mlo_mae.py encode RUN IMAGES... --out features.npz              # image files, folders of them, .npz files
+    python mlo_mae.py encode FILE.pth photos/ --heads 12 --out FILE.npz    # public weights
+
+In Python, `mlo_mae.load(RUN)` is the same: see `load` and `Model`. The data that the network was trained on are not needed.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+import mlo_mae
+from data import IMAGENET_MEAN, IMAGENET_STD
+from experiments import read_run, reconstructed
+from experiments.show import picture_rows
+from harness import UserError, cli, counted
+from harness.files import write_whole
+from harness.pictures import as_images, grid
+from harness.readers import blaming, list_pictures, npz_pictures, picture
+from harness.vectors import unflatten
+from harness.weights import ANCHOR, has_cls_row, is_decoder, read_weights, starting_weights
+from kernels import gather_patches
+
+Pictures = np.ndarray | Tensor | Image.Image | Sequence[Image.Image]
+AT_A_TIME = 256  # images
+DRAWN = 12  # images in the picture
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network. Images are any of
+
+    - numpy arrays [N, H, W, C] uint8 (of one channel [N, H, W] too),
+    - torch tensors [N, C, H, W], uint8, or floats from 0 to 1,
+    - a PIL image, or a list of them: one of the network's own size is taken as it is; of others the middle is, 7/8 of their
+      shorter side, as folders are validated.
+
+    Arrays and tensors must have the network's size; whatever else is wrong raises UserError too. Results are on the CPU."""
+
+    net: mlo_mae.Networks
+    state: mlo_mae.State
+    image_size: int  # pixels of a side
+    mean: Sequence[float]  # of each channel's pixels, from 0 to 1
+    std: Sequence[float]
+    decodes: bool = True  # whether there is a decoder
+
+    @property
+    def encoder(self) -> mlo_mae.Encoder:
+        """A module of your own with the encoder's weights: `inputs(images)` -> tokens [N, 1+patches, D], CLS first."""
+        cfg, params = self.net.cfg, self.state.theta.params
+        encoder = mlo_mae.Encoder(self.image_size, cfg.patch_size, len(self.mean), cfg.width, cfg.depth, cfg.heads)
+        encoder.load_state_dict(unflatten(self.net.encoder, params[: self.net.encoder_size]))
+        return encoder.to(params.device)
+
+    def inputs(self, images: Pictures) -> Tensor:
+        """What the networks read, on their device: normalised pixels [N, C, H, W] float32."""
+        pixels = pixels_from(images, self.image_size, len(self.mean)).to(self.state.theta.params.device)
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+    def features(self, images: Pictures, pooling: str = "") -> Tensor:
+        """Features [N, D]: the mean of the patches' tokens ("mean") or the CLS token ("cls"); by default what level 2 of the
+        run reads, and of public weights the mean."""
+        if pooling not in ("", "mean", "cls"):
+            raise UserError(f"pooling {pooling!r}: choose mean or cls")
+        params = self.state.theta.params[: self.net.encoder_size]
+        return in_batches(lambda some: mlo_mae.encode(self.net, params, some, pooling), self.inputs(images))
+
+    def weights(self, images: Pictures) -> Tensor:
+        """p [N, H/patch, W/patch], from 0 to 1: how much each patch counts, as T has learned it."""
+        if not self.sees:
+            raise UserError("there is no T that has learned; give a run of --masking learned that is past its --mask-start")
+        psi, eyes = self.state.psi.params, mlo_mae.eyes_of(self.net, self.state)
+        p = in_batches(lambda some: mlo_mae.masking_probability(self.net, psi, some, eyes), self.inputs(images))
+        return square(p)
+
+    def reconstruct(self, images: Pictures, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """Pixels [N, H, W, C] from 0 to 1 whose hidden patches are the decoder's, with each true patch's own mean and
+        contrast, which it does not know; and which were hidden [N, H/patch, W/patch] bool, as the run chooses, by `seed`."""
+        if not self.decodes:
+            raise UserError("there is no decoder; give a run, or an autoencoder's weights and their decoder_heads")
+
+        def work(some: Tensor) -> Tensor:
+            _, keep, restore, mask = self.draw(some, seed)
+            made = reconstructed(self.net, self.state.theta.params, some, keep, restore)
+            whole = torch.where(mask[..., None] > 0, made, gather_patches(some, None, self.net.cfg.patch_size))
+            return torch.cat([mask[..., None], whole], dim=2)
+
+        hidden, patches = in_batches(work, self.inputs(images)).tensor_split([1], dim=2)
+        pixels = as_images(patches, self.net.cfg.patch_size, self.mean, self.std)
+        return torch.from_numpy(pixels), square(hidden[..., 0] > 0)
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is a T that has learned."""
+        cfg = self.net.cfg
+        return cfg.masking == "learned" and (self.state.psi.t > 0 or bool(cfg.masking_from))
+
+    def draw(self, inputs: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `mlo_mae.draw_masks` returns for these inputs."""
+        eyes, keys = mlo_mae.eyes_of(self.net, self.state), (seed, mlo_mae.MASKS)
+        return mlo_mae.draw_masks(self.net, self.state.psi.params, inputs, eyes, *keys)
+
+
+@torch.no_grad()
+def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """function(inputs) [N, ...] on the CPU, of so many images at a time that they fit."""
+    return torch.cat([function(some).float().cpu() for some in inputs.split(AT_A_TIME)])
+
+
+def square(rows: Tensor) -> Tensor:
+    """[N, patches] as [N, H/patch, W/patch]."""
+    return rows.unflatten(1, (math.isqrt(rows.shape[1]), -1))
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    heads: int = 0,
+    decoder_heads: int = 0,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Model:
+    """A trained network: of a run's folder, or of public weights, .pth or .safetensors, as timm or facebookresearch/mae name
+    them.
+
+    For public weights: heads of the encoder and decoder, where the file does not say them; mean and std of each channel's
+    pixels from 0 to 1 (None: as the file says, else ImageNet's). Nothing in a file is executed. Raises UserError."""
+    path, device = Path(path), cli.choose_device(device)
+    if path.is_dir():
+        if heads or decoder_heads or mean or std:
+            raise UserError(f"{path} is a run, which knows its heads, mean and std; leave them out")
+        net, state, facts = read_run(path, device)
+        return Model(net, state, facts["image_size"], facts["mean"], facts["std"])
+    return public(path, device, {"heads": heads, "decoder_heads": decoder_heads}, mean, std)
+
+
+def public(path: Path, device: torch.device, given: dict[str, int], mean: Sequence | None, std: Sequence | None) -> Model:
+    """`load`, of a file."""
+    found, sizes = read_weights(path), {}
+    with blaming(path, "give another file"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
+        width, channels, patch, _ = shapes[ANCHOR]
+        rows = shapes["pos_embed"][1]
+        size = math.isqrt(rows - (has_cls_row(rows) or 0)) * patch
+        for name, count in given.items():
+            stated = found.heads.get(name, 0)
+            if stated and count and stated != count:
+                raise UserError(f"it says that it has {stated} {name}, not {count}")
+            sizes[name] = stated or count
+        if not sizes["heads"]:
+            raise UserError("it does not say how many heads its encoder has; give heads (ViT-B 12, ViT-L 16)")
+        if "norm.weight" not in shapes and "fc_norm.weight" in shapes:
+            raise UserError("it has no norm of tokens but that of a classifier; give weights from before that was trained")
+        decodes = any(map(is_decoder, shapes)) and sizes["decoder_heads"] > 0
+        sizes |= {"patch_size": patch, "width": width, "depth": blocks(shapes, "blocks")}
+        if decodes:
+            sizes |= {"decoder_width": shapes["decoder_embed.weight"][0], "decoder_depth": blocks(shapes, "decoder_blocks")}
+        else:
+            sizes |= {"decoder_width": 4, "decoder_depth": 1, "decoder_heads": 1}
+        if (mean is None) != (std is None):
+            raise UserError("mean and std go together; give both, or none")
+        stated = (mean, std) if mean is not None else found.pixels or (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = ([float(value) for value in values] for values in stated)
+        if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise UserError(f"mean {mean} and std {std} are not those of {counted(channels, 'channel')}; give others")
+        cfg = mlo_mae.Config(**sizes, masking="random", masking_width=1)
+        mlo_mae.check(cfg)
+        net, (theta, phi, psi) = mlo_mae.build(cfg, size, channels, 2)
+    modules = [net.encoder, net.decoder] if decodes else [net.encoder]
+    part = theta if decodes else theta[: net.encoder_size]
+    taken = starting_weights(path, modules, part, {name: sizes[name] for name in given})
+    levels = (mlo_mae.fresh_level(vector, device) for vector in (torch.cat([taken, theta[len(taken) :]]), phi, psi))
+    return Model(net, mlo_mae.State(0, *levels), size, mean, std, decodes)
+
+
+def blocks(names: dict, part: str) -> int:
+    """How many blocks of this name there are among a network's weights."""
+    return len({name.split(".")[1] for name in names if name.startswith(f"{part}.")})
+
+
+# ------------------------------------------------------------------------------------------------- images of one's own
+
+
+def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
+    """Pixels [N, C, size, size] float32 from 0 to 1 of what `Model` takes. Raises UserError."""
+    if isinstance(images, Image.Image):
+        images = [images]
+    if isinstance(images, (list, tuple)) and images and all(isinstance(image, Image.Image) for image in images):
+        images = np.stack([picture(image, size, channels) for image in images])
+    if isinstance(images, np.ndarray):
+        given, images = list(images.shape), images[..., None] if images.ndim == 3 and channels == 1 else images
+        if images.dtype != np.uint8:
+            values = f" from {images.min():g} to {images.max():g}" if images.dtype.kind in "fiu" and images.size else ""
+            raise UserError(f"arrays are expected in uint8, from 0 to 255; these are {images.dtype}{values}")
+        if images.ndim != 4 or images.shape[1:] != (size, size, channels):
+            raise UserError(f"arrays are expected as {expected(['N', size, size, channels])}; these are {expected(given)}")
+        images = torch.tensor(images).movedim(3, 1)
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are expected as an array, a tensor or PIL images; these are {type(images).__name__}")
+    shape = list(images.shape)
+    if images.ndim != 4 or shape[1:] != [channels, size, size]:
+        raise UserError(f"tensors are expected as {expected(['N', channels, size, size])}; these are {expected(shape)}")
+    if not len(images):
+        raise UserError("there are no images")
+    low, high = (float(value) for value in images.detach().aminmax())
+    if images.dtype == torch.uint8:
+        if high <= 1:
+            raise UserError(f"pixels in uint8 are expected from 0 to 255; the highest of these is {high:g}")
+        return images.float() / 255
+    if not images.is_floating_point() or not (low >= 0 and high <= 1):
+        found = f"these are {images.dtype}, from {low:g} to {high:g}"
+        raise UserError(f"tensors are expected in uint8, or in floats from 0 to 1 before they are normalised; {found}")
+    return images.detach().float()
+
+
+def expected(shape: list) -> str:
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterator[tuple[list[str], np.ndarray]]:
+    """Names, and images [n, size, size, channels] uint8, of all images in these files and folders, in order, a few at a time;
+    the bar counts them. Raises UserError."""
+    for path in paths:
+        if path.suffix.lower() == ".npz" and not path.is_dir():
+            for array, images in npz_pictures(path):
+                with blaming(f"{path}: {array}", "give another file"):
+                    pixels_from(images, size, channels)  # refused before any of it is encoded
+                bar.total += len(images)
+                for start in range(0, len(images), AT_A_TIME):
+                    some = images[start : start + AT_A_TIME]
+                    yield [f"{path}:{array}[{start + n}]" for n in range(len(some))], some
+            continue
+        files = list_pictures(path) if path.is_dir() else [path]
+        bar.total += len(files)
+        for start in range(0, len(files), AT_A_TIME):
+            some, decoded = files[start : start + AT_A_TIME], []
+            for file in some:
+                with blaming(file, "leave it out, or give an image in its place"):
+                    decoded.append(picture(file, size, channels))
+            yield list(map(str, some)), np.stack(decoded)
+
+
+def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", masks: Path | None = None) -> dict:
+    """Write `out`, an .npz of "features" [N, D] float32 and "names" [N], and of the first images the picture `masks`: what
+    the command reports. Raises UserError, where a file is there already too."""
+    for file in filter(None, (out, masks)):
+        if file.exists():
+            raise UserError(f"{file} exists already; move it away, or name another")
+        if not file.parent.is_dir():
+            raise UserError(f"{file.parent} is no folder; make it, or name another file")
+    if masks and not model.decodes:
+        raise UserError("there is no decoder, so no reconstruction to draw; leave --masks out, or give --decoder-heads")
+    names, features, first = [], [], []
+    with tqdm(unit="image", desc="encode", total=0) as bar:
+        for some, images in chunks(paths, model.image_size, len(model.mean), bar):
+            with blaming(some[0], "give others"):
+                features.append(model.features(images, pooling).numpy())
+            names += some
+            bar.update(len(some))
+            first = [*first, *images][:DRAWN]
+    if not names:
+        raise UserError(f"there are no images in {', '.join(map(str, paths))}")
+    features = np.concatenate(features)
+    write_whole(out, lambda file: np.savez(file, features=features, names=np.array(names)))
+    if masks:
+        grid(masks, shown_rows(model, np.stack(first)))
+    return {"images": len(names), "width": features.shape[1], "file": str(out)} | ({"picture": str(masks)} if masks else {})
+
+
+def shown_rows(model: Model, images: np.ndarray) -> list:
+    """Rows of a picture of these images: as `show` has them of a run's."""
+    inputs = model.inputs(images)
+    with torch.no_grad():
+        return picture_rows(model.net, model.state.theta.params, inputs, model.draw(inputs, 0), model.mean, model.std)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def run_command(argv: list[str] | None) -> dict:
+    """Run `encode` with these flags; returns what its last line reports."""
+    parser = cli.Parser(prog="mlo_mae.py encode", description=__doc__.splitlines()[0])
+    parser.add_argument("source", metavar="RUN", help="folder of a run, or public weights: a .pth or .safetensors")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGES", help="image files, folders of them, .npz files")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.npz", help='gets "features" and "names"')
+    parser.add_argument("--masks", type=Path, metavar="FILE.png", help=f"picture of the first {DRAWN} images, p and masks")
+    parser.add_argument("--pooling", choices=["mean", "cls"], default="", help="default: the run's; of public weights mean")
+    parser.add_argument("--heads", type=int, default=0, help="of public weights that do not say them")
+    parser.add_argument("--decoder-heads", type=int, default=0, help="of public weights that do not say them")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    flags = vars(parser.parse_args(argv))
+    source, images, device = flags.pop("source"), flags.pop("images"), flags.pop("device")
+    for path in images:
+        if not path.exists():
+            raise UserError(f"{path} does not exist; give image files, folders of them, or .npz files")
+    model = load(source, device, flags.pop("heads"), flags.pop("decoder_heads"))
+    return {"verb": "encode", "run": source} | encode(model, images, **flags)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line for what the user can mend."""
+    return cli.reported("mlo_mae", lambda: run_command(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Trained networks for images of one's own: what is taken, what is refused, and that numbers are those of the run."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from helpers import arguments
+from PIL import Image
+
+import mlo_mae
+from experiments import open_run
+from experiments.encode import Model, main
+from harness import UserError
+from harness.readers import decode
+from kernels import gather_patches
+
+SIZE = 16  # pixels of `sides`
+
+
+def some_images(count=5, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def model(whole_run):
+    return mlo_mae.load(whole_run[0], "cpu")
+
+
+def test_the_same_images_in_every_form(model):
+    images = some_images()
+    tensors = torch.from_numpy(images).movedim(3, 1)
+    forms = [tensors, tensors / 255, (tensors / 255).double(), [Image.fromarray(image) for image in images]]
+    expected = model.features(images)
+    assert expected.shape == (5, model.net.cfg.width) and expected.dtype == torch.float32
+    for form in forms:
+        assert torch.equal(model.features(form), expected)
+    assert torch.equal(model.features(Image.fromarray(images[2])), model.features(images[2:3]))
+    assert torch.equal(model.features(images, "cls"), mlo_mae.encode(*encoder_of(model), model.inputs(images), "cls"))
+    assert not torch.allclose(model.features(images, "cls"), expected)
+
+
+def encoder_of(model):
+    return model.net, model.state.theta.params[: model.net.encoder_size]
+
+
+def test_features_and_weights_are_the_runs(model, whole_run):
+    """Of the validation images, which the model is given as bytes, and the run reads by itself."""
+    net, state, splits = open_run(str(whole_run[0]), "cpu")  # a str, as good as a Path
+    images = splits.val.images.movedim(1, 3).numpy()
+    batch = next(splits.val.ordered(len(splits.val)))
+    assert torch.allclose(model.inputs(images), batch.images, atol=1e-5)
+    expected = mlo_mae.encode(net, state.theta.params[: net.encoder_size], batch.images)
+    assert torch.allclose(model.features(images), expected, atol=1e-5)
+    p = mlo_mae.masking_probability(net, state.psi.params, batch.images, mlo_mae.eyes_of(net, state))
+    grid = SIZE // net.cfg.patch_size
+    assert model.weights(images).shape == (len(images), grid, grid) and p.std() > 0
+    assert torch.allclose(model.weights(images).flatten(1), p, atol=1e-5)
+
+
+def test_many_images_are_worked_through_in_batches(model, monkeypatch):
+    images, sizes, real = some_images(9), [], mlo_mae.encode
+    expected = model.features(images)
+    monkeypatch.setattr("experiments.encode.AT_A_TIME", 4)
+    monkeypatch.setattr(
+        mlo_mae, "encode", lambda net, params, some, *rest: sizes.append(len(some)) or real(net, params, some, *rest)
+    )
+    assert torch.allclose(model.features(images), expected, atol=1e-6) and sizes == [4, 4, 1]
+
+
+def test_the_module_is_the_encoder(model):
+    images = some_images()
+    encoder = model.encoder
+    tokens = encoder(model.inputs(images))
+    assert torch.allclose(tokens[:, 1:].mean(1), model.features(images), atol=1e-6)
+    assert all(parameter.requires_grad for parameter in encoder.parameters())
+    with torch.no_grad():
+        next(encoder.parameters()).add_(1)  # its weights are its own
+    assert torch.allclose(model.encoder(model.inputs(images)), tokens)
+
+
+def test_reconstructions(model):
+    """Visible pixels are the images'; hidden patches have the true ones' mean and deviation, and the decoder's form."""
+    images, size = some_images(), model.net.cfg.patch_size
+    pixels, hidden = model.reconstruct(images, seed=3)
+    assert pixels.shape == (5, SIZE, SIZE, 3) and pixels.min() >= 0 and pixels.max() <= 1
+    grid = SIZE // size
+    assert hidden.shape == (5, grid, grid) and hidden.dtype == torch.bool
+    assert hidden.flatten(1).sum(1).tolist() == [model.net.patches - model.net.visible] * 5
+    large = hidden.repeat_interleave(size, 1).repeat_interleave(size, 2)
+    true = torch.from_numpy(images).float() / 255
+    assert torch.allclose(pixels[~large], true[~large], atol=1e-6)
+    assert not torch.allclose(pixels[large], true[large], atol=0.05)
+    inside = (pixels > 0) & (pixels < 1)  # what lies outside is cut off
+    made, given = (gather_patches(x.movedim(3, 1), None, size) for x in (pixels, true))
+    whole = gather_patches(inside.float().movedim(3, 1), None, size).all(2)
+    assert (whole & hidden.flatten(1)).any()
+    spread = (made - given)[whole & hidden.flatten(1)].reshape(-1, size * size, 3)
+    assert spread.abs().max() > 0.01
+    again, other = (model.reconstruct(images, seed=seed)[1] for seed in (3, 4))
+    assert torch.equal(again, hidden) and not torch.equal(other, hidden)
+
+
+def test_a_patch_that_is_reconstructed_as_it_is_comes_back(model, monkeypatch):
+    """The normalisation, there and back: a decoder that knows the truth gives it."""
+    images = some_images()
+    inputs = model.inputs(images)
+    target = gather_patches(inputs, None, model.net.cfg.patch_size)
+    truth = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    monkeypatch.setattr("experiments.call", lambda module, *rest: truth if module is model.net.decoder else rest[1])
+    pixels, _ = model.reconstruct(images)
+    assert torch.allclose(pixels, torch.from_numpy(images) / 255, atol=1e-5)
+
+
+IMAGES, TENSORS = some_images(), torch.from_numpy(some_images()).movedim(3, 1)
+REFUSED = [
+    (IMAGES / 255, "arrays are expected in uint8, from 0 to 255; these are float64 from 0 to 1"),
+    (IMAGES[:, :8], r"arrays are expected as \[N, 16, 16, 3\]; these are \[5, 8, 16, 3\]"),
+    (IMAGES.transpose(0, 3, 1, 2), r"these are \[5, 3, 16, 16\]"),
+    (IMAGES[0], r"these are \[16, 16, 3\]"),
+    (IMAGES[..., :1], r"these are \[5, 16, 16, 1\]"),
+    (IMAGES // 255, "uint8 are expected from 0 to 255; the highest of these is 1"),
+    (IMAGES[:0], "there are no images"),
+    (TENSORS.float(), "floats from 0 to 1 before they are normalised; these are torch.float32, from 0 to 255"),
+    (TENSORS / 255 - 0.5, "these are torch.float32, from -0.5 to 0.5"),
+    (TENSORS / 0.0, "these are torch.float32, from nan to nan"),
+    (TENSORS.long(), "these are torch.int64, from 0 to 255"),
+    (TENSORS[0], r"tensors are expected as \[N, 3, 16, 16\]; these are \[3, 16, 16\]"),
+    ([IMAGES[0]], "these are list"),
+    ([], "these are list"),
+    ("image.png", "these are str"),
+]
+
+
+@pytest.mark.parametrize("images, words", REFUSED, ids=[words for _, words in REFUSED])
+def test_what_might_be_read_wrongly_is_refused(model, images, words):
+    for what in (model.features, model.weights, model.reconstruct):
+        with pytest.raises(UserError, match=words):
+            what(images)
+
+
+def test_pictures_of_other_sizes_are_cut_as_folders_are(model, tmp_path):
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (48, 80, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    expected = decode(tmp_path / "a.png", SIZE, None)
+    with Image.open(tmp_path / "a.png") as image:
+        before = image.copy()
+        assert torch.equal(model.features(image), model.features(expected.transpose(1, 2, 0)[None]))
+        assert np.array_equal(np.asarray(image), np.asarray(before))  # the caller's own stays
+
+
+def test_a_photo_is_turned_upright(model, tmp_path):
+    image = Image.fromarray(some_images(1)[0])
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.png", exif=exif)
+    upright = np.rot90(np.asarray(image), -1)
+    with Image.open(tmp_path / "a.png") as turned:
+        assert torch.equal(model.features(turned), model.features(upright[None]))
+        assert not torch.allclose(model.features(turned), model.features(np.asarray(image)[None]), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------- public weights
+
+
+@pytest.fixture(scope="module")
+def exports(whole_run, tmp_path_factory):
+    """{kind: file} of the run's weights for others."""
+    folder, files = tmp_path_factory.mktemp("exports"), {"timm": "a.safetensors", "mae": "b.pth"}
+    for kind, name in files.items():
+        assert mlo_mae.main(["export", str(whole_run[0]), "--to", kind, "--file", str(folder / name)]) == 0
+    return {kind: folder / name for kind, name in files.items()}
+
+
+def test_what_was_exported_comes_back(model, exports, capsys):
+    """Sizes, heads, mean and deviation are the file's."""
+    images = some_images()
+    for kind, path in exports.items():
+        other = mlo_mae.load(str(path), "cpu")
+        assert torch.allclose(other.features(images), model.features(images), atol=1e-6)
+        with pytest.raises(UserError, match="no T that has learned"):
+            other.weights(images)
+        assert other.decodes == (kind == "mae")
+    pixels, hidden = other.reconstruct(images)
+    assert pixels.shape == (5, SIZE, SIZE, 3) and hidden.any()
+    with pytest.raises(UserError, match="there is no decoder"):
+        mlo_mae.load(exports["timm"], "cpu").reconstruct(images)
+
+
+def test_features_are_timms(exports):
+    timm = pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+
+    other = mlo_mae.load(exports["timm"], "cpu")
+    cfg = other.net.cfg
+    sizes = {"img_size": SIZE, "patch_size": cfg.patch_size, "embed_dim": cfg.width, "depth": cfg.depth}
+    theirs = VisionTransformer(**sizes, num_heads=cfg.heads, num_classes=0).eval()
+    theirs.load_state_dict(other.encoder.state_dict())
+    images = some_images()
+    with torch.no_grad():
+        tokens = theirs.forward_features(other.inputs(images))
+    assert torch.allclose(other.features(images, "cls"), tokens[:, 0], atol=1e-5), timm.__version__
+    assert torch.allclose(other.features(images, "mean"), tokens[:, 1:].mean(1), atol=1e-5)
+
+
+@pytest.fixture
+def bare_weights(exports, tmp_path):
+    """An encoder's weights and nothing else, as most files have them; with changes."""
+
+    def write(**changes):
+        weights = torch.load(exports["mae"], weights_only=True)["model"] | changes
+        torch.save({name: x for name, x in weights.items() if x is not None}, tmp_path / "bare.pth")
+        return tmp_path / "bare.pth"
+
+    return write
+
+
+def test_weights_that_do_not_say_their_heads(model, bare_weights):
+    path, cfg = bare_weights(), model.net.cfg
+    with pytest.raises(UserError, match="does not say how many heads its encoder has; give heads"):
+        mlo_mae.load(path, "cpu")
+    other = mlo_mae.load(path, "cpu", heads=cfg.heads, mean=model.mean, std=model.std)
+    assert torch.allclose(other.features(some_images()), model.features(some_images()), atol=1e-6) and not other.decodes
+    assert mlo_mae.load(path, "cpu", heads=cfg.heads, decoder_heads=cfg.decoder_heads).decodes
+    assert mlo_mae.load(path, "cpu", heads=cfg.heads).mean == pytest.approx([0.485, 0.456, 0.406])
+
+
+def test_what_does_not_go_together_is_refused(whole_run, exports, bare_weights, tmp_path):
+    width = mlo_mae.load(whole_run[0], "cpu").net.cfg.width
+    for words, path, how in (
+        ("knows its heads", whole_run[0], {"heads": 2}),
+        ("nowhere does not exist", tmp_path / "nowhere", {}),
+        ("it says that it has 2 heads, not 4", exports["timm"], {"heads": 4}),
+        (f"--width {width} is not a multiple of its 5 heads", bare_weights(), {"heads": 5}),
+        ("mean and std go together", bare_weights(), {"heads": 2, "mean": [0.5] * 3}),
+        ("are not those of 3 channels", bare_weights(), {"heads": 2, "mean": [0.5], "std": [0.5]}),
+        ("are not those of 3 channels", bare_weights(), {"heads": 2, "mean": [0.5] * 3, "std": [0.5, 0.5, 0]}),
+        ("no norm of tokens but that of a classifier", "pooled", {"heads": 2}),
+        ("no 'pos_embed'", "no positions", {"heads": 2}),
+    ):
+        if path == "pooled":
+            path = bare_weights(**{"norm.weight": None, "norm.bias": None, "fc_norm.weight": torch.ones(width)})
+        if path == "no positions":
+            path = bare_weights(pos_embed=None)
+        with pytest.raises(UserError, match=words):
+            mlo_mae.load(path, "cpu", **how)
+
+
+def test_a_run_without_a_t_has_no_weights(sides, tmp_path):
+    assert mlo_mae.main(arguments(sides, tmp_path / "mae", "--masking", "random", "--epochs", 1)) == 0
+    model = mlo_mae.load(tmp_path / "mae", "cpu")
+    with pytest.raises(UserError, match="no T that has learned"):
+        model.weights(some_images())
+    assert model.reconstruct(some_images())[0].shape == (5, SIZE, SIZE, 3)
+
+
+# ------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """Three PNGs, two of them in a folder, and an .npz of five, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    images = some_images(8)
+    os.makedirs("folder/inner")
+    for name, image in zip(("one.png", "folder/b.png", "folder/inner/a.png"), images):
+        Image.fromarray(image).save(name)
+    (tmp_path / "folder/notes.txt").write_text("no image")
+    Image.fromarray(images[0]).save("folder/.hidden.png")
+    np.savez("some.npz", test_images=images[3:6], images=images[6:], labels=np.arange(2))
+    return images
+
+
+NAMES = ["one.png", "some.npz:images[0]", "some.npz:images[1]", *(f"some.npz:test_images[{n}]" for n in range(3))]
+NAMES += [os.path.join("folder", "b.png"), os.path.join("folder", "inner", "a.png")]
+
+
+def test_encode(whole_run, model, pictures, capsys):
+    words = ["one.png", "some.npz", "folder", "--out", "out.npz", "--masks", "masks.png", "--device", "cpu"]
+    assert main([str(whole_run[0]), *words]) == 0
+    printed = capsys.readouterr()
+    width = model.net.cfg.width
+    assert json.loads(printed.out) == {
+        "verb": "encode",
+        "run": str(whole_run[0]),
+        "images": 8,
+        "width": width,
+        "file": "out.npz",
+        "picture": "masks.png",
+    }
+    assert "8/8" in printed.err
+    with np.load("out.npz") as found:
+        assert found["names"].tolist() == NAMES and found["features"].dtype == np.float32
+        expected = model.features(pictures[[0, 6, 7, 3, 4, 5, 1, 2]]).numpy()
+        assert np.allclose(found["features"], expected, atol=1e-6)
+    with Image.open("masks.png") as picture:
+        assert picture.width > 8 * 100
+    before = os.path.getmtime("out.npz")
+    assert main([str(whole_run[0]), *words]) == 2 and "out.npz exists already" in capsys.readouterr().err
+    assert os.path.getmtime("out.npz") == before
+
+
+@pytest.mark.parametrize(
+    "paths, more, words",
+    [
+        (["absent.png"], [], "absent.png does not exist"),
+        (["folder/notes.txt"], [], "notes.txt: cannot be used"),
+        (["empty"], [], "there are no images in empty"),
+        (["one.png", "large.npz"], [], "large.npz: images: arrays are expected as [N, 16, 16, 3]; these are [2, 20, 20, 3]"),
+        (["labels.npz"], [], "labels.npz: it has labels, and no images"),
+        (["broken.npz"], [], "broken.npz: it is no whole .npz file"),
+        (["one.png"], ["--masks", "no/masks.png"], "no is no folder"),
+        (["one.png"], ["--heads", "3"], "which knows its heads"),
+    ],
+)
+def test_what_cannot_be_encoded_ends_in_one_line_and_writes_nothing(whole_run, pictures, capsys, paths, more, words):
+    os.makedirs("empty")
+    np.savez("large.npz", images=np.zeros((2, 20, 20, 3), np.uint8))
+    np.savez("labels.npz", labels=np.arange(2))
+    with open("broken.npz", "wb") as file:
+        file.write(b"PK")
+    assert main([str(whole_run[0]), *paths, "--out", "out.npz", *more]) == 2
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("mlo_mae: ")]
+    assert words in line and not os.path.exists("out.npz")
+
+
+def test_a_grey_network_takes_grey_and_colour(tmp_path, monkeypatch):
+    """Colour files become grey; arrays are taken with and without their one channel."""
+    rng = np.random.default_rng(0)
+    part = {"images": rng.integers(0, 256, (24, SIZE, SIZE), dtype=np.uint8), "labels": np.arange(24) % 2}
+    np.savez(tmp_path / "grey.npz", **{f"{split}_{name}": x for split in ("train", "test") for name, x in part.items()})
+    words = arguments(tmp_path / "grey.npz", tmp_path / "run", "--masking", "random", "--epochs", 1)
+    assert mlo_mae.main(words) == 0
+    model, images = mlo_mae.load(tmp_path / "run", "cpu"), part["images"]
+    assert isinstance(model, Model) and len(model.mean) == 1
+    expected = model.features(images)
+    assert torch.equal(model.features(images[..., None]), expected)
+    assert torch.equal(model.features(torch.from_numpy(images)[:, None]), expected)
+    assert torch.equal(model.features([Image.fromarray(image) for image in images]), expected)
+    assert torch.equal(model.features([Image.fromarray(image).convert("RGB") for image in images]), expected)
+    assert model.reconstruct(images)[0].shape == (24, SIZE, SIZE, 1)
