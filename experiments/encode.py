@@ -204,7 +204,7 @@ def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
             raise UserError(f"arrays are expected in uint8, from 0 to 255; these are {images.dtype}{values}")
         if images.ndim != 4 or images.shape[1:] != (size, size, channels):
             raise UserError(f"arrays are expected as {expected(['N', size, size, channels])}; these are {expected(given)}")
-        images = torch.tensor(images).movedim(3, 1)
+        images = torch.from_numpy(images.copy()).movedim(3, 1)
     if not isinstance(images, Tensor):
         raise UserError(f"images are expected as an array, a tensor or PIL images; these are {type(images).__name__}")
     shape = list(images.shape)
