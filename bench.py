@@ -171,7 +171,7 @@ def rates_of(net: Networks, device: torch.device) -> tuple[list[Tensor], Tensor]
     return decay, inverse_fan_in(net.masking).to(device)
 
 
-def problem(cfg: Config, size: int, device: torch.device, count: int = 2, warm: int = 4) -> tuple[Networks, Problem]:
+def problem(cfg: Config, size: int, device: torch.device | str, count: int = 2, warm: int = 4) -> tuple[Networks, Problem]:
     """Networks, and what a form of the hypergradient takes after them as training makes it, in float32.
 
     `warm` outer iterations are really made, so that weights, moments and the head (solved: what it remembers of earlier

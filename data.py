@@ -483,7 +483,7 @@ def report(name: str, splits: Splits, left_out: Counter[str] | None = None) -> S
 
 def load(
     name: str | Path,
-    data_dir: str | Path,
+    data_dir: str | Path = "data",
     *,
     image_size: int = 0,
     limit: int = 0,

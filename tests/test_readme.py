@@ -50,6 +50,12 @@ def test_the_lines_in_python_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["--images", "640", "--epochs", "4", "--level1-steps", "4", "--device", "cpu"]
     assert mlo_mae.main(["pretrain", *short]) == 0
-    shown = {}
-    exec(next(block for block in BLOCKS if "open_run" in block), shown)
-    assert shown["features"].shape == (8, 64) and shown["p"].shape == (8, 64) and shown["features"].isfinite().all()
+    shown, lines = {}, next(block for block in BLOCKS if "mlo_mae.load" in block)
+    exec(lines, shown)
+    stated = dict(re.findall(r"^(\w+) = .*# (?:.*: )?(\[[\d, ]+\])", lines, re.MULTILINE))  # shapes, as comments say them
+    assert stated.keys() == {"features", "p", "tokens"}
+    for name, shape in stated.items():
+        assert str(list(shown[name].shape)) == shape and shown[name].isfinite().all()
+    assert shown["pixels"].shape == (8, 32, 32, 3) and shown["hidden"].shape == (8, 8, 8)
+    judge = mlo_mae.unrolled(shown["net"], *shown["problem"]).hypergradient
+    assert torch.allclose(shown["hypergradient"], judge, rtol=1e-3, atol=1e-4 * judge.abs().max())
