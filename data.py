@@ -38,6 +38,7 @@ from harness.readers import (
     Parts,
     account,
     check_room,
+    list_any,
     list_images,
     portable,
     read_cifar,
@@ -471,9 +472,11 @@ def report(name: str, splits: Splits, left_out: Counter[str] | None = None) -> S
     found = {part: getattr(splits, part).labels for part in ("train", "val", "test")}
     if found["train"].ndim == 1:
         counts = [
-            f"{part} {counted(len(labels), 'image')} of {counted(len(labels.unique()), 'class', 'classes')}"
+            f"{part} {counted(len(labels), 'image')}"
+            + (f" of {counted(len(labels.unique()), 'class', 'classes')}" if splits.class_names else "")
             for part, labels in found.items()
         ]
+        counts += [] if splits.class_names else ["no classes"]
     else:  # masks and boxes
         counts = [f"{part} {counted(len(labels), 'image')}" for part, labels in found.items()]
         counts.append(counted(len(splits.class_names), "class", "classes"))
@@ -493,6 +496,7 @@ def load(
     workers: int = 0,
     flip: bool = True,
     crop: bool = True,
+    classes: bool = True,
     device: Device = "cpu",
 ) -> Splits:
     """The data set `name`, split; what was found is said in a line on stderr.
@@ -507,6 +511,8 @@ def load(
     skip_corrupt  folders: use the next image in place of one that cannot be decoded
     workers       folders: processes that decode; 0: this one
     flip, crop    whether streams mirror images at random, and cut pieces out of them
+    classes       whether a folder must have them; without, any folder of images will do: its labels are 0, it has no
+                  `class_names`, and `test` is empty
     device        where resident images lie and batches arrive
 
     Raises UserError for data that is absent, damaged, hostile or does not fit together.
@@ -524,7 +530,9 @@ def load(
     elif name in CIFAR:
         parts, class_names = read_cifar(name, Path(data_dir))
     elif os.path.isdir(name):
-        files, class_names, left_out, digest = list_folder(name, image_size or 224, limit, val_fraction, seed, skip_corrupt)
+        files, class_names, left_out, digest = list_folder(
+            name, image_size or 224, limit, val_fraction, seed, skip_corrupt, classes
+        )
         decoder = Decoder(files._replace(flip=flip, crop=crop), workers)
         splits = (Folder(decoder, split, device) for split in ("train", "val", "test"))
         return report(name, Splits(*splits, class_names, 3, files.size, IMAGENET_MEAN, IMAGENET_STD, digest), left_out)
@@ -579,24 +587,34 @@ def split_parts(
 
 
 def list_folder(
-    root: str, size: int, limit: int, val_fraction: float, seed: int, skip_corrupt: bool
+    root: str, size: int, limit: int, val_fraction: float, seed: int, skip_corrupt: bool, classes: bool = True
 ) -> tuple[Files, list[str], Counter[str], str]:
     """train/, val/ and test/ as they are, their class names, how many files were left out, for each reason, and the digest;
-    without test/, val/ is the test split and val is held out of train/."""
+    without test/, val/ is the test split and val is held out of train/. Where there is none of these and classes are not asked
+    for: all images in the folder, without class names."""
     has = {part: os.path.isdir(os.path.join(root, part)) for part in ("train", "val", "test")}
-    if not has["train"] or not (has["val"] or has["test"]):
-        raise UserError(f"{root}: expected train/<class>/*.jpg and val/<class>/*.jpg (or test/) in it")
-    class_names, *pool, left_out = list_images(root, "train")
-    listed = {"train": pool}
-    own = ("test", "val") if has["test"] and has["val"] else ("test",)
-    for part in own:
-        _, *listed[part], more = list_images(root, part if has[part] else "val", class_names)
-        left_out += more
+    if any(has.values()) or classes:
+        if not has["train"] or not (has["val"] or has["test"]):
+            found = counted(len(list_any(root)[0]), "image")
+            about = f"{root}: expected train/<class>/*.jpg and val/<class>/*.jpg (or test/) in it, and found {found}"
+            mend = "put about four of five of each class under train/, the rest under val/"
+            raise UserError(f"{about}; {mend}, or pretrain without classes by --masking random")
+        class_names, *pool, left_out = list_images(root, "train")
+        listed = {"train": pool}
+        own = ("test", "val") if has["test"] and has["val"] else ("test",)
+        for part in own:
+            _, *listed[part], more = list_images(root, part if has[part] else "val", class_names)
+            left_out += more
+    else:
+        paths, left_out = list_any(root)
+        class_names, both = [], (("train", paths), ("test", paths[:0]))
+        listed = {part: (some, np.zeros(len(some), np.int64)) for part, some in both}
     for part, (paths, part_labels) in listed.items():
         say_levels(root, paths)
         listed[part] = paths, part_labels, np.array([os.fsencode(portable(os.fsdecode(path))) for path in paths])
-    names = [path.split(b"/", 2)[2] for path in listed["train"][2]]  # within their class folders
-    listed = split_parts(listed, pool[1], limit, val_fraction, seed, "train/", names)
+    _, labels, names = listed["train"]
+    names = [path.split(b"/", 2)[2] for path in names] if class_names else names  # within their class folders
+    listed = split_parts(listed, labels, limit, val_fraction, seed, "train/" if class_names else root, names)
     digest = digest_of(array for _, part_labels, names in listed.values() for array in (names, part_labels))
     paths, labels = ({split: part[i] for split, part in listed.items()} for i in (0, 1))
     return Files(root, size, skip_corrupt, paths, labels), class_names, left_out, digest

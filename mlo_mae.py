@@ -1179,8 +1179,10 @@ def build(
 ) -> tuple[Networks, tuple[Tensor, Tensor, Tensor]]:
     """Networks, and their initial parameters theta, phi, psi, a vector each; the encoder's depend on the seed alone.
 
-    sight: of the T of another run. Raises UserError where the sizes do not fit."""
+    classes: 0 where there are none, and so no work for C; sight: of the T of another run. Raises UserError where the sizes do
+    not fit."""
     check_size(cfg, image_size, channels)
+    classes = max(1, classes)
     patches = (image_size // cfg.patch_size) ** 2
     seen, cell, inputs = read_by_masking(cfg, patches, channels)
     torch.manual_seed(cfg.seed)
@@ -1329,7 +1331,8 @@ def load_data(cfg: Config, device: torch.device) -> data.Splits:
     """The run's data, split. Raises UserError."""
     names = "image_size", "val_fraction", "seed", "skip_corrupt", "workers", "flip", "crop"
     same = {name: getattr(cfg, name) for name in names}
-    return data.load(cfg.data, cfg.data_dir, limit=cfg.images, device=device, **same)
+    classes = cfg.masking == "learned" and not is_given(cfg)  # which levels 2 and 3 need
+    return data.load(cfg.data, cfg.data_dir, limit=cfg.images, classes=classes, device=device, **same)
 
 
 @torch.no_grad()
@@ -1420,7 +1423,8 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
         about = f"L3 {told[-1]:.3f}, chance {chance:.3f}"
         print(f"T's last looks had a head no better than chance ({about}); {mend}", file=sys.stderr)
     report = updates | rows[-1]
-    report["probe"] = cli.command("probe").after_training(net, state, splits, out)
+    if splits.class_names:
+        report["probe"] = cli.command("probe").after_training(net, state, splits, out)
     cli.command("show").after_training(net, state, splits, out)
     return report
 

@@ -42,8 +42,10 @@ def read_run(run: Path, device: torch.device, **machine) -> tuple[mlo_mae.Networ
         return net, mlo_mae.restored(net, content, device), facts
 
 
-def open_run(run: str | Path, device: str = "auto", **machine) -> tuple[mlo_mae.Networks, mlo_mae.State, data.Splits]:
-    """`read_run`, and its data. Raises UserError."""
+def open_run(
+    run: str | Path, device: str = "auto", classes: bool = True, **machine
+) -> tuple[mlo_mae.Networks, mlo_mae.State, data.Splits]:
+    """`read_run`, and its data. Raises UserError, where `classes` are asked for and its data have none too."""
     run, device = Path(run), cli.choose_device(device)
     net, state, facts = read_run(run, device, **machine)  # before the data, whose size a damaged file could make absurd
     splits = mlo_mae.load_data(net.cfg, device)
@@ -51,6 +53,8 @@ def open_run(run: str | Path, device: str = "auto", **machine) -> tuple[mlo_mae.
         what = difference(facts, splits.facts(), data.COMPUTED)
     if what:
         raise UserError(f"{net.cfg.data} is not the data that {run} was trained on: {what}")
+    if classes and not splits.class_names:
+        raise UserError(f"{net.cfg.data}, which {run} was trained on, has no classes; give data that has, or see `encode`")
     return net, state, splits
 
 

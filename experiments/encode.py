@@ -7,6 +7,7 @@ In Python, `mlo_mae.load(RUN)` is the same: see `load` and `Model`. The data tha
 """
 
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from experiments.show import picture_rows
 from harness import UserError, cli, counted
 from harness.files import write_whole
 from harness.pictures import as_images, grid
-from harness.readers import blaming, list_pictures, npz_pictures, picture
+from harness.readers import blaming, list_any, npz_pictures, picture
 from harness.vectors import unflatten
 from harness.weights import ANCHOR, has_cls_row, is_decoder, read_weights, starting_weights
 from kernels import gather_patches
@@ -240,7 +241,7 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
                     some = images[start : start + AT_A_TIME]
                     yield [f"{path}:{array}[{start + n}]" for n in range(len(some))], some
             continue
-        files = list_pictures(path) if path.is_dir() else [path]
+        files = [path / os.fsdecode(name) for name in list_any(str(path))[0]] if path.is_dir() else [path]
         bar.total += len(files)
         for start in range(0, len(files), AT_A_TIME):
             some, decoded = files[start : start + AT_A_TIME], []
@@ -268,8 +269,6 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
             names += some
             bar.update(len(some))
             first = [*first, *images][:DRAWN]
-    if not names:
-        raise UserError(f"there are no images in {', '.join(map(str, paths))}")
     features = np.concatenate(features)
     write_whole(out, lambda file: np.savez(file, features=features, names=np.array(names)))
     if masks:

@@ -61,12 +61,13 @@ def export(run: Path, to: str, file: Path | None = None) -> dict:
         write_whole(file, lambda opened: torch.save({"model": trained.model} | facts, opened))
         return report | {"call": facts["call"]}
     encoder, call = {name: tensor for name, tensor in trained.model.items() if not is_decoder(name)}, timm_call(trained)
-    if not trained.pooling:
+    if trained.classes and not trained.pooling:
         encoder["head.weight"] = torch.zeros(trained.classes, trained.cfg.width)
         encoder["head.bias"] = torch.zeros(trained.classes)
     metadata = {"call": call, "mean": json.dumps(trained.mean), "std": json.dumps(trained.std)}
     write_whole(file, lambda opened: write_safetensors(encoder, opened, metadata))
-    head = "the fine-tuned classifier" if trained.pooling else "zeros: a pretrained encoder has no classifier"
+    fresh = "zeros: a pretrained encoder has no classifier" if trained.classes else "none: its data have no classes"
+    head = "the fine-tuned classifier" if trained.pooling else fresh
     return report | {"call": call, "head": head}
 
 

@@ -93,7 +93,7 @@ def run_command(argv: list[str] | None) -> dict:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     flags = vars(parser.parse_args(argv))
     run = flags["run"]
-    return {"verb": "show", "run": str(run), "pictures": list(map(str, draw_run(*open_run(**flags), run)))}
+    return {"verb": "show", "run": str(run), "pictures": list(map(str, draw_run(*open_run(**flags, classes=False), run)))}
 
 
 def main(argv: list[str] | None = None) -> int:

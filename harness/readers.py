@@ -214,15 +214,6 @@ def picture(source: Path | Image.Image, size: int, channels: int) -> np.ndarray:
     return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
-def list_pictures(root: Path) -> list[Path]:
-    """The image files in a folder at any depth, in an order that every system gives."""
-    found = []
-    for folder, inner, names in os.walk(root):
-        inner[:] = [name for name in inner if not is_housekeeping(name)]
-        found += [os.path.join(folder, name) for name in names if not why_left_out(name)]
-    return [Path(path) for path in sorted(found, key=lambda path: (portable(path), path))]
-
-
 # --------------------------------------------------------------------------------------- folders, and their decoding
 
 
@@ -322,6 +313,26 @@ def list_images(
     if not paths:
         raise UserError(f"{here}: no class folders; images are expected in {part}/<class>/ ({account(left_out)})")
     return class_names, np.array(paths), np.array(labels, np.int64), left_out
+
+
+def list_any(root: str) -> tuple[np.ndarray, Counter[str]]:
+    """The images in a folder at any depth, as paths relative to it [N] bytes in an order that every system gives; and how many
+    files were left out, for each reason. Folders of housekeeping are left out. Raises UserError where there are none."""
+    found, left_out = [], Counter()
+    with blaming(root, "make it readable"):
+        for folder, inner, names in os.walk(root):
+            for name in filter(is_housekeeping, inner):
+                left_out[f"in {name}/"] += sum(len(files) for *_, files in os.walk(os.path.join(folder, name)))
+            inner[:] = [name for name in inner if not is_housekeeping(name)]
+            for name in names:
+                path, reason = os.path.join(folder, name), why_left_out(name)
+                if not reason and not os.path.isfile(path):
+                    reason = "that are pipes or broken links"
+                left_out[reason] += bool(reason)
+                found += [] if reason else [os.path.relpath(path, root)]
+    if not found:
+        raise UserError(f"{root}: no images ({account(left_out)})")
+    return np.array([os.fsencode(path) for path in sorted(found, key=lambda path: (portable(path), path))]), +left_out
 
 
 def first_of(names: list[str]) -> str:
