@@ -607,6 +607,8 @@ def list_folder(
             left_out += more
     else:
         paths, left_out = list_any(root)
+        if not len(paths):
+            raise UserError(f"{root}: no images ({account(left_out)})")
         class_names, both = [], (("train", paths), ("test", paths[:0]))
         listed = {part: (some, np.zeros(len(some), np.int64)) for part, some in both}
     for part, (paths, part_labels) in listed.items():

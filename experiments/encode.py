@@ -242,6 +242,8 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
                     yield [f"{path}:{array}[{start + n}]" for n in range(len(some))], some
             continue
         files = [path / os.fsdecode(name) for name in list_any(str(path))[0]] if path.is_dir() else [path]
+        if not files:
+            raise UserError(f"there are no images in {path}")
         bar.total += len(files)
         for start in range(0, len(files), AT_A_TIME):
             some, decoded = files[start : start + AT_A_TIME], []

@@ -317,7 +317,7 @@ def list_images(
 
 def list_any(root: str) -> tuple[np.ndarray, Counter[str]]:
     """The images in a folder at any depth, as paths relative to it [N] bytes in an order that every system gives; and how many
-    files were left out, for each reason. Folders of housekeeping are left out. Raises UserError where there are none."""
+    files were left out, for each reason. Folders of housekeeping are left out. Raises UserError where it cannot be read."""
     found, left_out = [], Counter()
     with blaming(root, "make it readable"):
         for folder, inner, names in os.walk(root):
@@ -330,8 +330,6 @@ def list_any(root: str) -> tuple[np.ndarray, Counter[str]]:
                     reason = "that are pipes or broken links"
                 left_out[reason] += bool(reason)
                 found += [] if reason else [os.path.relpath(path, root)]
-    if not found:
-        raise UserError(f"{root}: no images ({account(left_out)})")
     return np.array([os.fsencode(path) for path in sorted(found, key=lambda path: (portable(path), path))]), +left_out
 
 
