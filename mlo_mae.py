@@ -805,6 +805,20 @@ def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
     return start, min(max(end, start + 1) + waited, total)
 
 
+def level1_rate(cfg: Config, iteration: int, step: int, total: int, waited: int) -> float:
+    """The learning rate of encoder and decoder in this step of this outer iteration."""
+    first, length = within(cfg, iteration, total, waited)
+    done, steps = (iteration - first) * cfg.level1_steps + step, length * cfg.level1_steps
+    return cfg.lr * schedule(done, steps, cfg.warmup * steps)
+
+
+def upper_schedules(cfg: Config, iteration: int, total: int, waited: int) -> tuple[float, float]:
+    """The head's and T's shares of their peak learning rates in this outer iteration, of T's part of the run."""
+    start, end = window(cfg, total)
+    look, looks, warm = iteration - start, end - start, cfg.warmup * (end - start)
+    return schedule(look, looks + waited, warm), schedule(look - waited, looks, warm)  # T alone waits
+
+
 def learns_at(cfg: Config, iteration: int, total: int, waited: int) -> bool:
     """Whether T is to be trained in this outer iteration."""
     start, end = window(cfg, total, waited)
@@ -832,15 +846,13 @@ def outer_iteration(
     form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, head, psi, waited, steps = net.cfg, state.head, state.psi, state.waited, []
-    progress, (first, length) = state.iteration / total, within(cfg, state.iteration, total, waited)
-    learns, all_steps = learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
+    progress, learns, all_steps = state.iteration / total, learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
     in_place = 0 if all_steps else cfg.level1_steps - learns  # steps; not those that are differentiated
     theta = copied(state.theta) if in_place else state.theta  # the caller has its state still
 
     for n in range(cfg.level1_steps):
-        number, done = state.iteration * cfg.level1_steps + n, (state.iteration - first) * cfg.level1_steps + n
-        lr = cfg.lr * schedule(done, length * cfg.level1_steps, cfg.warmup * length * cfg.level1_steps)
-        images, keys = next(batches[0]).images, (cfg.seed, MASKS, number)
+        lr = level1_rate(cfg, state.iteration, n, total, waited)
+        images, keys = next(batches[0]).images, (cfg.seed, MASKS, state.iteration * cfg.level1_steps + n)
         how = {"progress": progress, "eyes": state.eyes, "known": next(batches[3]) if batches[3:] else None}
         how["in_place"] = n < in_place
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
@@ -851,9 +863,7 @@ def outer_iteration(
 
     if learns:
         level2, level3 = next(batches[1]), next(batches[2])
-        start, end = window(cfg, total)
-        look, looks, warm = state.iteration - start, end - start, cfg.warmup * (end - start)
-        of_head, of_t = schedule(look, looks + waited, warm), schedule(look - waited, looks, warm)  # T alone waits
+        of_head, of_t = upper_schedules(cfg, state.iteration, total, waited)
         made = cfg.head_steps if cfg.level2 == "steps" else 0
         shape = (made, cfg.labelled_batch_size, cfg.width)
         dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
@@ -1272,7 +1282,11 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
         nonlocal previous
         prob, _, _, mask = (tensor.cpu() for tensor in masks_now(net, state, watched, state.iteration / total))
         row, previous = mask_statistics(prob, mask, previous, objects, cfg.patch_size), mask
-        return {"epoch": epoch} | row | ({"waited": state.waited} if state.waited else {})
+        last, waited = state.iteration - 1, state.waited
+        row["learning_rate"] = level1_rate(cfg, last, cfg.level1_steps - 1, total, waited)
+        if state.psi.t > made:
+            row["mask_learning_rate"] = cfg.mask_lr * upper_schedules(cfg, last, total, waited)[1]
+        return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
     seen = cfg.level1_steps * cfg.batch_size  # images of a mask update
     if run.writer and (epochs := total * seen / len(splits.train)) > 1.05 * cfg.epochs:

@@ -100,6 +100,9 @@ class Run:
                     write_whole(self.out / name, content)
             for name in ("metrics.jsonl", "masks.jsonl"):
                 drop_rows_after(self.out / name, done)
+        rows = read_rows(self.out / "metrics.jsonl") if self.writer and (self.out / "metrics.jsonl").exists() else []
+        known = (row["seconds"] for row in rows if type(row.get("seconds")) is float and math.isfinite(row["seconds"]))
+        self.began = time.monotonic() - max(known, default=0.0)  # what is written again is not counted
         exchange_seconds()  # counts from here
         self.total, self.losses, self.window = total, [], []  # losses still on the device, and those read since the last line
         self.looked = self.saved = self.logged = time.monotonic()
@@ -171,7 +174,7 @@ class Run:
         self.bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
         if line:
             means = {name: float(np.mean([row[name] for row in self.window if name in row])) for name in newest_row}
-            pace = {"images_per_second": speed, "waiting_share": self.waited / elapsed}
+            pace = {"seconds": now - self.began, "images_per_second": speed, "waiting_share": self.waited / elapsed}
             if world() > 1:
                 pace["exchange_share"] = exchange_seconds() / elapsed
             if self.writer:

@@ -85,7 +85,20 @@ def test_runs(unlabelled, photos, capsys):
 
 
 def test_a_run_goes_on_to_the_same_result(unlabelled, photos, tmp_path, monkeypatch):
-    words = ["--image-size", 16, "--epochs", 3, "--level1-steps", 1, "--batch-size", 8, "--masking", "random", "--log-every", 1]
+    words = [
+        "--image-size",
+        16,
+        "--epochs",
+        3,
+        "--level1-steps",
+        1,
+        "--batch-size",
+        8,
+        "--masking",
+        "random",
+        "--log-every",
+        1,
+    ]
     saved = []
 
     def cut(run, content):

@@ -50,6 +50,7 @@ from harness.run import (
     refuse_taken,
     settings_of,
 )
+from harness.schedule import schedule
 from harness.signals import Interrupted
 from harness.vectors import unflatten
 from mlo_mae import Config, build, main
@@ -72,6 +73,14 @@ def test_a_run_leaves_its_files_and_ends_with_json(whole_run):
     for name in losses | {"p_mean", "p_std", "p_entropy", "mask_overlap", "images_per_second"}:
         assert all(math.isfinite(row[name]) for row in rows), name
     assert all(0 <= row["mask_churn"] <= 1 for row in rows[1:])
+    seconds = [row["seconds"] for row in rows]
+    assert seconds == sorted(seconds) and 0 < seconds[0] < seconds[-1] < 300
+    cfg = Config(**json.loads((out / "config.json").read_text()))
+    for row in rows:  # what the step used that was made last
+        done, steps = row["iteration"] * cfg.level1_steps - 1, 30 * cfg.level1_steps
+        assert row["learning_rate"] == pytest.approx(cfg.lr * schedule(done, steps, cfg.warmup * steps))
+        look = row["iteration"] - 1  # T learns throughout
+        assert row["mask_learning_rate"] == pytest.approx(cfg.mask_lr * schedule(look, 30, cfg.warmup * 30))
     assert all(0 < row["waiting_share"] < 1 for row in rows)
     assert rows[-1]["reconstruction_error"] < rows[0]["reconstruction_error"]
     assert summary["verb"] == "pretrain" and summary["probe"] == json.loads((out / "probe.json").read_text())
