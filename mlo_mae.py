@@ -864,13 +864,9 @@ def outer_iteration(
     if learns:
         level2, level3 = next(batches[1]), next(batches[2])
         of_head, of_t = upper_schedules(cfg, state.iteration, total, waited)
-        made = cfg.head_steps if cfg.level2 == "steps" else 0
-        shape = (made, cfg.labelled_batch_size, cfg.width)
-        dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, state.iteration).to(images.device)
-        pairs = level2.images, gather(level2.labels), level3.images, gather(level3.labels)
-        may_wait = waited < round(cfg.mask_wait * total)
-        chance = chance_loss(cfg, pairs[3]) if may_wait else math.inf
-        labelled = Labelled(*pairs, dropout, Rates(cfg.head_lr * of_head, decay[1]), chance)
+        labelled = labelled_of(cfg, level2, level3, Rates(cfg.head_lr * of_head, decay[1]), state.iteration)
+        if waited < round(cfg.mask_wait * total):
+            labelled = labelled._replace(chance=chance_loss(cfg, labelled.labels3))
         form = hypergradient or HYPERGRADIENTS[cfg.hypergradient]
         looked_at = steps if all_steps else [joined(steps)]
         result = form(net, theta, psi.params, head, labelled, looked_at)
@@ -883,6 +879,13 @@ def outer_iteration(
             losses["hypergradient_norm"] = result.hypergradient.norm()
     theta = copied(theta) if net.replay and in_place else theta  # the next replay works in the same memory
     return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
+
+
+def labelled_of(cfg: Config, level2: data.Batch, level3: data.Batch, rates: Rates, iteration: int) -> Labelled:
+    """What levels 2 and 3 see in an outer iteration, of these batches; T does not wait."""
+    shape = (cfg.head_steps if cfg.level2 == "steps" else 0, cfg.labelled_batch_size, cfg.width)
+    dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, iteration).to(level2.images.device)
+    return Labelled(level2.images, gather(level2.labels), level3.images, gather(level3.labels), dropout, rates)
 
 
 def with_kept_masks(net: Networks, state: State, total: int) -> State:
@@ -1219,11 +1222,14 @@ FORMAT = "mlo-mae checkpoint 4"
 SHOWN = 8  # images in pictures, and those whose p is recorded over training
 
 
-def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None) -> tuple[Networks, State, data.Splits]:
+def train(
+    cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None, announce=None
+) -> tuple[Networks, State, data.Splits]:
     """Pretrain, and write the run's folder `out` (docs/usage.md); with `resume`, continue what is there.
 
     hypergradient: another form than the configuration's, for `outer_iteration`; prepare(net, splits, device, run): sets up
-    a baseline's own networks. Of several processes the first alone writes.
+    a baseline's own networks; announce(out, net, state, splits, total, decay): is called before anything is written. Of
+    several processes the first alone writes.
     Raises UserError, and Interrupted after a checkpoint where SIGINT or SIGTERM asked to stop."""
     check(cfg)
     device = cli.choose_device(cfg.device)
@@ -1288,6 +1294,8 @@ def train(cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None
             row["mask_learning_rate"] = cfg.mask_lr * upper_schedules(cfg, last, total, waited)[1]
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
+    if announce:
+        announce(out, net, state, splits, total, decay)
     seen = cfg.level1_steps * cfg.batch_size  # images of a mask update
     if run.writer and (epochs := total * seen / len(splits.train)) > 1.05 * cfg.epochs:
         print(f"data are seen {epochs:.1f} times, not {cfg.epochs}: a mask update takes {seen} images", file=sys.stderr)
@@ -1426,7 +1434,7 @@ def load(path: str | Path, device: str = "auto", **how):
 def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> dict | None:
     """`train`, then probe and pictures: what to report, in the first of several processes."""
     processes, first = world(), share(world()).start == 0
-    net, state, splits = train(cfg, out, resume, **baseline)
+    net, state, splits = train(cfg, out, resume, announce=cli.command("presets").announce, **baseline)
     if not first:
         return None
     updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, splits), "processes": processes}
@@ -1447,7 +1455,7 @@ def pretrain(argv: list[str]) -> dict | None:
     """Run `pretrain` with these flags; returns what its last line reports."""
     others = f"other commands, each with --help: {', '.join(cli.commands())}"
     parser = cli.Parser(prog="mlo_mae.py pretrain", description=__doc__.splitlines()[0], epilog=others)
-    add_run_flags(parser, Config, "<masking>")
+    add_run_flags(parser, Config, "<masking>", PRESETS.get(cli.value_in(argv, "--preset"), {}))
     return reported_run(*settings_of(vars(parser.parse_args(argv)), Config, PRESETS, "<masking>"))
 
 

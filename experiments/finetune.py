@@ -29,11 +29,12 @@ from torch import Tensor, nn
 import mlo_mae
 from data import COMPUTED, Batch, Folder, Images, Splits
 from experiments import first_weights, open_run
-from harness import UserError, cli
+from harness import UserError, cli, counted
 from harness.augmentation import cutmix, erase, mixup, rand_augment, soft_targets
 from harness.checkpoints import fitting, whole_number
 from harness.cli import flag
 from harness.files import append_line, write_whole
+from harness.measure import seconds as seconds_of
 from harness.memory import foresee
 from harness.randomness import BATCHES, DISTORT, DROP_PATH, draw_dropout, numpy_generator, torch_generator
 from harness.run import Run, first_name
@@ -245,12 +246,14 @@ def finetune(
     out: Path | None = None,
     resume: bool = False,
     task: Task = CLASSIFY,
+    announce: Callable[[dict[str, str]], None] | None = None,
 ) -> dict:
     """Fine-tune the encoder of theta, a run's or any; a fresh one where recipe.from_scratch. See the top of this file.
 
-    With `out`, write that folder, and with `resume` continue what is there; else touch no file. Returns the measures
-    (shares; losses in nats) and what they are of (see the end; tied_epochs: how many reached the best measure). Raises
-    UserError, and with `out` Interrupted after a checkpoint where SIGINT or SIGTERM asked to stop."""
+    With `out`, write that folder, and with `resume` continue what is there; else touch no file. announce: gets what it is
+    going to be, {of what: a line}, before anything is written. Returns the measures (shares; losses in nats) and what they are
+    of (see the end; tied_epochs: how many reached the best measure). Raises UserError, and with `out` Interrupted after a
+    checkpoint where SIGINT or SIGTERM asked to stop."""
     check(recipe)
     settings = {"recipe": asdict(recipe), "config": asdict(net.cfg), "data": splits.facts()}
     run = Run(out, settings, resume, task.format, MACHINE_FIELDS | COMPUTED, net.cfg.checkpoint_minutes)
@@ -271,6 +274,8 @@ def finetune(
 
     size, device = (splits.channels, splits.image_size, splits.image_size), loss_sum.device
     foresee(lambda count: model(torch.zeros(count, *size, device=device)), recipe.batch_size, task.name, device, LESS_MEMORY)
+    if announce:
+        announce(plan(model, splits, recipe, task, total - step) | {"files": str(out)})
     batches = splits.train.stream(recipe.batch_size, torch_generator(recipe.seed, BATCHES).initial_seed(), start=step)
     began = time.monotonic()
 
@@ -394,6 +399,24 @@ def is_run(run: Path | None, own: set[str]) -> bool:
     return True
 
 
+def plan(model: Tuned, splits: Splits, recipe: Training, task: Task, steps: int) -> dict[str, str]:
+    """What so many steps of a training are going to be, {of what: a line}; how long they take, by trial."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batch = next(splits.train.stream(recipe.batch_size, 0))
+    scales = drop_path(recipe.drop_path, len(model.blocks), len(batch.images), 0).to(batch.images.device)
+
+    def trial():
+        torch.autograd.grad(task.loss(model, batch, scales, recipe, splits, 0), learning, allow_unused=True)
+
+    trial()
+    device, total = batch.images.device, sum(parameter.numel() for parameter in model.parameters())
+    about = f"{task.name}: {total:,} weights, {sum(map(Tensor.numel, learning)):,} of them learn"
+    method = f"{recipe.epochs} epochs, {counted(steps, 'step')} of {recipe.batch_size} images, peak learning rate {recipe.lr}"
+    method += ", from scratch" if recipe.from_scratch else ""
+    machine, time = f"{cli.described(device)}, {recipe.precision}", cli.duration(steps * seconds_of(trial, device))
+    return {"model": about, "method": method, "machine": machine, "time": f"about {time}"}
+
+
 def default_folder(run: Path | None, name: str, cfg: Config) -> Path:
     """Where a training named so writes: into its run, or else into runs/."""
     return run / name if run and run.is_dir() else Path("runs") / f"{run.stem if run else first_name(cfg, PRESETS)}-{name}"
@@ -436,6 +459,7 @@ def add_training_flags(
     where = f"folder to write (default {folder}, or scratch-..., in RUN or, without one, named in runs)"
     parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--resume", action="store_true", help="continue what is in --out, or start it")
+    cli.add_dry_run(parser)
     return group
 
 
@@ -453,7 +477,7 @@ def run_command(argv: list[str] | None) -> dict:
     net, theta, splits = encoder_and_data(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"
     out = out or default_folder(run, name, net.cfg)
-    return {"verb": "finetune", "run": str(out), **finetune(net, theta, splits, recipe, out, resume)}
+    return {"verb": "finetune", "run": str(out), **finetune(net, theta, splits, recipe, out, resume, announce=cli.announce)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import difflib
 import importlib
 import json
+import re
 import signal
 import sys
 import threading
@@ -14,9 +16,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from harness import UserError, printable
+from harness import UserError, counted, printable
 from harness.memory import keep_freed
-from harness.processes import end_children, first_to_fail, join, started, world
+from harness.processes import end_children, first_to_fail, join, rank, started, world
 from harness.signals import Interrupted, handled, ignore, interruptible
 from kernels.backend import current
 
@@ -64,17 +66,78 @@ def check(settings: Any) -> None:
                 raise UserError(f"{name} {str(value)[:80]}: must be {' and '.join(wanted)}")
 
 
+asked = set()  # of "json" and "dry run": what the command line under way asks of all that report
+
+
+class Ask(argparse.Action):
+    """A flag that is not the program's own affair: it is noted in `asked`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        asked.add(self.const)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError instead of printing its usage and leaving."""
 
+    def __init__(self, *given, **named):
+        super().__init__(*given, **named)
+        how = {"action": Ask, "const": "json", "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+        self.add_argument("--json", help="end with a line of JSON on a terminal too", **how)
+
     def error(self, message):
-        raise UserError(f"{message}; see {self.prog} --help")
+        unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
+        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5)
+        raise UserError(f"{message}; {f'did you mean {near[0]}? ' if near else ''}see {self.prog} --help")
 
 
-def add_flags(parser: argparse._ActionsContainer, fields: Iterable[dataclasses.Field]) -> None:
-    """A flag for each of these dataclass fields; one that the user leaves out is absent from the arguments."""
+def add_dry_run(parser: argparse.ArgumentParser) -> None:
+    """The flag that makes `announce` the end of a command."""
+    how = {"action": Ask, "const": "dry run", "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument("--dry-run", help="say what will run, and stop before anything is written", **how)
+
+
+class DryRun(Exception):
+    """What was asked for has been said."""
+
+
+def announce(plan: dict[str, str]) -> None:
+    """Say what a command is going to do, {of what: a line}, on stderr. Raises DryRun where that is all that is asked for."""
+    for name, line in plan.items() if rank() == 0 else ():
+        print(f"{name}: {printable(line)}", file=sys.stderr)
+    if "dry run" in asked:
+        raise DryRun
+
+
+def duration(seconds: float) -> str:
+    """So many seconds in words, to about two digits."""
+    for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if seconds >= 1.5 * length:
+            count = seconds / length
+            return f"{count:.0f} {unit}s" if count >= 9.5 else f"{count:.1f} {unit}s"
+    return counted(max(1, round(seconds)), "second")
+
+
+def described(device: torch.device) -> str:
+    """A device in words."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device}, {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else str(device)
+
+
+def value_in(argv: list[str], flag: str) -> str | None:
+    """The value that a command line gives this flag, before the rest of it is looked at; None: none."""
+    pairs = [pair for word, after in zip(argv, [*argv[1:], ""]) for pair in (word.split("=", 1), [word, after])]
+    return next((pair[1] for pair in reversed(pairs) if pair[0] == flag and len(pair) == 2), None)
+
+
+def add_flags(
+    parser: argparse._ActionsContainer, fields: Iterable[dataclasses.Field], defaults: dict[str, Any] | None = None
+) -> None:
+    """A flag for each of these dataclass fields; one that the user leaves out is absent from the arguments. defaults: values
+    that --help names in place of the fields' own."""
     for field in fields:
-        options = {"help": f"{field.metadata['help']} (default {field.default})", "default": argparse.SUPPRESS}
+        default = (defaults or {}).get(field.name, field.default)
+        options = {"help": f"{field.metadata['help']} (default {default})", "default": argparse.SUPPRESS}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.type) is Literal:
@@ -93,16 +156,37 @@ LESS_MEMORY = (
 )
 
 
+def in_lines(summary: dict, before: str = "") -> str:
+    """A report for people: a line for each number and text, numbers to four digits; shares whose names say so in percent."""
+    lines = []
+    for name, value in summary.items():
+        name = f"{before}{name.replace('_', ' ')}"
+        if isinstance(value, dict):
+            lines.append(in_lines(value, f"{name}: "))
+        elif isinstance(value, list) and not any(isinstance(x, (dict, list)) for x in value):
+            lines.append(f"{name:<28}{', '.join(map(str, value))}")
+        elif isinstance(value, float):
+            percent = re.search(r"accuracy|top\d|share$|miou", name)
+            lines.append(f"{name:<28}{f'{100 * value:.1f} %' if percent else f'{value:.4g}'}")
+        elif not isinstance(value, list):
+            lines.append(f"{name:<28}{value}")
+    return "\n".join(lines)
+
+
 def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_MEMORY) -> int:
     """Print what work() returns, unless None, as one line of JSON. Exit status 0, 2 after one line for what the user can
     mend, or 130 after one line at Ctrl-C (143 at SIGTERM), when no process that this one has started is left; `remedy` is
     for want of memory, by flags that the program has."""
     status = 2
+    asked.clear()
     try:
         with interruptible():
             summary = work()
             if summary is not None:
-                print(json.dumps(summary, separators=(",", ":")))
+                for_people = sys.stdout.isatty() and "json" not in asked
+                print(in_lines(summary) if for_people else json.dumps(summary, separators=(",", ":")))
+        return 0
+    except DryRun:
         return 0
     except UserError as error:
         message = str(error)
@@ -175,7 +259,9 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
         if name in commands():
             raise UserError(f"{name} runs as one process; start it without torchrun")
         if name != "pretrain":
-            raise UserError(f"{name} is no command; choose from pretrain, {', '.join(commands())}")
+            near = difflib.get_close_matches(name, ["pretrain", *commands()], 1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"{name} is no command; {meant}choose from pretrain, {', '.join(commands())}")
         return pretrain(argv)
 
     return reported("mlo_mae", work, LESS_MEMORY)

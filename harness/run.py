@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from harness import UserError
 from harness.checkpoints import fitting, newest
-from harness.cli import add_flags, check, flag_name, given_as
+from harness.cli import add_dry_run, add_flags, check, flag_name, given_as
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
 from harness.readers import first_of
@@ -293,12 +293,14 @@ def read_settings(path: Path, kind: type) -> dict:
         raise UserError(f"{path} is damaged or of another version ({error}); give all flags, and another --out") from None
 
 
-def add_run_flags(parser: argparse.ArgumentParser, kind: type, name: str) -> None:
-    """A flag for each field of the dataclass `kind`, and those that say where its runs go; `name` as in `settings_of`."""
-    add_flags(parser, dataclasses.fields(kind))
+def add_run_flags(parser: argparse.ArgumentParser, kind: type, name: str, preset: dict | None = None) -> None:
+    """A flag for each field of the dataclass `kind`, and those that say where its runs go; `name` as in `settings_of`. preset:
+    {field: value} that --help names as defaults, in place of the fields' own."""
+    add_flags(parser, dataclasses.fields(kind), preset)
     where = f"folder of the run (default runs/<preset>-{name}-<seed>; with --data, its name in place of the preset's)"
     parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
+    add_dry_run(parser)
 
 
 def settings_of(flags: dict, kind: type, presets: dict[str, dict], name: str) -> tuple[Any, Path, bool]:

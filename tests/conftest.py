@@ -24,6 +24,7 @@ from helpers import arguments, bare, write_sides
 
 import data
 import mlo_mae
+from harness import cli
 
 try:
     import triton.language
@@ -38,6 +39,13 @@ except Exception:  # absent, or at odds with the numpy beside it, which shows in
 def same_draws():
     """Each test draws the same numbers whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unannounced(request, monkeypatch):
+    """Runs within a test do not say, by trial, what they are going to be; tests/experiments/test_presets.py is of that."""
+    if request.module.__name__.rpartition(".")[2] != "test_presets":
+        monkeypatch.setattr(cli.command("presets"), "announce", lambda *given: None)
 
 
 @pytest.fixture

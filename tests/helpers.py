@@ -385,7 +385,8 @@ def refused(argv: list[object], capsys: pytest.CaptureFixture, *words: object) -
     capsys.readouterr()
     status = mlo_mae.main([str(argument) for argument in argv])
     printed = capsys.readouterr().err.splitlines()
-    beside = re.compile("(update|step)/s|s/(update|step)|^data ")  # the bar, and what was found
+    plan = "^(data|model|method|machine|time|files):? "
+    beside = re.compile(f"(update|step)/s|s/(update|step)|{plan}")  # the bar, what was found and what is going to be
     lines = [line for line in printed if line and ("mlo_mae:" in line or not beside.search(line))]
     assert status == 2
     assert len(lines) == 1 and lines[0].startswith("mlo_mae: "), lines

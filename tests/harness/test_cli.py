@@ -373,3 +373,85 @@ def test_the_script_ends_with_its_status_and_one_line(tmp_path):
     ended = script("--help")
     assert ended.returncode == 0 and "--mask-choice" in ended.stdout and "probe" in ended.stdout
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- what people see
+
+
+@pytest.mark.parametrize(
+    "typed, words",
+    [
+        (["pretrain", "--eopchs", "3"], "unrecognized arguments: --eopchs 3; did you mean --epochs? see"),
+        (["pretrain", "--masking-netwrok", "mlp"], "did you mean --masking-network?"),
+        (["finetune", "RUN", "--layer-decy", "0.5"], "did you mean --layer-decay?"),
+        (["pretrain", "--zzzzqqqq"], "unrecognized arguments: --zzzzqqqq; see"),
+        (["pretrian"], "pretrian is no command; did you mean pretrain? choose from"),
+        (["xyz"], "xyz is no command; choose from"),
+    ],
+)
+def test_the_nearest_is_named(capsys, typed, words):
+    assert words in refused(typed, capsys)
+
+
+REPORT = {
+    **{"verb": "probe", "pictures": ["a.png", "b.png"], "probe": {"test_accuracy": 0.92612, "weight_decay": 1e-4}},
+    **{"updates": 225, "object_auc": 0.94512, "rows": [{"a": 1}], "from_scratch": False},
+}
+LINES = """verb                        probe
+pictures                    a.png, b.png
+probe: test accuracy        92.6 %
+probe: weight decay         0.0001
+updates                     225
+object auc                  0.9451
+from scratch                False
+"""
+
+
+@pytest.mark.parametrize("terminal, flags, people", [(True, [], True), (True, ["--json"], False), (False, [], False)])
+def test_a_report_is_for_who_reads_it(capsys, monkeypatch, terminal, flags, people):
+    """Lines on a terminal; for programs, or where asked for, one line of JSON, which has all."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal, raising=False)
+    parser = cli.Parser(prog="x")
+
+    def work():
+        parser.parse_args(flags)
+        return REPORT
+
+    for _ in range(2):  # what one command asks for, the next does not
+        assert cli.reported("x", work) == 0
+        printed = capsys.readouterr().out
+        assert printed == LINES if people else json.loads(printed) == REPORT and printed.count("\n") == 1
+        assert cli.reported("x", lambda: REPORT) == 0
+        assert (capsys.readouterr().out == LINES) == terminal
+
+
+def test_what_was_said_may_be_all(capsys):
+    parser = cli.Parser(prog="x")
+    cli.add_dry_run(parser)
+
+    def work(flags):
+        parser.parse_args(flags)
+        cli.announce({"model": "a line", "time": "another"})
+        return {"done": True}
+
+    assert cli.reported("x", lambda: work(["--dry-run"])) == 0
+    assert capsys.readouterr() == ("", "model: a line\ntime: another\n")
+    assert cli.reported("x", lambda: work([])) == 0
+    assert capsys.readouterr() == ('{"done":true}\n', "model: a line\ntime: another\n")
+
+
+def test_durations():
+    for seconds, words in (
+        *((0.1, "1 second"), (1.4, "1 second"), (89, "89 seconds"), (90, "1.5 minutes"), (569, "9.5 minutes")),
+        *((600, "10 minutes"), (5399, "90 minutes"), (5400, "1.5 hours"), (36000, "10 hours"), (130000, "1.5 days")),
+        (864000, "10 days"),
+    ):
+        assert cli.duration(seconds) == words
+
+
+def test_a_value_among_flags():
+    for words, value in (
+        *((["--preset", "a"], "a"), (["--preset=a", "--lr", "1"], "a"), (["--lr", "1"], None), (["--preset"], "")),
+        *((["--preset", "a", "--preset", "b"], "b"), (["--preset=a=b"], "a=b")),
+    ):
+        assert cli.value_in(words, "--preset") == value
