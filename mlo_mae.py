@@ -96,6 +96,7 @@ from harness.processes import (
     agree,
     as_first,
     average,
+    averaged_gradient,
     end,
     first_before_others,
     gather,
@@ -757,10 +758,12 @@ def level1_update(net: Networks, step: Step, prob: Tensor, in_place: bool = Fals
     loss = level1_loss(prob, step.mask, errors)  # (2)
     if net.penalty:
         loss = loss + net.penalty(features)
-    gradient, vector = torch.autograd.grad(loss, [piece for part in pieces for piece in part.values()]), None
-    if world() > 1 or not in_place:  # a vector where several processes exchange it or a derivative may ask for it
-        vector = average(torch.cat([piece.flatten() for piece in gradient]))  # all images hide as many: a mean of means
-        gradient = vector.split([piece.numel() for piece in gradient])
+    leaves = [piece for part in pieces for piece in part.values()]
+    if world() == 1 and in_place:
+        gradient, vector = torch.autograd.grad(loss, leaves), None
+    else:  # a vector where several processes exchange it or a derivative may ask for it
+        vector = averaged_gradient(loss, leaves)  # all images hide as many: a mean of means
+        gradient = vector.split([leaf.numel() for leaf in leaves])
     error = errors.detach().sum() / step.mask.sum()
     return stepped(theta, gradient, step.rates, in_place), vector, loss.detach(), error  # (3)
 

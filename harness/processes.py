@@ -6,13 +6,15 @@ that together they compute what one process computes with the joined batch. With
 
 import atexit
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 import torch
@@ -174,6 +176,44 @@ def summed(tensor: Tensor) -> Tensor:
 def average(tensor: Tensor) -> Tensor:
     """The mean of a tensor over processes, in place."""
     return summed(tensor).div_(world()) if world() > 1 else tensor
+
+
+BUCKET = 2**20  # how many numbers of a gradient are exchanged at a time, at least
+
+
+def averaged_gradient(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """The mean over processes of d loss / d leaves, as one vector.
+
+    The exchange runs beside the backward pass, which comes to the last leaf first: as soon as the leaves from some one on are
+    there, and fill a bucket, it is sent. Where buckets end, and their order, depends on the leaves' sizes alone."""
+    sizes = [leaf.numel() for leaf in leaves]
+    begins = [0, *itertools.accumulate(sizes)]
+    if world() == 1 or begins[-1] <= BUCKET:  # nothing runs beside
+        return average(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, leaves)]))
+    vector = leaves[0].new_empty(begins[-1])
+    absent = {n: part.view_as(leaf) for n, (part, leaf) in enumerate(zip(vector.split(sizes), leaves))}
+    first = sent = len(leaves)  # all leaves from these on are there; are sent
+    sending = []
+
+    def put(gradient: Tensor, n: int) -> Tensor:
+        nonlocal first, sent
+        place = absent.pop(n).copy_(gradient)
+        while first > 0 and first - 1 not in absent:
+            first -= 1
+            if first == 0 or begins[sent] - begins[first] >= BUCKET:
+                with exchange():
+                    sending.append(dist.all_reduce(vector[begins[first] : begins[sent]], async_op=True))
+                sent = first
+        return place  # instead of the gradient, which is free then
+
+    hooks = [leaf.register_hook(functools.partial(put, n=n)) for n, leaf in enumerate(leaves)]
+    torch.autograd.grad(loss, leaves)  # raises where a leaf gets no gradient
+    for hook in hooks:
+        hook.remove()
+    with exchange():
+        for each in sending:
+            each.wait()
+    return vector.div_(world())
 
 
 def gather(rows: Tensor) -> Tensor:

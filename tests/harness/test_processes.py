@@ -21,7 +21,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is a script as well
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from helpers import DEFAULT, arguments, checkpoint_of, copied, relative_error, same, some_iterations, weights, write_sides
+from helpers import (
+    DEFAULT,
+    arguments,
+    checkpoint_of,
+    copied,
+    hypergradient_problem,
+    relative_error,
+    same,
+    some_iterations,
+    weights,
+    write_sides,
+)
 
 import mlo_mae
 from harness import UserError, cli, processes, run
@@ -40,7 +51,9 @@ CASES = {
     "tokens, ridge, drawn masks, parts": DEFAULT | {"mask_batches": 2, "mask_choice": "odds", "accumulate": 3},
     "tokens, ridge, all steps": DEFAULT | {"unroll": "full"},
     "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": True},
+    "activations again": DEFAULT | {"mask_batches": 2, "checkpoint_activations": True},
 }
+BUCKETS = {torch.float32: processes.BUCKET, torch.float64: 500}  # a gradient at once; in parts, beside the backward pass
 FLAGS = ["--epochs", 10, "--checkpoint-minutes", 0, "--mask-start", 0.2]  # 15 updates, T from the 3rd on
 PARTS = [*FLAGS, "--mask-until", 0.6, "--mask-wait", 0.07]  # and to the 10th, having waited once
 
@@ -48,8 +61,11 @@ PARTS = [*FLAGS, "--mask-until", 0.6, "--mask-wait", 0.07]  # and to the 10th, h
 
 
 def numbers():
-    dtypes = torch.float32, torch.float64
-    return {(name, dtype): some_iterations(dtype, **case) for name, case in CASES.items() for dtype in dtypes}
+    found = {}
+    for dtype, processes.BUCKET in BUCKETS.items():
+        found |= {(name, dtype): some_iterations(dtype, **case) for name, case in CASES.items()}
+    processes.BUCKET = BUCKETS[torch.float32]
+    return found
 
 
 def next_port():
@@ -361,3 +377,127 @@ def test_an_exchange_that_fails_is_one_line():
     with pytest.raises(UserError, match=r"the exchange with another process failed \(peer is gone\); continue with --resume"):
         with processes.exchange():
             raise RuntimeError("peer is gone\nand more")
+
+
+class Exchange:
+    """An all_reduce of two processes, under way: what is sent at its beginning is there after `wait`. The other process
+    always has three times what this one has."""
+
+    def __init__(self, tensor):
+        self.tensor, self.sent = tensor, tensor.clone()
+
+    def wait(self):
+        self.tensor.copy_(4 * self.sent)
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """As the first of two processes; a list of the exchanges that are begun, (begin, end), and of what a test puts there."""
+    events = []
+
+    def all_reduce(tensor, async_op=False):
+        begin = tensor.storage_offset()
+        events.append((begin, begin + len(tensor)))
+        begun = Exchange(tensor)
+        return begun if async_op else begun.wait()
+
+    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
+        monkeypatch.setattr(processes.dist, name, lambda value=value: value)
+    monkeypatch.setattr(processes.dist, "all_reduce", all_reduce)
+    processes.exchange_seconds()
+    return events
+
+
+SIZES = [(3,), (5, 1), (1,), (7,), (1, 2), (4, 10), (2, 3)]  # places 0, 3, 8, 9, 16, 18, 58 to 64
+
+
+def layers(events, order):
+    """A loss of layers in this order, each of one leaf, that say when the backward pass has come through them; the leaves."""
+    random = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(size, generator=random, dtype=torch.float64).requires_grad_() for size in SIZES]
+    x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    for n in order:
+        x.register_hook(lambda gradient, n=n: events.append(f"through {n}"))
+        x = torch.tanh(x + (leaves[n].cos() * (1 + leaves[n].detach())).sum())
+    return x.sum(), leaves
+
+
+@pytest.mark.parametrize("order", [range(7), range(6, -1, -1), (2, 5, 0, 1, 6, 4, 3)], ids=str)
+@pytest.mark.parametrize(
+    "bucket, sent",
+    [
+        (1, [(58, 64), (18, 58), (16, 18), (9, 16), (8, 9), (3, 8), (0, 3)]),
+        (8, [(18, 64), (9, 18), (0, 9)]),
+        (10, [(18, 64), (8, 18), (0, 8)]),  # the last is smaller
+        (63, [(0, 64)]),
+        (64, [(0, 64)]),
+    ],
+)
+def test_a_gradient_is_averaged_in_any_buckets(monkeypatch, events, bucket, sent, order):
+    monkeypatch.setattr(processes, "BUCKET", bucket)
+    loss, leaves = layers(events, order)
+    expected = torch.cat([2 * gradient.flatten() for gradient in torch.autograd.grad(loss, leaves, retain_graph=True)])
+    events.clear()
+    assert torch.equal(processes.averaged_gradient(loss, leaves), expected)
+    assert [event for event in events if isinstance(event, tuple)] == sent  # whatever order the backward pass has
+
+
+def test_a_gradient_is_exchanged_beside_the_backward_pass(monkeypatch, events):
+    monkeypatch.setattr(processes, "BUCKET", 10)
+    processes.averaged_gradient(*layers(events, range(7)))
+    through = [event for event in events if isinstance(event, str)]
+    assert through == [f"through {n}" for n in range(6, 0, -1)]
+    assert events.index((18, 64)) < events.index("through 4") and events.index((8, 18)) < events.index("through 1")
+    events.clear()
+    processes.averaged_gradient(*layers(events, range(6, -1, -1)))
+    assert events.index("through 5") < events.index((18, 64))  # what is there first waits for its turn
+
+
+def test_a_step_of_level_1_is_exchanged_beside_its_backward_pass(monkeypatch, events):
+    net, (theta, psi, *_, steps) = hypergradient_problem()
+    real = torch.autograd.grad
+
+    def watched(*arguments, **how):
+        events.append("begin")
+        found = real(*arguments, **how)
+        events.append("end")
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    for bucket, exchanges in ((len(theta.params), 1), (len(theta.params) // 4, 4)):
+        monkeypatch.setattr(processes, "BUCKET", bucket)
+        for in_place in (False, True):
+            events.clear()
+            _, step, _, _ = mlo_mae.level1_step(net, theta, psi, steps[0].images, steps[0].rates, 0, 0, in_place=in_place)
+            assert step.gradient.shape == theta.params.shape
+            assert events[0] == "begin" and events[-1 if exchanges > 1 else 1] == "end" and len(events) == 2 + exchanges
+
+
+def test_seconds_of_an_exchange_are_those_that_hold_up(monkeypatch, events):
+    monkeypatch.setattr(processes, "BUCKET", 10)
+    real = Exchange.wait
+    monkeypatch.setattr(Exchange, "wait", lambda self: time.sleep(0.02) or real(self))
+    loss, leaves = layers(events, range(7))
+    leaves[0].register_hook(lambda gradient: time.sleep(1))
+    processes.averaged_gradient(loss, leaves)
+    assert 3 * 0.02 <= processes.exchange_seconds() < 1
+
+
+@pytest.mark.parametrize("place", ["all_reduce", "wait"])
+def test_an_exchange_that_fails_beside_the_backward_pass_is_one_line(monkeypatch, events, place):
+    monkeypatch.setattr(processes, "BUCKET", 10)
+
+    def failing(*arguments, **how):
+        raise RuntimeError("peer is gone\nand more")
+
+    monkeypatch.setattr(*((Exchange, "wait") if place == "wait" else (processes.dist, "all_reduce")), failing)
+    with pytest.raises(
+        UserError, match=r"^the exchange with another process failed \(peer is gone\); continue with --resume$"
+    ):
+        processes.averaged_gradient(*layers(events, range(7)))
+
+
+def test_a_leaf_without_a_gradient_is_no_hang(monkeypatch, events):
+    monkeypatch.setattr(processes, "BUCKET", 10)
+    with pytest.raises(RuntimeError, match="not have been used"):
+        processes.averaged_gradient(*layers(events, [0, 1, 2, 4, 5, 6]))
