@@ -383,22 +383,24 @@ class Exchange:
     """An all_reduce of two processes, under way: what is sent at its beginning is there after `wait`. The other process
     always has three times what this one has."""
 
-    def __init__(self, tensor):
-        self.tensor, self.sent = tensor, tensor.clone()
+    def __init__(self, tensor, events):
+        self.tensor, self.sent, self.events = tensor, tensor.clone(), events
 
     def wait(self):
         self.tensor.copy_(4 * self.sent)
+        self.events.append("waited")
 
 
 @pytest.fixture
 def events(monkeypatch):
-    """As the first of two processes; a list of the exchanges that are begun, (begin, end), and of what a test puts there."""
+    """As the first of two processes; a list of the exchanges that are begun, (begin, end), and waited for, and of what else a
+    test puts there."""
     events = []
 
     def all_reduce(tensor, async_op=False):
         begin = tensor.storage_offset()
         events.append((begin, begin + len(tensor)))
-        begun = Exchange(tensor)
+        begun = Exchange(tensor, events)
         return begun if async_op else begun.wait()
 
     for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 0}.items():
@@ -445,9 +447,10 @@ def test_a_gradient_is_averaged_in_any_buckets(monkeypatch, events, bucket, sent
 def test_a_gradient_is_exchanged_beside_the_backward_pass(monkeypatch, events):
     monkeypatch.setattr(processes, "BUCKET", 10)
     processes.averaged_gradient(*layers(events, range(7)))
-    through = [event for event in events if isinstance(event, str)]
+    through = [event for event in events if str(event).startswith("through")]
     assert through == [f"through {n}" for n in range(6, 0, -1)]
     assert events.index((18, 64)) < events.index("through 4") and events.index((8, 18)) < events.index("through 1")
+    assert events[-4:] == [(0, 8), "waited", "waited", "waited"]
     events.clear()
     processes.averaged_gradient(*layers(events, range(6, -1, -1)))
     assert events.index("through 5") < events.index((18, 64))  # what is there first waits for its turn
@@ -470,7 +473,9 @@ def test_a_step_of_level_1_is_exchanged_beside_its_backward_pass(monkeypatch, ev
             events.clear()
             _, step, _, _ = mlo_mae.level1_step(net, theta, psi, steps[0].images, steps[0].rates, 0, 0, in_place=in_place)
             assert step.gradient.shape == theta.params.shape
-            assert events[0] == "begin" and events[-1 if exchanges > 1 else 1] == "end" and len(events) == 2 + exchanges
+            kinds = ["sent" if isinstance(event, tuple) else event for event in events]
+            beside = ["begin", *["sent"] * exchanges, "end", *["waited"] * exchanges]
+            assert kinds == (["begin", "end", "sent", "waited"] if exchanges == 1 else beside)
 
 
 def test_seconds_of_an_exchange_are_those_that_hold_up(monkeypatch, events):
