@@ -134,7 +134,7 @@ def fitting(cfg: Settings, gpus: int) -> Settings:
 
 
 def seconds(cfg: Settings, gpus: int) -> dict[str, tuple[float, float]]:
-    """{part of a run: (seconds of an outer iteration, those of exchanges among them)}: nothing runs beside anything."""
+    """{part of a run: (seconds of an outer iteration, those of exchanges among them)}, if nothing ran beside anything."""
     cost, (gradient, *summed, gathered) = operations(cfg), exchanged(cfg).values()
     rate, found = PEAK[cfg.precision] * cfg.share, {}
     ring = (gpus - 1) / gpus / (NVLINK if gpus <= MACHINE else INFINIBAND)  # a sum goes round twice

@@ -184,15 +184,16 @@ BUCKET = 2**20  # how many numbers of a gradient are exchanged at a time, at lea
 def averaged_gradient(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     """The mean over processes of d loss / d leaves, as one vector.
 
-    The exchange runs beside the backward pass, which comes to the last leaf first: as soon as the leaves from some one on are
-    there, and fill a bucket, it is sent. Where buckets end, and their order, depends on the leaves' sizes alone."""
+    The exchange runs beside the backward pass, which comes to the last leaves first. From the last leaf to the first, those
+    that are there are sent as soon as they fill a bucket: what a bucket holds, and when its turn is, depends on the leaves'
+    sizes alone, so all processes send the same."""
     sizes = [leaf.numel() for leaf in leaves]
     begins = [0, *itertools.accumulate(sizes)]
     if world() == 1 or begins[-1] <= BUCKET:  # nothing runs beside
         return average(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, leaves)]))
     vector = leaves[0].new_empty(begins[-1])
     absent = {n: part.view_as(leaf) for n, (part, leaf) in enumerate(zip(vector.split(sizes), leaves))}
-    first = sent = len(leaves)  # all leaves from these on are there; are sent
+    first = sent = len(leaves)  # all leaves from `first` on are there; those from `sent` on are sent
     sending = []
 
     def put(gradient: Tensor, n: int) -> Tensor:
