@@ -186,6 +186,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16"] = flag("fp32", "of encoder and decoder; auto: bf16 on a GPU that has it")
     graphs: Literal["auto", "off"] = flag("auto", "on a GPU, start a step of level 1 in one launch: less time, more memory")
     log_every: int = flag(10, "mask updates between two lines of metrics.jsonl", least=1, most=65536)
+    tensorboard: bool = flag(False, "write these lines for TensorBoard, too")
     checkpoint_minutes: float = flag(5.0, "minutes between checkpoints (0: after every mask update)", least=0)
 
 
@@ -217,7 +218,7 @@ PRESETS = {
 }
 # What may change when a run is resumed, since the result does not depend on it; data may lie elsewhere, and must be the same.
 MACHINE_FIELDS = {"data", "data_dir", "device", "workers", "graphs", "checkpoint_minutes"}
-MACHINE_FIELDS |= {"accumulate", "checkpoint_activations"}
+MACHINE_FIELDS |= {"accumulate", "checkpoint_activations", "tensorboard"}
 MAX_WEIGHTS = 2**31  # of a model; a damaged file must not ask for more
 
 
@@ -1237,7 +1238,8 @@ def train(
     check(cfg)
     device = cli.choose_device(cfg.device)
     cfg = with_precision(cfg, device)
-    run = Run(out, {"config": dataclasses.asdict(cfg)}, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes)
+    settings = {"config": dataclasses.asdict(cfg)}
+    run = Run(out, settings, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes, cfg.tensorboard)
     splits = first_before_others(lambda: load_data(cfg, device))
     run.compare("data", splits.facts(), data.COMPUTED)
     if splits.channels * cfg.patch_size**2 == 1:

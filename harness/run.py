@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -47,6 +48,7 @@ class Run:
     machine: names of settings that may change when a run is resumed, since its result does not depend on them.
     checkpoint: what there is to continue, or None; of several processes the first alone has it.
     beside: {file name: bytes, or function of an open file} that the folder gets when the run begins.
+    tensorboard: whether lines of metrics go into TensorBoard's event files too.
 
     Raises UserError where a run is there already, or `resume` finds one of other settings."""
 
@@ -58,11 +60,15 @@ class Run:
         form: str,
         machine: set[str],
         minutes: float = 0.0,
+        tensorboard: bool = False,
     ):
         self.out, self.minutes, self.writer = out, minutes, out is not None and rank() == 0
         self.checkpoint, self.stop, self.received, self.waited = None, 0, [], 0.0
         self.content, self.cut = None, False  # what makes a checkpoint's content; whether a signal has ended work `at_once`
         self.beside = {"config.json": json.dumps(settings["config"], indent=2).encode()}
+        self.tensorboard, self.board = tensorboard and self.writer, None
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise UserError("--tensorboard needs the package of that name: pip install tensorboard, or leave the flag out")
         if not self.writer:
             return
         if not resume:
@@ -103,6 +109,10 @@ class Run:
         rows = read_rows(self.out / "metrics.jsonl") if self.writer and (self.out / "metrics.jsonl").exists() else []
         known = (row["seconds"] for row in rows if type(row.get("seconds")) is float and math.isfinite(row["seconds"]))
         self.began = time.monotonic() - max(known, default=0.0)  # what is written again is not counted
+        if self.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.out, purge_step=done + 1)  # lines that are written again replace those before
         exchange_seconds()  # counts from here
         self.total, self.losses, self.window = total, [], []  # losses still on the device, and those read since the last line
         self.looked = self.saved = self.logged = time.monotonic()
@@ -114,6 +124,9 @@ class Run:
                 self.cut = True
                 if self.writer and self.content:
                     self.save(self.content())
+            finally:
+                if self.board:
+                    self.board.close()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -178,7 +191,12 @@ class Run:
             if world() > 1:
                 pace["exchange_share"] = exchange_seconds() / elapsed
             if self.writer:
-                append_line(self.out / "metrics.jsonl", {"iteration": iteration} | metrics() | means | pace)
+                row = metrics() | means | pace
+                append_line(self.out / "metrics.jsonl", {"iteration": iteration} | row)
+                if self.board:
+                    for name, value in row.items():
+                        self.board.add_scalar(name, value, iteration)
+                    self.board.flush()
             self.window, self.logged, self.waited = [], time.monotonic(), 0.0
         if due or self.stop:
             if self.writer:

@@ -3,6 +3,7 @@
 MLO_MAE_KILLS sets how many runs are killed and resumed."""
 
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -744,3 +746,63 @@ def test_npz_with_pickled_objects_executes_nothing(tmp_path, capsys, monkeypatch
     np.savez("bad.npz", train_images=np.array([Explosive()], dtype=object), train_labels=np.zeros(1))
     refused(arguments("bad.npz", tmp_path / "bad"), capsys, "bad.npz")
     assert not (tmp_path / "exploded").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def finding(what):
+    """Python's way to find a package, which finds `what` for that one."""
+    real = importlib.util.find_spec
+    return lambda name, *more: what if name == "tensorboard" else real(name, *more)
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_lines_for_tensorboard(sides, tmp_path, monkeypatch):
+    """Each number of each line, by a stand-in for the package; a resumed run replaces what it writes again."""
+    written, boards = {}, []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            boards.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written[step, name] = value
+
+        def flush(self):
+            boards.append("flushed")
+
+        def close(self):
+            boards.append("closed")
+
+    monkeypatch.setattr("importlib.util.find_spec", finding("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    out = tmp_path / "run"
+    content = stopped(sides, out, monkeypatch, 2, "--tensorboard", "--epochs", 4)
+    at = content["iteration"]
+    assert boards[0] == (out, 1) and boards[-1] == "closed" and 0 < at < 6
+    assert main(["pretrain", "--out", str(out), "--resume"]) == 0
+    assert (out, at + 1) in boards
+    rows = read_metrics(out / "metrics.jsonl")
+    expected = {(row["iteration"], name): value for row in rows for name, value in row.items() if name != "iteration"}
+    assert written == expected and boards.count("flushed") >= len(rows)
+
+
+@pytest.mark.usefixtures("bare_runs")
+def test_tensorboard_reads_them(sides, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    assert main(arguments(sides, out, "--tensorboard", "--epochs", 4)) == 0
+    events = EventAccumulator(str(out)).Reload()
+    rows = read_metrics(out / "metrics.jsonl")
+    for name in ("level1_loss", "learning_rate", "object_hidden"):
+        found = [(event.step, event.value) for event in events.Scalars(name)] if name in rows[0] else []
+        assert found == [(row["iteration"], pytest.approx(row[name], rel=1e-6)) for row in rows if name in row]
+
+
+def test_tensorboard_that_is_not_there_is_said(sides, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", finding(None))
+    refused(arguments(sides, tmp_path / "run", "--tensorboard"), capsys, "pip install tensorboard, or leave the flag out")
+    assert not (tmp_path / "run").exists()
