@@ -1452,7 +1452,7 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     report = updates | rows[-1]
     if splits.class_names:
         report["probe"] = cli.command("probe").after_training(net, state, splits, out)
-    cli.command("show").after_training(net, state, splits, out)
+    report["pictures"] = [str(path) for path in cli.command("show").after_training(net, state, splits, out)]
     return report
 
 

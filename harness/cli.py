@@ -156,12 +156,22 @@ LESS_MEMORY = (
 )
 
 
+# Of the last line of metrics, what only its readers ask for: `in_lines` leaves it out.
+DETAILS = {"processes", "iteration", "epoch", "p_mean", "p_std", "p_entropy", "mask_churn", "mask_overlap", "learning_rate"}
+DETAILS |= {"mask_learning_rate", "level1_loss", "images_per_second", "waiting_share", "exchange_share"}
+
+
 def in_lines(summary: dict, before: str = "") -> str:
-    """A report for people: a line for each number and text, numbers to four digits; shares whose names say so in percent."""
+    """A report for people: a line for each number and text but DETAILS, numbers to four digits; shares whose names say so in
+    percent."""
     lines = []
     for name, value in summary.items():
+        if name in DETAILS:
+            continue
         name = f"{before}{name.replace('_', ' ')}"
-        if isinstance(value, dict):
+        if name == "seconds":
+            lines.append(f"{'time':<28}{duration(value)}")
+        elif isinstance(value, dict):
             lines.append(in_lines(value, f"{name}: "))
         elif isinstance(value, list) and not any(isinstance(x, (dict, list)) for x in value):
             lines.append(f"{name:<28}{', '.join(map(str, value))}")

@@ -400,7 +400,7 @@ def bare() -> Iterator[None]:
     """Runs in this process end without probe and pictures, which take longer than a small run does."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("probe", "show"):
-            patch.setattr(cli.command(name), "after_training", lambda *arguments: None)
+            patch.setattr(cli.command(name), "after_training", lambda *arguments: [])
         yield
 
 

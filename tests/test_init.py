@@ -123,7 +123,7 @@ def test_features_equal_timms(tmp_path, capsys):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(show, "after_training", lambda *arguments: None)
+    monkeypatch.setattr(show, "after_training", lambda *arguments: [])
 
 
 @pytest.fixture

@@ -874,7 +874,7 @@ def test_a_t_that_learned_from_a_head_no_better_than_chance_is_said(monkeypatch,
     splits = types.SimpleNamespace(class_names="abcd", train=range(1000), val=types.SimpleNamespace(labels=labels))
     monkeypatch.setattr(mlo_mae, "train", lambda *arguments, announce: (None, None, splits))
     monkeypatch.setattr(mlo_mae, "read_metrics", lambda path: [{"level3_loss": 9.0}, {"level3_loss": loss}, {"epoch": 1}])
-    quiet = types.SimpleNamespace(after_training=lambda *arguments: None, announce=None)
+    quiet = types.SimpleNamespace(after_training=lambda *arguments: [], announce=None)
     monkeypatch.setattr(mlo_mae.cli, "command", lambda name: quiet)
     assert mlo_mae.reported_run(cfg, tmp_path)["epoch"] == 1
     told = capsys.readouterr().err

@@ -395,7 +395,7 @@ def test_the_nearest_is_named(capsys, typed, words):
 
 REPORT = {
     **{"verb": "probe", "pictures": ["a.png", "b.png"], "probe": {"test_accuracy": 0.92612, "weight_decay": 1e-4}},
-    **{"updates": 225, "object_auc": 0.94512, "rows": [{"a": 1}], "from_scratch": False},
+    **{"updates": 225, "object_auc": 0.94512, "rows": [{"a": 1}], "from_scratch": False, "p_mean": 0.2, "seconds": 150.2},
 }
 LINES = """verb                        probe
 pictures                    a.png, b.png
@@ -404,6 +404,7 @@ probe: weight decay         0.0001
 updates                     225
 object auc                  0.9451
 from scratch                False
+time                        2.5 minutes
 """
 
 

@@ -119,7 +119,7 @@ def stop_in_the_middle(number, iteration=4):
 def everything(folder):
     """What each of the two processes runs."""
     npz, number = folder / "sides.npz", int(os.environ["RANK"])
-    cli.command("show").after_training = lambda *arguments: None  # slow, and no matter of several processes
+    cli.command("show").after_training = lambda *arguments: []  # slow, and no matter of several processes
     next_port()
     processes.join()
     torch.save(numbers(), folder / f"numbers-{number}.pt")
@@ -143,7 +143,7 @@ def in_three_parts(folder):
     """Runs that go past T's part, by each of the two processes; process 1 alone cannot see folders that are deleted."""
     npz, number = folder / "sides.npz", int(os.environ["RANK"])
     for name in ("probe", "show"):
-        cli.command(name).after_training = lambda *arguments: None
+        cli.command(name).after_training = lambda *arguments: []
     first = ["--init", folder / "given", "--seed", 5]
     given = ["--masking-from", folder / "taken"]
     outcomes = {"parts": command(*arguments(npz, folder / "parts", *PARTS))}
@@ -170,7 +170,7 @@ def killed(argv):
         return real(net, state, *rest)
 
     mlo_mae.outer_iteration = dying
-    cli.command("show").after_training = lambda *arguments: None
+    cli.command("show").after_training = lambda *arguments: []
     processes.end(mlo_mae.main(argv))
 
 
@@ -242,7 +242,7 @@ def test_two_processes_compute_what_one_computes(folder, case, dtype):
 
 @pytest.mark.slow
 def test_a_whole_run_on_two_processes(folder, outcomes, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.command("show"), "after_training", lambda *arguments: None)
+    monkeypatch.setattr(cli.command("show"), "after_training", lambda *arguments: [])
     (status, out, err), (other_status, other_out, other_err) = outcomes["whole"]
     assert status == other_status == 0 and other_out == "" and "update" not in other_err
     assert err.count("data ") == 1 and "data " not in other_err
@@ -292,7 +292,7 @@ def parts(tmp_path_factory):
     write_sides(folder / "sides.npz")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("probe", "show"):
-            patch.setattr(cli.command(name), "after_training", lambda *arguments: None)
+            patch.setattr(cli.command(name), "after_training", lambda *arguments: [])
         assert command(*arguments(folder / "sides.npz", folder / "given", *PARTS))[0] == 0
         copied(folder / "given", folder / "taken")
         first = ["--init", folder / "given", "--seed", 5]
