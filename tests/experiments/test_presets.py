@@ -86,6 +86,7 @@ def test_each_kind_of_run(sides, whole_run, tmp_path, capsys, more, words):
     assert words in said["method"] and said["time"].startswith("about ") and not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("bare_runs")
 def test_what_is_said_changes_nothing(sides, whole_run, tmp_path, monkeypatch):
     """With a trial as without: the same weights, and a run that is resumed says what is left."""
     spoken, real = [], presets.announce
