@@ -44,7 +44,7 @@ import mlo_mae
 from harness import cli, measure, printable
 from harness.files import append_line, read_rows
 from harness.measure import Page, interleaved, operations, operators, peak_memory, product_rate, quartiles, relative_error
-from harness.pictures import save_figure
+from harness.pictures import Panel, caption, draw_panels, save_figure
 from harness.randomness import DROPOUT, REDRAWN, draw_dropout
 from harness.vectors import decays, inverse_fan_in, weight_decays
 from kernels.race import COMPILED, DTYPES, GEOMETRY, KERNELS, SDPA, cases, race
@@ -324,7 +324,19 @@ def forms_text(rows: dict[str, dict], methods: dict[str, Method]) -> list[str]:
     return [*measure.table(lines).splitlines(), "", f"exact takes {'; '.join(ratios)}."]
 
 
-FORMS = {"exact": "#1a7f4b", "unrolled": "#4062bb", "finite-difference": "#d9822b"}  # and their colours
+FORMS = ("exact", "unrolled", "finite-difference")
+VERDICTS = {"exact": "tab:green", "approximate": "tab:orange", "noise": "tab:red"}  # and their colours
+QUESTIONS = (  # of the picture: title, unit, name in a row, scale
+    ("Is it exact?", "relative error in float32 (judge: autograd in float64)", "error_float32", 1),
+    ("How long does it take?", "milliseconds", "seconds", 1e3),
+    ("How much memory does it hold?", "MiB", "peak_bytes", 2**-20),
+)
+WHAT = {"seconds": "time", "peak_bytes": "memory"}
+ALONG = {"depth": "blocks of the encoder", "batch": "images in a batch", "unrolled steps": "level-1 steps unrolled"}
+CAPTION = (
+    "Above: the shaded band is what float32 allows; a method is of use where its dot lies in it, or near it and further left "
+    "in the other panels. Below: width 32, 64 patches; finite differences see one step, however many are unrolled."
+)
 GROWTH = {"depth": (2, 4, 8), "batch": (16, 32, 64), "unrolled steps": (1, 2, 4)}
 
 
@@ -345,33 +357,49 @@ def growth(device: torch.device, repeats: int) -> list[dict]:
 
 
 def draw(rows: dict[str, dict], methods: dict[str, Method], size: str, grown: list[dict], path: Path) -> None:
-    """Write the picture: error against time, one point a method, at one size; and how cost grows."""
-    import matplotlib
+    """Write the picture: of every method at one size its error, time and memory; and how time and memory grow."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(14, 5.5), layout="constrained")
-    left, right = figure.subfigures(1, 2)
-    axis, colours = left.subplots(), matplotlib.colormaps["tab20"].colors
-    for (name, row), colour in zip(rows.items(), colours):
-        look = {"s": 70, "color": colour, "marker": "os"[methods[name].judged - 1], "zorder": 3}
-        axis.scatter(1e3 * row["seconds"], row["error_float32"], label=methods[name].label, **look)
-    axis.axhspan(1e-8, LIMIT["float32"], color="green", alpha=0.07, lw=0, label="what float32 allows")
-    axis.set(xscale="log", yscale="log", xlabel="milliseconds", ylabel="relative error, judged by autograd in float64")
-    axis.set_title(f"Error against cost ({size}; squares: two level-1 steps)", fontsize=11)
-    left.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    panels = right.subplots(2, 3, sharex="col")
-    for column, along in enumerate(dict.fromkeys(row["along"] for row in grown)):
-        for line, (name, unit, scale) in enumerate((("seconds", "ms", 1e3), ("peak_bytes", "MiB", 2**-20))):
-            axis = panels[line][column]
-            for form, colour in FORMS.items():
-                points = [(row["value"], scale * row[name]) for row in grown if (row["along"], row["method"]) == (along, form)]
-                axis.plot(*zip(*points), marker="o", markersize=4, color=colour, label=METHODS[form].label)
-            axis.set(xticks=[x for x, _ in points], ylim=(0, 1.35 * axis.dataLim.y1), ylabel=unit if column == 0 else None)
-            axis.grid(alpha=0.25)
-            axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel(along)
-    panels[0][0].legend(fontsize=8, frameon=False)
-    right.suptitle("How cost grows (width 32, 64 patches; finite differences see one step)", fontsize=11)
+    heights = 1.6 + 0.27 * len(rows), 6.2
+    figure = Figure(figsize=(13, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    axes, places = above.subplots(1, 3, sharey=True), range(len(rows))
+    error = axes[0]
+    for axis, (title, unit, name, scale) in zip(axes, QUESTIONS):
+        values = [scale * row[name] for row in rows.values()]
+        axis.scatter(values, places, s=45, color=[VERDICTS[row["verdict"]] for row in rows.values()], zorder=3)
+        for place, value in zip(places, values):
+            said = f"{value:.1e}" if axis is error else f"{value:.3g}"
+            axis.annotate(said, (value, place), (7, -3.5), textcoords="offset points", fontsize=9)
+        axis.set_title(title, loc="left")
+        axis.set(xlabel=unit, yticks=places, yticklabels=[methods[name].label for name in rows])
+        axis.set_xlim(0, 1.15 * max(values))
+        axis.grid(alpha=0.3)
+    error.set(xscale="log", xlim=(1e-8, 1000 * max(1, *(row["error_float32"] for row in rows.values()))))
+    error.axvspan(1e-8, LIMIT["float32"], color="green", alpha=0.07, lw=0)
+    error.invert_yaxis()
+    dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=verdict) for verdict, colour in VERDICTS.items()]
+    above.legend(
+        handles=dots,
+        loc="outside upper left",
+        ncols=len(dots),
+        frameon=False,
+        title=f"{size}: a row for each method",
+        alignment="left",
+    )
+    shown = []
+    for name, unit, scale in (("seconds", "ms", 1e3), ("peak_bytes", "MiB", 2**-20)):
+        for along in dict.fromkeys(row["along"] for row in grown):
+            lines = {}
+            for form in FORMS:
+                some = [(row["value"], scale * row[name]) for row in grown if (row["along"], row["method"]) == (along, form)]
+                lines[METHODS[form].label] = tuple(zip(*some))
+            shown.append(Panel(f"How does {WHAT[name]} grow with {along}?", unit, lines, along=ALONG[along]))
+    draw_panels(below, shown, 3)
+    for axis, panel in zip(below.axes, shown):
+        axis.set(ylim=(0, None), xticks=next(iter(panel.lines.values()))[0])
+    caption(figure, CAPTION)
     save_figure(figure, path)
 
 

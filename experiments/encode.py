@@ -24,7 +24,7 @@ from data import IMAGENET_MEAN, IMAGENET_STD
 from experiments import read_run, reconstructed
 from experiments.show import picture_rows
 from harness import UserError, cli, counted
-from harness.files import write_whole
+from harness.files import check_free, write_whole
 from harness.pictures import as_images, grid
 from harness.readers import blaming, list_any, npz_pictures, picture
 from harness.vectors import unflatten
@@ -257,10 +257,7 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
     """Write `out`, an .npz of "features" [N, D] float32 and "names" [N], and of the first images the picture `masks`: what
     the command reports. Raises UserError, where a file is there already too."""
     for file in filter(None, (out, masks)):
-        if file.exists():
-            raise UserError(f"{file} exists already; move it away, or name another")
-        if not file.parent.is_dir():
-            raise UserError(f"{file.parent} is no folder; make it, or name another file")
+        check_free(file)
     if masks and not model.decodes:
         raise UserError("there is no decoder, so no reconstruction to draw; leave --masks out, or give --decoder-heads")
     names, features, first = [], [], []
@@ -274,12 +271,12 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
     features = np.concatenate(features)
     write_whole(out, lambda file: np.savez(file, features=features, names=np.array(names)))
     if masks:
-        grid(masks, shown_rows(model, np.stack(first)))
+        grid(masks, *shown_rows(model, np.stack(first)))
     return {"images": len(names), "width": features.shape[1], "file": str(out)} | ({"picture": str(masks)} if masks else {})
 
 
-def shown_rows(model: Model, images: np.ndarray) -> list:
-    """Rows of a picture of these images: as `show` has them of a run's."""
+def shown_rows(model: Model, images: np.ndarray) -> tuple[list, str]:
+    """Rows of a picture of these images, and what it says below them: as `show` has them of a run's."""
     inputs = model.inputs(images)
     with torch.no_grad():
         return picture_rows(model.net, model.state.theta.params, inputs, model.draw(inputs, 0), model.mean, model.std)

@@ -42,7 +42,7 @@ from experiments.probe import probe
 from harness import UserError, cli
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine, table_page
-from harness.pictures import save_figure
+from harness.pictures import panel_of, panels
 from harness.processes import after_parent, end_children
 from harness.run import read_metrics
 from harness.signals import handled, ignore
@@ -461,35 +461,28 @@ def dense_table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], l
 def figure(data: str, methods: list[str], grid: Grid, path: Path) -> bool:
     """Draw how T stood over training: how it saw objects, where the data knows them, else p's spread. False where no row
     with a T is whole."""
-    from matplotlib.figure import Figure
-
     runs = {}
     for method in filter(learns, methods):
         if numbers(grid, data, method, "steps"):
             folders = [folder_of(grid.out, Cell(data, method, "steps", seed)) for seed in grid.numbers]
             runs[method] = [read_metrics(folder / "metrics.jsonl") for folder in folders]
-    if not runs:
-        return False
-    panels = {  # {name in metrics.jsonl: (title, what it is by chance)}
-        "object_auc": ("object patches told from others by p (AUC)", 0.5),
-        "object_weight": ("weight p of objects, ratio to the rest", 1.0),
-    }
-    if not any(name in row for curves in runs.values() for rows in curves for row in rows for name in panels):
-        panels = {"p_std": ("standard deviation of p", 0.0), "mask_overlap": ("hidden patches that two images share", None)}
-    drawing = Figure(figsize=(10, 3.5), layout="constrained")
-    for axis, (name, (title, chance)) in zip(drawing.subplots(1, len(panels)), panels.items()):
+    names, text = OBJECTS, " Above the dotted lines (chance), T weighs objects more than the rest."
+    if not any(name in row for curves in runs.values() for rows in curves for row in rows for name in names):
+        names, text = ("p_std", "mask_overlap"), " Where p does not spread, T weighs all patches alike."
+    shown = []
+    for name in names:
+        lines = {}
         for method, curves in runs.items():
             kept = [rows for rows in zip(*curves) if all(name in row for row in rows)]  # a line may lack it
-            values = np.array([[row[name] for row in rows] for rows in kept]).reshape(len(kept), len(curves))  # [lines, seeds]
-            epochs = [rows[0]["epoch"] for rows in kept]
-            (line,) = axis.plot(epochs, values.mean(1), label=method)
-            axis.fill_between(epochs, values.min(1), values.max(1), color=line.get_color(), alpha=0.15)
-        if chance is not None:
-            axis.axhline(chance, color="grey", linestyle=":")
-        axis.set(title=title, xlabel="epochs of level 1")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    save_figure(drawing, path)
+            if kept:
+                values = np.array([[row[name] for row in rows] for rows in kept])  # [lines, seeds]
+                lines[method] = [rows[0]["epoch"] for rows in kept], values.mean(1), values.min(1), values.max(1)
+        if lines:
+            shown.append(panel_of(name, lines))
+    if not shown:
+        return False
+    seeds = f"{len(grid.numbers)} seed{'s' * (len(grid.numbers) > 1)}"
+    panels(path, shown, f"Line: mean of {seeds}. Band: from the lowest seed to the highest.{text}")
     return True
 
 

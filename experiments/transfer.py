@@ -32,7 +32,7 @@ from harness import UserError, cli
 from harness.checkpoints import fitting, newest
 from harness.cli import flag
 from harness.dense import IGNORED, Boxed, Masked, load_dense
-from harness.pictures import PIXELS, grid
+from harness.pictures import PIXELS, distinct, grid
 from mlo_mae import PRESETS, Config, Networks
 
 
@@ -262,47 +262,65 @@ def evaluate_boxes(model: Detector, split: Boxed) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------------- pictures
 
 SHOWN = 8  # images
+LEAST = 0.3  # score of a box that is shown
+BETTER = "The better the encoder, the closer what is found comes to the truth."
 
 
 @torch.no_grad()
-def draw(model: Dense, splits: Splits, out: Path, annotate: Callable) -> None:
+def draw(model: Dense, splits: Splits, out: Path, picture: Callable) -> None:
     """Write predictions.png: test images (a sample: each one's rarest class has its turn), the truth below them, and below
     that what the model finds.
 
-    annotate(axes [2, images], the model's output, labels, class names) draws the truth and what is found."""
+    picture(pixels [images, H, W, C], the model's output, labels, class names) returns what `grid` takes."""
     split = splits.test
     values, classes = split.labels.cpu().numpy(), np.arange(len(splits.class_names))
     values = values[..., 4] if isinstance(split, Boxed) else values
     there = np.array([np.isin(classes, row) for row in values])  # [images, classes]
     rarest = np.where(there, there.sum(0), len(there) + 1).argmin(1)  # of each image's classes
     batch = split.pick(sample(rarest, SHOWN))
-    pixels = (batch.images * split.std + split.mean).div(255).clamp(0, 1).permute(0, 2, 3, 1)
-    found, labels = model(batch.images), batch.labels.cpu()
-    rows = [(title, pixels, PIXELS) for title in ("image", "truth", "found")]
-    grid(out / "predictions.png", rows, lambda axes: annotate(axes[1:], found, labels, splits.class_names))
+    pixels = (batch.images * split.std + split.mean).div(255).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    grid(out / "predictions.png", **picture(pixels, model(batch.images), batch.labels.cpu().numpy(), splits.class_names))
 
 
-def draw_masks(axes: np.ndarray, logits: Tensor, masks: Tensor, class_names: list[str]) -> None:
-    """Colours for classes, over the images."""
-    for row, shown in zip(axes, (masks, logits.argmax(1).cpu())):
-        for axis, mask in zip(row, shown.numpy()):
-            colours = np.ma.masked_equal(mask, IGNORED)
-            axis.imshow(colours, cmap="nipy_spectral", vmin=0, vmax=len(class_names) - 1, interpolation="nearest")
+def colours_of(labels: np.ndarray, class_names: list[str]) -> tuple[dict[int, Sequence[float]], dict[str, Sequence[float]]]:
+    """A colour for each class that is among the labels, by its number and by its name; a background is black."""
+    labels = np.unique(labels).astype(int).tolist()
+    colours = {label: (0.0, 0.0, 0.0) for label in labels if class_names[label] == "background"}
+    colours |= distinct([label for label in labels if label not in colours])
+    return colours, {class_names[label]: colour for label, colour in colours.items()}
 
 
-def draw_boxes(axes: np.ndarray, found: tuple[Tensor, Tensor], boxes: Tensor, class_names: list[str]) -> None:
-    """Boxes and their classes' names; of what is found, those with a score of at least 0.3."""
-    size = axes[0][0].get_images()[0].get_size()[0]
-    found = detections(*found, size).cpu()
-    label_style = {"fontsize": 6, "color": "white", "verticalalignment": "top", "clip_on": True}
-    background = {"facecolor": "red", "linewidth": 0, "pad": 1}
-    for row, shown, least in zip(axes, (boxes, found[..., [0, 1, 2, 3, 5, 4]]), (0, 0.3)):
-        for axis, rows in zip(row, shown.numpy()):
-            for left, top, right, bottom, label, *score in rows[::-1]:  # the best last, above the others
-                if label >= 0 and min(score, default=1) >= least:
+def picture_of_masks(pixels: np.ndarray, logits: Tensor, masks: np.ndarray, class_names: list[str]) -> dict:
+    """Colours for classes, in place of the images, which show where a pixel has no class."""
+    shown = np.stack([masks, logits.argmax(1).cpu().numpy()])  # [2, images, H, W]
+    colours, key = colours_of(shown[shown != IGNORED], class_names)
+    painted = np.broadcast_to(pixels, (2, *pixels.shape[:3], 3)).copy()
+    for label, colour in colours.items():
+        painted[shown == label] = colour
+    rows = [(title, values, PIXELS) for title, values in zip(("image", "truth", "found"), (pixels, *painted))]
+    return {"rows": rows, "text": BETTER, "key": key}
+
+
+def picture_of_boxes(pixels: np.ndarray, found: tuple[Tensor, Tensor], boxes: np.ndarray, class_names: list[str]) -> dict:
+    """Boxes in their classes' colours over the images; of what is found, those with a score of at least LEAST."""
+    found = detections(*found, pixels.shape[1]).cpu().numpy()
+    shown = [[rows[rows[:, 4] >= 0] for rows in boxes], [rows[rows[:, 4] >= LEAST][:, [0, 1, 2, 3, 5]] for rows in found]]
+    colours, key = colours_of(np.concatenate([rows[:, 4] for row in shown for rows in row]), class_names)
+
+    def annotate(axes):
+        for line, row in zip(axes[1:], shown):
+            for axis, rows in zip(line, row):
+                corners = torch.as_tensor(rows[:, :4])
+                below = (overlap(corners[:, None], corners)[0] > 0.5).triu(1).sum(0)  # how many better ones lie at its place
+                for rank, (left, top, right, bottom, label) in reversed([*zip(below.tolist(), rows)]):  # the best above others
                     x, y = np.array([left, right, right, left, left]) - 0.5, np.array([top, top, bottom, bottom, top]) - 0.5
-                    axis.plot(x, y, color="red", linewidth=1)
-                    axis.text(x[0], y[0], class_names[int(label)], bbox=background, **label_style)
+                    width = 1.5 + 2 * min(rank, 3)  # so that boxes at one place all show
+                    axis.plot(x, y, color="white", linewidth=width + 1)
+                    axis.plot(x, y, color=colours[int(label)], linewidth=width)
+
+    rows = [(title, pixels, PIXELS) for title in ("image", "truth", f"found\n(score {LEAST}\nor more)")]
+    text = f"{BETTER} Of boxes at one place, the thinnest has the best score."
+    return {"rows": rows, "text": text, "key": key, "annotate": annotate}
 
 
 # ------------------------------------------------------------------------------------------------ where it starts
@@ -315,7 +333,7 @@ SEGMENT = finetune.Task(
     evaluate=evaluate_pixels,
     measure="miou",
     labels="masks",
-    draw=partial(draw, annotate=draw_masks),
+    draw=partial(draw, picture=picture_of_masks),
 )
 DETECT = finetune.Task(
     name="detect",
@@ -325,7 +343,7 @@ DETECT = finetune.Task(
     evaluate=evaluate_boxes,
     measure="ap",
     labels="boxes",
-    draw=partial(draw, annotate=draw_boxes),
+    draw=partial(draw, picture=picture_of_boxes),
 )
 TASKS = {"segment": SEGMENT, "detect": DETECT}
 SETTINGS = tuple(name for name in finetune.SETTINGS if name not in ("data_dir", "skip_corrupt", "workers"))

@@ -32,6 +32,14 @@ def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object], previ
         raise unwritable(path, error) from None
 
 
+def check_free(path: Path) -> None:
+    """Raise UserError where a new file could not be written here, or would take the place of another."""
+    if path.exists():
+        raise UserError(f"{path} exists already; move it away, or name another")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is no folder; make it, or name another file")
+
+
 def append_line(path: Path, row: dict) -> None:
     """Add a row, as a line of JSON, to a file. Raises UserError where it cannot be written."""
     try:
