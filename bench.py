@@ -370,14 +370,16 @@ def draw(rows: dict[str, dict], methods: dict[str, Method], size: str, grown: li
         values = [scale * row[name] for row in rows.values()]
         axis.scatter(values, places, s=45, color=[VERDICTS[row["verdict"]] for row in rows.values()], zorder=3)
         for place, value in zip(places, values):
-            said = f"{value:.1e}" if axis is error else f"{value:.3g}"
+            said = f"{value:.1e}" if axis is error else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
             axis.annotate(said, (value, place), (7, -3.5), textcoords="offset points", fontsize=9)
         axis.set_title(title, loc="left")
         axis.set(xlabel=unit, yticks=places, yticklabels=[methods[name].label for name in rows])
-        axis.set_xlim(0, 1.15 * max(values))
+        axis.set_xlim(0, 1.25 * max(values))
         axis.grid(alpha=0.3)
-    error.set(xscale="log", xlim=(1e-8, 1000 * max(1, *(row["error_float32"] for row in rows.values()))))
-    error.axvspan(1e-8, LIMIT["float32"], color="green", alpha=0.07, lw=0)
+    errors = [row["error_float32"] for row in rows.values()]
+    low, high = min(1e-8, *errors), max(1, *errors)
+    error.set(xscale="log", xlim=(low, high * (high / low) ** 0.3))  # room for what is said at the points
+    error.axvspan(low, LIMIT["float32"], color="green", alpha=0.07, lw=0)
     error.invert_yaxis()
     dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=verdict) for verdict, colour in VERDICTS.items()]
     above.legend(

@@ -26,6 +26,7 @@ HIDDEN = 0.5  # the grey that stands for hidden patches
 CELL = 1.1  # inches of one image in a `grid`
 LINE = 0.19  # inches of a line of text
 TEXT = {"fontsize": 11}
+DASHES = ("-", "--", "-.")  # so that lines at one place all show
 
 
 class Group(NamedTuple):
@@ -67,7 +68,7 @@ GROUPS = (
         1.0,
         0.2,
     ),
-    Group("Objects, as told by p", "AUC", {"object_auc": "p tells objects from the rest (AUC)"}, 0.5),
+    Group("Objects, as told by p", "AUC", {"object_auc": "p tells objects from the rest (AUC)"}, 0.5, 0.2),
 )
 
 
@@ -222,10 +223,13 @@ def draw_panels(figure: "Figure", panels: Sequence[Panel], across: int) -> None:
         axis.set_axis_off()
     for axis, panel in zip(axes, panels):
         colours = distinct(labels if shared else list(panel.lines))
-        for label, (x, y, *band) in panel.lines.items():
-            axis.plot(x, y, color=colours[label], marker="o" if len(x) == 1 else "", label=label)  # one point is no line
+        for (label, colour), dashes in zip(colours.items(), itertools.cycle(DASHES)):
+            if label not in panel.lines:
+                continue
+            x, y, *band = panel.lines[label]
+            axis.plot(x, y, dashes, color=colour, marker="o" if len(x) == 1 else "", label=label)  # one point is no line
             if band:
-                axis.fill_between(x, *band, color=colours[label], alpha=0.15, linewidth=0)
+                axis.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
         if panel.chance is not None:
             axis.axhline(panel.chance, color="grey", linestyle=":")
         low, high = axis.get_ylim()

@@ -576,3 +576,32 @@ def as_recorded(function):
             place.copy_(result)
 
     return replay, results
+
+
+# ---------------------------------------------------------------------------------------------------------- figures
+
+
+def laid_out(figure) -> dict[str, object]:
+    """{what: extent in pixels} of a figure as it is drawn: its axes with all that stands around them, and what lies beside."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).draw()
+    found = {f"axes {number}": axis.bbox.frozen() for number, axis in enumerate(figure.axes)}
+    for number, axis in enumerate(figure.axes):
+        if axis.get_legend():
+            found[f"legend of {number}"] = axis.get_legend().get_window_extent()
+        named = {"x": axis.xaxis.label, "y": axis.yaxis.label, "title": axis.title, "left title": axis._left_title}
+        found |= {f"{name} of {number}": text.get_window_extent() for name, text in named.items() if text.get_text()}
+    for part in (figure, *figure.subfigs):
+        found |= {f"legend {number} of {id(part)}": legend.get_window_extent() for number, legend in enumerate(part.legends)}
+    return found | {"caption": figure._supxlabel.get_window_extent()}
+
+
+def nothing_overlaps(figure) -> None:
+    """Nothing lies over another thing, and nothing is cut off."""
+    found, whole = laid_out(figure), figure.bbox
+    for name, box in found.items():
+        assert -1 <= box.x0 < box.x1 <= whole.x1 + 1 and -1 <= box.y0 < box.y1 <= whole.y1 + 1, f"{name} is cut off"
+        for other, its in found.items():
+            apart = box.x1 <= its.x0 + 1 or its.x1 <= box.x0 + 1 or box.y1 <= its.y0 + 1 or its.y1 <= box.y0 + 1
+            assert name == other or apart, f"{name} lies over {other}"

@@ -4,8 +4,10 @@ import json
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
+from helpers import nothing_overlaps
 
 import bench
 import kernels
@@ -119,6 +121,42 @@ def test_hypergradient_fails_where_exact_is_wrong(capsys, monkeypatch, few):
     status, report, out = run(capsys, "hypergradient", "--sizes", "tiny")
     assert status == 1 and "WRONG: exact at tiny in float64: relative error 1.0e-09, allowed 1e-12" in out
     assert "in float32" not in out.split("WRONG", 1)[1]  # there it is within rounding
+
+
+def test_the_picture_has_a_panel_a_question_and_a_label_a_point(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(bench, "save_figure", lambda figure, path: saved.append(figure))
+    verdicts = ["exact"] * 2 + ["noise"] * 3 + ["approximate"] * (len(bench.METHODS) - 5)
+    rows = {
+        name: {"error_float32": 10.0 ** (n - 7), "seconds": 0.1 + n, "peak_bytes": (3 + n) * 2**20, "verdict": verdict}
+        for n, (name, verdict) in enumerate(zip(bench.METHODS, verdicts))
+    }
+    grown = [
+        {"along": along, "value": value, "method": form, "seconds": value / 10, "peak_bytes": value * 2**21}
+        for along, values in bench.GROWTH.items()
+        for value in values
+        for form in bench.FORMS
+    ]
+    bench.draw(rows, bench.METHODS, "tiny", grown, tmp_path / "picture.png")
+    figure = saved[0]
+    nothing_overlaps(figure)
+    above, below = figure.axes[:3], figure.axes[3:]
+    labels = [method.label for method in bench.METHODS.values()]
+    assert [text.get_text() for text in above[0].get_yticklabels()] == labels
+    for axis, name, scale in zip(above, ("error_float32", "seconds", "peak_bytes"), (1, 1e3, 2**-20)):
+        points = axis.collections[0].get_offsets().tolist()
+        assert points == [[pytest.approx(scale * row[name]), place] for place, row in enumerate(rows.values())]
+        for text, point in zip(axis.texts, points):
+            assert list(text.xy) == point and float(text.get_text()) == pytest.approx(point[0], rel=0.05)
+            assert text.get_window_extent().x1 <= axis.bbox.x1
+        colours = [tuple(colour) for colour in axis.collections[0].get_facecolors()]
+        assert len({(verdict, colour) for verdict, colour in zip(verdicts, colours)}) == 3 == len(set(colours))
+    assert len(below) == 6 and below[0].get_title(loc="left") == "How does time grow with depth?"
+    for axis, (name, along) in zip(below, ((name, along) for name in ("time", "memory") for along in bench.GROWTH)):
+        assert len(axis.lines) == 3 and axis.get_xlabel() == bench.ALONG[along] and axis.get_ylim()[0] == 0
+        for line in axis.lines:
+            wanted = [100 * value if name == "time" else 2 * value for value in bench.GROWTH[along]]
+            assert list(line.get_xdata()) == list(bench.GROWTH[along]) and np.allclose(line.get_ydata(), wanted)
 
 
 @pytest.mark.slow

@@ -219,6 +219,45 @@ def test_a_table_is_saved_with_its_pictures(tmp_path, monkeypatch, capsys):
     assert text in capsys.readouterr().out and "| equal steps | MLO-MAE | 1 | 1 | 50.0 |" in text
 
 
+@pytest.fixture
+def shown(monkeypatch):
+    """What `panels` is given; nothing is written."""
+    given = []
+    monkeypatch.setattr(results, "panels", lambda path, shown, text: given.append((shown, text)))
+    return given
+
+
+def write_metrics(out, method, seed, rows):
+    cell(out, method, "steps", seed)
+    path = results.folder_of(out, Cell("shapes", method, "steps", seed)) / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_figure_has_the_mean_of_seeds_and_a_band_from_the_lowest_to_the_highest(tmp_path, shown):
+    for seed, auc in enumerate((0.6, 0.9, 0.9)):
+        late = {"object_auc": auc, "object_weight": 10 * auc}
+        write_metrics(tmp_path, "MLO-MAE", seed, [{"epoch": 1, "object_auc": 0.5}, {"epoch": 2} | late])
+        write_metrics(tmp_path, "MAE", seed, [{"epoch": 1} | late])
+    assert results.figure("shapes", ["MLO-MAE", "MAE"], at(tmp_path, 3), tmp_path / "results.png")
+    (((auc, weight), text),) = shown
+    assert list(auc.lines) == list(weight.lines) == ["MLO-MAE"] and (auc.chance, weight.chance) == (0.5, 1)
+    assert "(AUC)" in auc.title and "ratio to p of the rest" in weight.title
+    for found, wanted in zip(auc.lines["MLO-MAE"], ([1, 2], [0.5, 0.8], [0.5, 0.6], [0.5, 0.9])):
+        np.testing.assert_allclose(found, wanted)
+    for found, wanted in zip(weight.lines["MLO-MAE"], ([2], [8.0], [6.0], [9.0])):
+        np.testing.assert_allclose(found, wanted)
+    assert "mean of 3 seeds" in text and "Band: from the lowest seed to the highest" in text and "objects" in text
+
+
+def test_a_figure_of_data_without_objects_shows_how_p_spreads(tmp_path, shown):
+    assert not results.figure("shapes", ["MLO-MAE"], at(tmp_path), tmp_path / "results.png") and not shown
+    write_metrics(tmp_path, "MLO-MAE", 0, [{"epoch": 1, "p_std": 0.1, "mask_overlap": 0.75}])
+    assert results.figure("shapes", ["MLO-MAE"], at(tmp_path), tmp_path / "results.png")
+    (((std, overlap), text),) = shown
+    assert std.lines["MLO-MAE"][1] == [0.1] and overlap.lines["MLO-MAE"][1] == [0.75]
+    assert "mean of 1 seed." in text and "objects" not in text
+
+
 # ------------------------------------------------------------------------------------------------------ whole grids
 
 

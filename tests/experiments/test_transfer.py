@@ -521,8 +521,58 @@ def test_the_picture_shows_classes_in_turn(tmp_path, monkeypatch, kind):
     boxes[:, 0] = np.stack([*np.tile([[2], [2], [4], [4]], 40), classes])[[0, 1, 2, 3, 4]].T
     part = (Masked if kind == "masks" else Boxed)(images, masks if kind == "masks" else boxes, (0.0,) * 3, (1.0,) * 3)
     splits, shown = data.Splits(part, part, part, list("abcde"), 3, 8, (0.0,) * 3, (1.0,) * 3), []
-    monkeypatch.setattr(transfer, "grid", lambda *arguments: None)
-    transfer.draw(lambda images: shown.append(images), splits, tmp_path, None)
+    monkeypatch.setattr(transfer, "grid", lambda path: None)
+    transfer.draw(lambda images: shown.append(images), splits, tmp_path, lambda *arguments: {})
     found = (255 * shown[0][:, 0, 0, 0]).round().int().tolist()
     found = [value // min(found) for value in found]
     assert sorted(found[:4]) == sorted(found[4:]) == [1, 2, 3, 4]
+
+
+NAMES = ["background", *(f"class {number}" for number in range(1, 12))]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_of_masks_has_a_colour_a_class_and_a_key(channels):
+    rng = np.random.default_rng(0)
+    pixels, masks, found = (
+        rng.random((2, 8, 8, channels)),
+        rng.choice([0, 3, 5, IGNORED], (2, 8, 8)),
+        rng.choice([0, 3, 11], (2, 8, 8)),
+    )
+    logits = torch.nn.functional.one_hot(torch.from_numpy(found), 12).movedim(3, 1).float()
+    picture = transfer.picture_of_masks(pixels, logits, masks.astype(np.uint8), NAMES)
+    (_, image, _), (_, truth, _), (_, shown, _) = picture["rows"]
+    assert [title for title, *_ in picture["rows"]] == ["image", "truth", "found"] and image is pixels
+    key = picture["key"]
+    assert list(key) == ["background", "class 3", "class 5", "class 11"] and key["background"] == (0, 0, 0)
+    assert len(set(map(tuple, key.values()))) == 4
+    for labels, painted in ((masks, truth), (found, shown)):
+        for label in (0, 3, 5, 11):
+            assert (painted[labels == label] == key[NAMES[label]]).all()
+    assert np.array_equal(truth[masks == IGNORED], np.broadcast_to(pixels, (2, 8, 8, 3))[masks == IGNORED])
+    assert (masks == IGNORED).any() and np.isfinite(truth).all()
+
+
+def test_boxes_show_their_class_by_colour_and_cover_no_other(tmp_path, monkeypatch):
+    """Three boxes at one place: each has a rim that those above it do not hide; no text is on the images."""
+    saved, size = [], 16
+    monkeypatch.setattr("harness.pictures.save_figure", lambda figure, path: saved.append(figure))
+    boxes = np.full((2, 2, 5), -1, np.float32)
+    boxes[0, 0], boxes[1, 0], boxes[1, 1] = (2, 2, 10, 10, 4), (0, 0, 4, 4, 7), (9, 9, 15, 15, 7)
+    logits, corners = torch.full((2, 5, 12), -9.0), torch.tensor([2.0, 2, 10, 10]).expand(2, 5, 4).clone()
+    for place, (label, logit) in enumerate([(4, 3.0), (1, 2.0), (7, 1.0), (9, -2.0)]):  # the last scores 0.12
+        logits[0, place, label] = logit
+    logits[1, 4, 7], corners[1, 4] = 3.0, torch.tensor([0.0, 0, 4, 4])
+    picture = transfer.picture_of_boxes(np.zeros((2, size, size, 3)), (logits, corners), boxes, NAMES)
+    transfer.grid(tmp_path / "a.png", **picture)
+    assert list(picture["key"]) == ["class 1", "class 4", "class 7"]
+    axes = np.array(saved[0].axes).reshape(3, 2)
+    drawn = [[[line for line in axis.lines if line.get_color() != "white"] for axis in row] for row in axes]
+    names = {tuple(colour): name for name, colour in picture["key"].items()}
+    said = [[[names[tuple(line.get_color())] for line in lines] for lines in row] for row in drawn]
+    assert said == [[[], []], [["class 4"], ["class 7"] * 2], [["class 7", "class 1", "class 4"], ["class 7"]]]  # best last
+    widths = [line.get_linewidth() for line in drawn[2][0]]
+    assert all(below - above >= 2 for below, above in zip(widths, widths[1:]))
+    assert {line.get_linewidth() for lines in drawn[1] for line in lines} == {min(widths)}  # boxes apart are alike
+    assert list(drawn[2][1][0].get_xdata()) == [-0.5, 3.5, 3.5, -0.5, -0.5]
+    assert not any(axis.texts for axis in saved[0].axes)

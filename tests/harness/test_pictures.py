@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from helpers import nothing_overlaps
 
 from harness import UserError, pictures
 from harness.pictures import GROUPS, PIXELS, as_images, curves, distinct, grid, overlaid, scale_of
@@ -19,29 +19,6 @@ def figures(monkeypatch):
     saved, real = [], pictures.save_figure
     monkeypatch.setattr(pictures, "save_figure", lambda figure, path: saved.append(figure) or real(figure, path))
     return saved
-
-
-def laid_out(figure):
-    """{what: extent in pixels} of a figure as it is drawn: its axes with all that stands around them, and what lies beside."""
-    FigureCanvasAgg(figure).draw()
-    found = {f"axes {number}": axis.bbox.frozen() for number, axis in enumerate(figure.axes)}
-    for number, axis in enumerate(figure.axes):
-        if axis.get_legend():
-            found[f"legend of {number}"] = axis.get_legend().get_window_extent()
-        named = {"x": axis.xaxis.label, "y": axis.yaxis.label, "title": axis.title, "left title": axis._left_title}
-        found |= {f"{name} of {number}": text.get_window_extent() for name, text in named.items() if text.get_text()}
-    found |= {f"legend {number}": legend.get_window_extent() for number, legend in enumerate(figure.legends)}
-    return found | {"caption": figure._supxlabel.get_window_extent()}
-
-
-def nothing_overlaps(figure):
-    """Nothing lies over another thing, and nothing is cut off."""
-    found, whole = laid_out(figure), figure.bbox
-    for name, box in found.items():
-        assert -1 <= box.x0 < box.x1 <= whole.x1 + 1 and -1 <= box.y0 < box.y1 <= whole.y1 + 1, f"{name} is cut off"
-        for other, its in found.items():
-            apart = box.x1 <= its.x0 + 1 or its.x1 <= box.x0 + 1 or box.y1 <= its.y0 + 1 or its.y1 <= box.y0 + 1
-            assert name == other or apart, f"{name} lies over {other}"
 
 
 def lines_of(axis):
