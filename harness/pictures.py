@@ -126,7 +126,7 @@ def as_images(patches: Tensor, patch_size: int, mean: Sequence[float], std: Sequ
 
 def scale_of(values: np.ndarray | Tensor) -> dict:
     """A style for `grid`: p, from 0 to the highest there is; AdamW makes level 1 blind to a common factor of p."""
-    return {"cmap": "magma", "vmin": 0, "vmax": max(float(values.max()), 1e-9), "bar": "p"}
+    return {"cmap": "magma", "vmin": 0, "vmax": max(1e-9, float(values.max())), "bar": "p"}
 
 
 def overlaid(images: np.ndarray, values: np.ndarray, style: dict) -> np.ndarray:
@@ -137,7 +137,7 @@ def overlaid(images: np.ndarray, values: np.ndarray, style: dict) -> np.ndarray:
     share = np.clip((values - style["vmin"]) / (style["vmax"] - style["vmin"]), 0, 1)
     colours = colormaps[style["cmap"]](share.reshape(-1, side, side))[..., :3]
     size = images.shape[1] // side
-    return 0.6 * colours.repeat(size, 1).repeat(size, 2) + 0.4 * images.mean(-1, keepdims=True)
+    return (0.8 * colours.repeat(size, 1).repeat(size, 2) + 0.3 * images.mean(-1, keepdims=True)).clip(0, 1)
 
 
 def grid(
@@ -164,10 +164,9 @@ def grid(
     left = 0.1 if film else 0.2 + 0.09 * max(len(line) for title in titles for line in title.split("\n"))  # inches
     top = 0.1 + (LINE * (1 + max(title.count("\n") for title in titles)) if film else 0)
     width = left + CELL * across + (0.75 if any("bar" in style for *_, style in rows) else 0.1)
-    text = wrapped(text, width)
     columns = columns_of_key(list(key), width)
     key_height = LINE * 1.3 * math.ceil(len(key) / columns)
-    bottom = 0.2 + LINE * (1 + text.count("\n")) + key_height
+    bottom = 0.2 + LINE * (1 + wrapped(text, width).count("\n")) + key_height
     height = bottom + CELL * down + top
     figure = Figure(figsize=(width, height))
     place = {"left": left / width, "right": (left + CELL * across) / width, "bottom": bottom / height, "top": 1 - top / height}
@@ -199,7 +198,7 @@ def grid(
         figure.legend(handles=handles, ncols=columns, handlelength=1.2, borderaxespad=0, borderpad=0.2, **at, **TEXT)
     if annotate:
         annotate(axes)
-    caption(figure, text.replace("\n", " "))
+    caption(figure, text)
     save_figure(figure, path)
 
 
