@@ -598,7 +598,7 @@ def list_folder(
             found = counted(len(list_any(root)[0]), "image")
             about = f"{root}: expected train/<class>/*.jpg and val/<class>/*.jpg (or test/) in it, and found {found}"
             mend = "put about four of five of each class under train/, the rest under val/"
-            raise UserError(f"{about}; {mend}, or pretrain without classes by --masking random")
+            raise UserError(f"{about}; {mend}, or pretrain without classes by --masking random or --masking-from RUN")
         class_names, *pool, left_out = list_images(root, "train")
         listed = {"train": pool}
         own = ("test", "val") if has["test"] and has["val"] else ("test",)

@@ -520,8 +520,10 @@ def stepped(level: Level, gradient: Sequence[Tensor], rates: Rates, in_place: bo
     how = {"fused": True, "amsgrad": False, "maximize": False, "beta1": BETA1, "beta2": BETA2, "eps": rates.eps}
     for decay, some in groups.items():
         params, mu, nu, gradients = map(list, zip(*some))
-        made = (torch.zeros(len(some), device=level.params.device) + level.t).unbind()  # which the pass counts up
-        torchs_adamw(params, gradients, mu, nu, [], list(made), lr=rates.lr, weight_decay=decay, **how)
+        on_device = isinstance(level.t, Tensor)  # in `in_one_launch`
+        made = level.t.repeat(len(some)) if on_device else torch.full((len(some),), float(level.t), device=level.params.device)
+        count = list(made.unbind())  # which the pass counts up
+        torchs_adamw(params, gradients, mu, nu, [], count, lr=rates.lr, weight_decay=decay, **how)
     return after._replace(t=level.t + 1)
 
 
@@ -1446,9 +1448,9 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     rows, chance = read_metrics(out / "metrics.jsonl"), chance_loss(cfg, splits.val.labels)
     told = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if told and told[-1] >= chance:
-        mend = "give more of --labelled-batch-size, or a later --mask-start and --mask-until"
+        mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"
         about = f"L3 {told[-1]:.3f}, chance {chance:.3f}"
-        print(f"T's last looks had a head no better than chance ({about}); {mend}", file=sys.stderr)
+        print(f"T learned from a head no better than chance ({about}), so its weights mean nothing; {mend}", file=sys.stderr)
     report = updates | rows[-1]
     if splits.class_names:
         report["probe"] = cli.command("probe").after_training(net, state, splits, out)

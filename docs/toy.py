@@ -24,7 +24,7 @@ def patch_errors(theta):
 
 
 def level1_loss(p, errors):
-    """L1, a weighted mean of the errors of hidden patches (2)."""
+    """L1, the mean over hidden patches of their errors times their weights (2)."""
     return (mask * p * errors).sum() / mask.sum()
 
 

@@ -42,11 +42,12 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
         method += f", weighed by the T of {cfg.masking_from}"
     elif cfg.masking == "learned":
         model += f", T ({cfg.masking_network}) of {masking}"
-        method += f"; T learns from mask update {start + 1} to {end}, by dL3/dT {cfg.hypergradient}"
+        later = ", or later if it has to wait" if cfg.mask_wait and cfg.mask_until < 1 else ""
+        method += f"; T learns from mask update {start + 1} to {end}{later}, by dL3/dT {cfg.hypergradient}"
     else:
         method += "; MAE: all patches count alike"
     machine = f"{cli.described(device)}, {cfg.precision}" + (f", {world()} processes" if world() > 1 else "")
-    time = foretold(net, state, splits, total, decay)
+    time = foretold(net, state, splits, total, decay) if state.iteration < total else "none: it has ended already"
     cli.announce({"model": model, "method": method, "machine": machine, "time": time, "files": str(out)})
 
 

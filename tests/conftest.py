@@ -46,6 +46,7 @@ def unannounced(request, monkeypatch):
     """Runs within a test do not say, by trial, what they are going to be; tests/experiments/test_presets.py is of that."""
     if request.module.__name__.rpartition(".")[2] != "test_presets":
         monkeypatch.setattr(cli.command("presets"), "announce", lambda *given: None)
+        monkeypatch.setattr(cli.command("finetune"), "plan", lambda *given: {})
 
 
 @pytest.fixture
