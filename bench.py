@@ -601,6 +601,7 @@ def measure_step(
     parts = [name for name in compared if not name.startswith(("plain MAE step", "mask update"))]
     once = dict.fromkeys(["data", *parts], 1) | {"level-1 step": cfg.level1_steps}
     ceiling = product_rate(device, DTYPES[cfg.precision], torch.float32)  # a CPU may well be slower in bfloat16
+    net.replay = None  # a replay runs no operator that could be counted
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
         row |= {"times": once.get(name, 0), "flops": operations(calls[name]), "operators": operators(calls[name])}
         if device.type == "cuda":

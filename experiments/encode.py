@@ -23,10 +23,11 @@ import mlo_mae
 from data import IMAGENET_MEAN, IMAGENET_STD
 from experiments import read_run, reconstructed
 from experiments.show import picture_rows
-from harness import UserError, cli, counted
+from harness import UserError, cli, counted, printable
+from harness.checkpoints import fitting
 from harness.files import check_free, write_whole
 from harness.pictures import as_images, grid
-from harness.readers import blaming, list_any, npz_pictures, picture
+from harness.readers import account, blaming, list_any, npz_pictures, picture
 from harness.vectors import unflatten
 from harness.weights import ANCHOR, has_cls_row, is_decoder, read_weights, starting_weights
 from kernels import gather_patches
@@ -89,6 +90,8 @@ class Model:
         contrast, which it does not know; and which were hidden [N, H/patch, W/patch] bool, as the run chooses, by `seed`."""
         if not self.decodes:
             raise UserError("there is no decoder; give a run, or an autoencoder's weights and their decoder_heads")
+        if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
+            raise UserError(f"seed {seed!r}: give a whole number, 0 or more")
 
         def work(some: Tensor) -> Tensor:
             _, keep, restore, mask = self.draw(some, seed)
@@ -107,7 +110,7 @@ class Model:
         return cfg.masking == "learned" and (self.state.psi.t > 0 or bool(cfg.masking_from))
 
     def draw(self, inputs: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `mlo_mae.draw_masks` returns for these inputs."""
+        """What `mlo_mae.draw_masks` returns for these inputs. Raises UserError where the run hides by parts of images."""
         eyes, keys = mlo_mae.eyes_of(self.net, self.state), (seed, mlo_mae.MASKS)
         return mlo_mae.draw_masks(self.net, self.state.psi.params, inputs, eyes, *keys)
 
@@ -136,13 +139,31 @@ def load(
 
     For public weights: heads of the encoder and decoder, where the file does not say them; mean and std of each channel's
     pixels from 0 to 1 (None: as the file says, else ImageNet's). Nothing in a file is executed. Raises UserError."""
-    path, device = Path(path), cli.choose_device(device)
+    path, device = Path(path), cli.choose_device(str(device))
     if path.is_dir():
-        if heads or decoder_heads or mean or std:
+        if heads or decoder_heads or mean is not None or std is not None:
             raise UserError(f"{path} is a run, which knows its heads, mean and std; leave them out")
         net, state, facts = read_run(path, device)
-        return Model(net, state, facts["image_size"], facts["mean"], facts["std"])
+        with fitting(path / "checkpoint.pt"):
+            mean, std = of_pixels(facts["mean"], facts["std"], facts["channels"])
+        if (path / "parts.pt").exists():
+            net.score = hidden_by_parts
+        return Model(net, state, facts["image_size"], mean, std)
     return public(path, device, {"heads": heads, "decoder_heads": decoder_heads}, mean, std)
+
+
+def of_pixels(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[list[float], list[float]]:
+    """Both as lists, if they can be those of pixels from 0 to 1. Raises UserError where they cannot, and others."""
+    mean, std = ([float(value) for value in values] for values in (mean, std))
+    if not len(mean) == len(std) == channels or not all(0 <= x <= 1 for x in mean) or not all(1e-6 <= x <= 1 for x in std):
+        found = f"mean {mean} and std {std}"
+        raise UserError(f"{found[:200]} are not those of {counted(channels, 'channel')} of pixels from 0 to 1; give others")
+    return mean, std
+
+
+def hidden_by_parts(*_) -> Tensor:
+    """`Networks.score` of a run of SemMAE here. Raises UserError."""
+    raise UserError("the run hides patches by parts that it has learned of its images; see its pictures, by `show`")
 
 
 def public(path: Path, device: torch.device, given: dict[str, int], mean: Sequence | None, std: Sequence | None) -> Model:
@@ -150,6 +171,8 @@ def public(path: Path, device: torch.device, given: dict[str, int], mean: Sequen
     found, sizes = read_weights(path), {}
     with blaming(path, "give another file"):
         shapes = {name: tuple(tensor.shape) for name, tensor in found.weights.items()}
+        if found.run:
+            raise UserError(f"it is the {found.run} of a run, which knows more; give the folder that it is in")
         width, channels, patch, _ = shapes[ANCHOR]
         rows = shapes["pos_embed"][1]
         size = math.isqrt(rows - (has_cls_row(rows) or 0)) * patch
@@ -171,9 +194,7 @@ def public(path: Path, device: torch.device, given: dict[str, int], mean: Sequen
         if (mean is None) != (std is None):
             raise UserError("mean and std go together; give both, or none")
         stated = (mean, std) if mean is not None else found.pixels or (IMAGENET_MEAN, IMAGENET_STD)
-        mean, std = ([float(value) for value in values] for values in stated)
-        if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise UserError(f"mean {mean} and std {std} are not those of {counted(channels, 'channel')}; give others")
+        mean, std = of_pixels(*stated, channels)
         cfg = mlo_mae.Config(**sizes, masking="random", masking_width=1)
         mlo_mae.check(cfg)
         net, (theta, phi, psi) = mlo_mae.build(cfg, size, channels, 2)
@@ -197,7 +218,11 @@ def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, (list, tuple)) and images and all(isinstance(image, Image.Image) for image in images):
-        images = np.stack([picture(image, size, channels) for image in images])
+        decoded = []
+        for number, image in enumerate(images):
+            with blaming(f"image {number}", "leave it out, or give another in its place"):
+                decoded.append(picture(image, size, channels))
+        return from_bytes(np.stack(decoded))
     if isinstance(images, np.ndarray):
         given, images = list(images.shape), images[..., None] if images.ndim == 3 and channels == 1 else images
         if images.dtype != np.uint8:
@@ -213,15 +238,23 @@ def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
         raise UserError(f"tensors are expected as {expected(['N', channels, size, size])}; these are {expected(shape)}")
     if not len(images):
         raise UserError("there are no images")
-    low, high = (float(value) for value in images.detach().aminmax())
+    wanted = "tensors are expected in uint8, or in floats from 0 to 1 before they are normalised"
+    try:
+        low, high = (float(value) for value in images.detach().aminmax())
+    except RuntimeError:  # of types, layouts and devices that hold no plain numbers
+        raise UserError(f"{wanted}; these are {images.layout} {images.dtype} on {images.device}") from None
     if images.dtype == torch.uint8:
-        if high <= 1:
+        if high == 1:  # black is black either way
             raise UserError(f"pixels in uint8 are expected from 0 to 255; the highest of these is {high:g}")
         return images.float() / 255
     if not images.is_floating_point() or not (low >= 0 and high <= 1):
-        found = f"these are {images.dtype}, from {low:g} to {high:g}"
-        raise UserError(f"tensors are expected in uint8, or in floats from 0 to 1 before they are normalised; {found}")
+        raise UserError(f"{wanted}; these are {images.dtype}, from {low:g} to {high:g}")
     return images.detach().float()
+
+
+def from_bytes(images: np.ndarray) -> Tensor:
+    """Images [N, H, W, C] uint8 that are known to go from 0 to 255, as pixels [N, C, H, W] from 0 to 1."""
+    return torch.from_numpy(images).movedim(3, 1).float() / 255
 
 
 def expected(shape: list) -> str:
@@ -241,9 +274,14 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
                     some = images[start : start + AT_A_TIME]
                     yield [f"{path}:{array}[{start + n}]" for n in range(len(some))], some
             continue
-        files = [path / os.fsdecode(name) for name in list_any(str(path))[0]] if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"there are no images in {path}")
+        files = [path]
+        if path.is_dir():
+            names, left_out = list_any(str(path))
+            files = [path / os.fsdecode(name) for name in names]
+            if not files:
+                raise UserError(f"there are no images in {path} ({account(left_out)})")
+            if left_out:
+                bar.write(printable(f"{path}: {account(left_out)}"), file=sys.stderr)
         bar.total += len(files)
         for start in range(0, len(files), AT_A_TIME):
             some, decoded = files[start : start + AT_A_TIME], []
@@ -258,26 +296,31 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
     the command reports. Raises UserError, where a file is there already too."""
     for file in filter(None, (out, masks)):
         check_free(file)
+    if masks and masks.resolve() == out.resolve():
+        raise UserError(f"--out and --masks are both {out}; name two files")
+    if masks and model.net.score:
+        hidden_by_parts()
     if masks and not model.decodes:
         raise UserError("there is no decoder, so no reconstruction to draw; leave --masks out, or give --decoder-heads")
     names, features, first = [], [], []
     with tqdm(unit="image", desc="encode", total=0) as bar:
         for some, images in chunks(paths, model.image_size, len(model.mean), bar):
             with blaming(some[0], "give others"):
-                features.append(model.features(images, pooling).numpy())
+                features.append(model.features(from_bytes(images), pooling).numpy())
             names += some
             bar.update(len(some))
             first = [*first, *images][:DRAWN]
     features = np.concatenate(features)
+    rows = shown_rows(model, np.stack(first)) if masks else []
     write_whole(out, lambda file: np.savez(file, features=features, names=np.array(names)))
     if masks:
-        grid(masks, *shown_rows(model, np.stack(first)))
+        grid(masks, *rows)
     return {"images": len(names), "width": features.shape[1], "file": str(out)} | ({"picture": str(masks)} if masks else {})
 
 
 def shown_rows(model: Model, images: np.ndarray) -> tuple[list, str]:
     """Rows of a picture of these images, and what it says below them: as `show` has them of a run's."""
-    inputs = model.inputs(images)
+    inputs = model.inputs(from_bytes(images))
     with torch.no_grad():
         return picture_rows(model.net, model.state.theta.params, inputs, model.draw(inputs, 0), model.mean, model.std)
 
@@ -299,8 +342,9 @@ def run_command(argv: list[str] | None) -> dict:
     flags = vars(parser.parse_args(argv))
     source, images, device = flags.pop("source"), flags.pop("images"), flags.pop("device")
     for path in images:
-        if not path.exists():
-            raise UserError(f"{path} does not exist; give image files, folders of them, or .npz files")
+        if not path.is_file() and not path.is_dir():  # a pipe would block
+            found = "is no file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {found}; give image files, folders of them, or .npz files")
     model = load(source, device, flags.pop("heads"), flags.pop("decoder_heads"))
     return {"verb": "encode", "run": source} | encode(model, images, **flags)
 

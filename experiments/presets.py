@@ -74,7 +74,7 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
 
     images, steps = batch(splits.train, cfg.batch_size).images, (total - state.iteration) * cfg.level1_steps
     device = images.device
-    if (first := seconds(step, device)) > SLOW:  # the first of all is slower than others
+    if (first := min(seconds(step, device) for _ in range(2))) > SLOW:  # the first of all is slower than others
         return f"at least {cli.duration(steps * first)}" if looks else f"about {cli.duration(steps * first)}"
     made, of_step = step(), seconds(step, device)
     return f"about {cli.duration(steps * of_step + (looks * seconds(look, device) if looks else 0))}"

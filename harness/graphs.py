@@ -30,8 +30,9 @@ def recorded(function: Callable[[], Tensors]) -> Recording | None:
     torch.cuda.current_stream().wait_stream(stream)
     if ended > GAIN * started:
         return None
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        results = function()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # which a capture that fails would not give back
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            results = function()
     return graph.replay, results
 
 

@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -211,6 +211,10 @@ def picture(source: Path | Image.Image, size: int, channels: int) -> np.ndarray:
     as `decode` cuts it. Raises what `decode` raises."""
     image, turn, upright = opened(source)
     pixels = pixels_of(image, turn, upright, size, None, whole=upright == (size, size)).transpose(1, 2, 0)
+    if pixels.max() <= BLACK and image.mode[0] in "IF" and (values := np.asarray(image)).max() > 0:
+        most = 255 if image.mode == "F" else 65535
+        found = f"its values, from {values.min():g} to {values.max():g}, are read as from 0 to {most}, and so are black"
+        raise UserError(f"{found}; scale them, to 0 to 255 in 8 bits")
     return pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
@@ -320,7 +324,8 @@ def list_any(root: str) -> tuple[np.ndarray, Counter[str]]:
     files were left out, for each reason. Folders of housekeeping are left out. Raises UserError where it cannot be read."""
     found, left_out = [], Counter()
     with blaming(root, "make it readable"):
-        for folder, inner, names in os.walk(root):
+        for folder, inner, names in os.walk(root, onerror=raised):
+            left_out["that are links to folders"] += sum(os.path.islink(os.path.join(folder, name)) for name in inner)
             for name in filter(is_housekeeping, inner):
                 left_out[f"in {name}/"] += sum(len(files) for *_, files in os.walk(os.path.join(folder, name)))
             inner[:] = [name for name in inner if not is_housekeeping(name)]
@@ -331,6 +336,10 @@ def list_any(root: str) -> tuple[np.ndarray, Counter[str]]:
                 left_out[reason] += bool(reason)
                 found += [] if reason else [os.path.relpath(path, root)]
     return np.array([os.fsencode(path) for path in sorted(found, key=lambda path: (portable(path), path))]), +left_out
+
+
+def raised(error: OSError) -> NoReturn:
+    raise error
 
 
 def first_of(names: list[str]) -> str:

@@ -65,6 +65,7 @@ class Found(NamedTuple):
     heads: dict[str, int]  # "heads", "decoder_heads", where the file says them: they leave no trace in the weights' shapes
     choice: str  # which of the file's networks it is, in words; "" where there is one
     pixels: tuple[list[float], list[float]] | None  # mean and deviation of its images' channels, where the file says them
+    run: str = ""  # of a run's own checkpoint: what it calls itself
 
 
 # ----------------------------------------------------------------------------------------------------- reading
@@ -179,8 +180,9 @@ def find(content: dict, facts: dict) -> Found:
     beside = [name for name in tensors if not name.startswith(prefix)]
     decoder = {name: tensors[name] for name in beside if is_decoder(name) and name not in weights}
     choice = f"of {chosen.rstrip('.') or 'the top level'}, not of {several}" if several else ""
-    others = [name for name in beside if name not in decoder]
-    return Found(weights | decoder, others, stated_heads(facts), choice, stated_pixels(facts))
+    others, form = [name for name in beside if name not in decoder], facts.get("format")
+    own = form if isinstance(form, str) and form.startswith("mlo-mae checkpoint") else ""
+    return Found(weights | decoder, others, stated_heads(facts), choice, stated_pixels(facts), own)
 
 
 def stated_pixels(facts: dict) -> tuple[list[float], list[float]] | None:

@@ -11,9 +11,9 @@ from PIL import Image
 
 import mlo_mae
 from experiments import open_run
-from experiments.encode import Model, main
+from experiments.encode import Model, encode, main
 from harness import UserError
-from harness.readers import decode
+from harness.readers import decode, list_any
 from kernels import gather_patches
 
 SIZE = 16  # pixels of `sides`
@@ -340,3 +340,130 @@ def test_a_grey_network_takes_grey_and_colour(tmp_path, monkeypatch):
     assert torch.equal(model.features([Image.fromarray(image) for image in images]), expected)
     assert torch.equal(model.features([Image.fromarray(image).convert("RGB") for image in images]), expected)
     assert model.reconstruct(images)[0].shape == (24, SIZE, SIZE, 1)
+
+
+# ------------------------------------------------------------------------------------------- what a stranger has found
+
+
+def test_black_images_are_images(model, tmp_path):
+    """Black is black as 0 of 1 and as 0 of 255; and no image of a folder is refused for the company that it is in."""
+    black = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    expected = model.features(torch.zeros(1, 3, SIZE, SIZE))
+    for form in (black, torch.from_numpy(black).movedim(3, 1), Image.fromarray(black[0])):
+        assert torch.equal(model.features(form), expected)
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(black[0]).save(tmp_path / "photos" / "a.png")
+    encode(model, [tmp_path / "photos"], tmp_path / "out.npz", masks=tmp_path / "out.png")
+    with np.load(tmp_path / "out.npz") as found:
+        assert np.array_equal(found["features"], expected.numpy())
+
+
+@pytest.mark.parametrize(
+    "image, words",
+    [
+        (
+            Image.fromarray(np.linspace(0, 1, SIZE**2, dtype=np.float32).reshape(SIZE, SIZE)),
+            "from 0 to 1, are read as from 0 to 255",
+        ),
+        (
+            Image.fromarray(np.arange(SIZE**2, dtype=np.int32).reshape(SIZE, SIZE)),
+            "from 0 to 255, are read as from 0 to 65535",
+        ),
+        (Image.new("RGB", (0, 0)), "image 1: cannot be used"),
+        (Image.new("L", (20000, 20000)), "image 1: .*pixels are too many"),
+    ],
+    ids=["F", "I", "empty", "huge"],
+)
+def test_pictures_that_cannot_be_read_rightly_are_named(model, image, words):
+    with pytest.raises(UserError, match=words):
+        model.features([Image.new("RGB", (SIZE, SIZE), "red"), image])
+
+
+@pytest.mark.parametrize("kind", [torch.complex64, torch.uint16, torch.float8_e4m3fn, "sparse", "meta"])
+def test_tensors_that_are_no_plain_numbers_are_refused(model, kind):
+    tensors = TENSORS / 255
+    tensors = tensors.to_sparse() if kind == "sparse" else tensors.to(kind)
+    with pytest.raises(UserError, match="in floats from 0 to 1 before they are normalised; these are torch"):
+        model.features(tensors)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, None])
+def test_seeds_are_whole_numbers(model, seed):
+    with pytest.raises(UserError, match="give a whole number"):
+        model.reconstruct(IMAGES, seed)
+
+
+def test_a_runs_checkpoint_is_not_taken_for_public_weights(whole_run):
+    """It would be, with the mean and deviation of ImageNet in place of its own."""
+    with pytest.raises(UserError, match="checkpoint 4 of a run, which knows more; give the folder"):
+        mlo_mae.load(whole_run[0] / "checkpoint.pt", "cpu")
+
+
+def test_devices_and_arrays_are_taken_as_torch_and_numpy_give_them(whole_run):
+    assert mlo_mae.load(whole_run[0], torch.device("cpu")).image_size == SIZE
+    with pytest.raises(UserError, match="leave them out"):
+        mlo_mae.load(whole_run[0], "cpu", mean=np.full(3, 0.5), std=np.full(3, 0.5))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("mean", [float("nan")] * 3), ("mean", [127.0] * 3), ("mean", [0.5]), ("mean", "abc"), ("mean", None)]
+    + [("std", [0.0] * 3), ("std", [-1.0] * 3), ("std", [1e-300] * 3), ("std", [float("nan")] * 3), ("std", [0.2])],
+)
+def test_pixels_of_a_damaged_run_are_refused(whole_run, tmp_path, name, value):
+    content = torch.load(whole_run[0] / "checkpoint.pt", weights_only=True)
+    content["data"][name] = value
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt (does not fit: mean .* are not those of 3 channels|is damaged)"):
+        mlo_mae.load(tmp_path, "cpu")
+
+
+def test_a_run_that_hides_by_parts_says_so(whole_run, tmp_path, capsys):
+    """Here SemMAE's parts are not at hand: masks by chance would not be the run's."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes((whole_run[0] / "checkpoint.pt").read_bytes())
+    (tmp_path / "run" / "parts.pt").write_bytes(b"")
+    model = mlo_mae.load(tmp_path / "run", "cpu")
+    assert model.features(IMAGES).shape[0] == 5
+    with pytest.raises(UserError, match="hides patches by parts"):
+        model.reconstruct(IMAGES)
+    np.savez(tmp_path / "a.npz", images=IMAGES)
+    words = [str(tmp_path / name) for name in ("run", "a.npz")]
+    assert main([*words, "--out", str(tmp_path / "out.npz"), "--masks", str(tmp_path / "out.png")]) == 2
+    assert "hides patches by parts" in capsys.readouterr().err and not (tmp_path / "out.npz").exists()
+
+
+def test_one_file_is_not_both(model, tmp_path):
+    np.savez(tmp_path / "a.npz", images=IMAGES)
+    with pytest.raises(UserError, match="name two files"):
+        encode(model, [tmp_path / "a.npz"], tmp_path / "b.npz", masks=tmp_path / "." / "b.npz")
+    assert not (tmp_path / "b.npz").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_are_refused_and_do_not_block(whole_run, tmp_path, capsys):
+    for name in ("a.png", "a.npz"):
+        os.mkfifo(tmp_path / name)
+        assert main([str(whole_run[0]), str(tmp_path / name), "--out", str(tmp_path / "out.npz")]) == 2
+        assert f"{name} is no file; give image files" in capsys.readouterr().err
+
+
+def test_what_a_folder_has_beside_images_is_said(whole_run, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    (photos / "real").mkdir(parents=True)
+    Image.fromarray(IMAGES[0]).save(photos / "real" / "a.png")
+    (photos / "notes.txt").write_text("")
+    (photos / "linked").symlink_to(photos / "real")
+    assert main([str(whole_run[0]), str(photos), "--out", str(tmp_path / "out.npz")]) == 0
+    said = capsys.readouterr().err
+    assert "2 files left out: " in said and "1 *.txt" in said and "1 that are links to folders" in said
+
+
+def test_folders_that_cannot_be_listed_are_not_passed_over(tmp_path, monkeypatch):
+    def walk(root, onerror=None):
+        onerror and onerror(PermissionError(13, "Permission denied", f"{root}/inner"))
+        return iter([(str(root), [], ["a.png"])])
+
+    monkeypatch.setattr("os.walk", walk)
+    with pytest.raises(UserError, match="inner: Permission denied; make it readable"):
+        list_any(str(tmp_path))

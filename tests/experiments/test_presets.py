@@ -115,10 +115,10 @@ def test_the_time_is_that_of_the_parts(monkeypatch, sides, tmp_path, capsys):
     words = ["--epochs", 80, "--mask-start", 0.25, "--mask-until", 0.5, "--dry-run"]
     assert mlo_mae.main(arguments(sides, tmp_path / "run", *words)) == 0
     assert announced(capsys.readouterr().err)["time"] == "about 24 seconds"
-    assert made == [0.0] * 3 and len(timed) == 3
+    assert made == [0.0] * 4 and len(timed) == 4
     monkeypatch.setattr(presets, "SLOW", 0.04)
     assert mlo_mae.main(arguments(sides, tmp_path / "run", *words)) == 0
-    assert announced(capsys.readouterr().err)["time"] == "at least 12 seconds" and len(timed) == 4
+    assert announced(capsys.readouterr().err)["time"] == "at least 12 seconds" and len(timed) == 6
 
 
 def test_fine_tuning_says_what_it_is_going_to_be(whole_run, tmp_path, capsys):
