@@ -475,7 +475,7 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
     step, looked_at = steps[-1], mlo_mae.joined(steps)  # (9) and (10) are taken over the latest batches
     split, cfg = net.encoder_size, net.cfg
     plain = dataclasses.replace(net, cfg=dataclasses.replace(cfg, masking="random"), replay=None)
-    own = theta._replace(params=theta.params.clone(), mu=theta.mu.clone(), nu=theta.nu.clone())
+    own = mlo_mae.copied(theta)
 
     def level1(net):
         return mlo_mae.level1_step(net, own, psi, step.images, step.rates, 0, 0, in_place=True)  # as most steps are made
@@ -601,11 +601,11 @@ def measure_step(
     parts = [name for name in compared if not name.startswith(("plain MAE step", "mask update"))]
     once = dict.fromkeys(["data", *parts], 1) | {"level-1 step": cfg.level1_steps}
     ceiling = product_rate(device, DTYPES[cfg.precision], torch.float32)  # a CPU may well be slower in bfloat16
+    for name, row in rows.items() if device.type == "cuda" else ():
+        row["host_seconds"] = min(measure.host_seconds(calls[name]) for _ in range(3))
     net.replay = None  # a replay runs no operator that could be counted
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
         row |= {"times": once.get(name, 0), "flops": operations(calls[name]), "operators": operators(calls[name])}
-        if device.type == "cuda":
-            row["host_seconds"] = min(measure.host_seconds(calls[name]) for _ in range(3))
     names = ("outer iteration", "mask update", "plain MAE step", "level-1 step")
     total, update, plain, weighed = (rows[name] for name in names)
     for row in rows.values():

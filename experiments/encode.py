@@ -215,6 +215,12 @@ def blocks(names: dict, part: str) -> int:
 
 def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
     """Pixels [N, C, size, size] float32 from 0 to 1 of what `Model` takes. Raises UserError."""
+    found = checked(images, size, channels)
+    return found.float() / 255 if found.dtype == torch.uint8 else found.detach().float()
+
+
+def checked(images: Pictures, size: int, channels: int) -> Tensor:
+    """What `Model` takes as a tensor [N, C, size, size] of its kind: uint8, or floats from 0 to 1. Raises UserError."""
     if isinstance(images, Image.Image):
         images = [images]
     if isinstance(images, (list, tuple)) and images and all(isinstance(image, Image.Image) for image in images):
@@ -222,7 +228,7 @@ def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
         for number, image in enumerate(images):
             with blaming(f"image {number}", "leave it out, or give another in its place"):
                 decoded.append(picture(image, size, channels))
-        return from_bytes(np.stack(decoded))
+        return torch.from_numpy(np.stack(decoded)).movedim(3, 1)
     if isinstance(images, np.ndarray):
         given, images = list(images.shape), images[..., None] if images.ndim == 3 and channels == 1 else images
         if images.dtype != np.uint8:
@@ -246,10 +252,9 @@ def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
     if images.dtype == torch.uint8:
         if high == 1:  # black is black either way
             raise UserError(f"pixels in uint8 are expected from 0 to 255; the highest of these is {high:g}")
-        return images.float() / 255
-    if not images.is_floating_point() or not (low >= 0 and high <= 1):
+    elif not images.is_floating_point() or not (low >= 0 and high <= 1):
         raise UserError(f"{wanted}; these are {images.dtype}, from {low:g} to {high:g}")
-    return images.detach().float()
+    return images
 
 
 def from_bytes(images: np.ndarray) -> Tensor:
@@ -268,7 +273,7 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
         if path.suffix.lower() == ".npz" and not path.is_dir():
             for array, images in npz_pictures(path):
                 with blaming(f"{path}: {array}", "give another file"):
-                    pixels_from(images, size, channels)  # refused before any of it is encoded
+                    images = checked(images, size, channels).movedim(1, 3).numpy()  # all of it, before any is encoded
                 bar.total += len(images)
                 for start in range(0, len(images), AT_A_TIME):
                     some = images[start : start + AT_A_TIME]

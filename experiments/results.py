@@ -39,7 +39,7 @@ from data import Splits
 from experiments import baselines, finetune, show, transfer
 from experiments.baselines import UMAE, SemMAE
 from experiments.probe import probe
-from harness import UserError, cli
+from harness import UserError, cli, counted
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine, table_page
 from harness.pictures import panel_of, panels
@@ -481,7 +481,7 @@ def figure(data: str, methods: list[str], grid: Grid, path: Path) -> bool:
             shown.append(panel_of(name, lines))
     if not shown:
         return False
-    seeds = f"{len(grid.numbers)} seed{'s' * (len(grid.numbers) > 1)}"
+    seeds = counted(len(grid.numbers), "seed")
     panels(path, shown, f"Line: mean of {seeds}. Band: from the lowest seed to the highest.{text}")
     return True
 

@@ -66,7 +66,7 @@ def check(settings: Any) -> None:
                 raise UserError(f"{name} {str(value)[:80]}: must be {' and '.join(wanted)}")
 
 
-asked = set()  # of "json" and "dry run": what the command line under way asks of all that report
+asked = set()  # of "--json" and "--dry-run": what the command line under way asks of all that report
 
 
 class Ask(argparse.Action):
@@ -76,24 +76,34 @@ class Ask(argparse.Action):
         asked.add(self.const)
 
 
+def add_ask(parser: argparse.ArgumentParser, name: str, meaning: str) -> None:
+    """A flag of the kind `Ask`."""
+    absent = {"dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    parser.add_argument(name, action=Ask, const=name, nargs=0, help=meaning, **absent)
+
+
+def did_you_mean(word: str, known: Iterable[str], alike: float = 0.6) -> str:
+    """A question about the nearest of the known words, if one is near enough (0: any, 1: the same)."""
+    near = difflib.get_close_matches(word, known, 1, alike)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError instead of printing its usage and leaving."""
 
     def __init__(self, *given, **named):
         super().__init__(*given, **named)
-        how = {"action": Ask, "const": "json", "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-        self.add_argument("--json", help="end with a line of JSON on a terminal too", **how)
+        add_ask(self, "--json", "end with a line of JSON on a terminal too")
 
     def error(self, message):
         unknown = re.search(r"unrecognized arguments: (--[\w-]+)", message)
-        near = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, 1, 0.5)
-        raise UserError(f"{message}; {f'did you mean {near[0]}? ' if near else ''}see {self.prog} --help")
+        meant = did_you_mean(unknown[1], self._option_string_actions, 0.5) if unknown else ""
+        raise UserError(f"{message}; {meant}see {self.prog} --help")
 
 
 def add_dry_run(parser: argparse.ArgumentParser) -> None:
     """The flag that makes `announce` the end of a command."""
-    how = {"action": Ask, "const": "dry run", "nargs": 0, "dest": argparse.SUPPRESS, "default": argparse.SUPPRESS}
-    parser.add_argument("--dry-run", help="say what will run, and stop before anything is written", **how)
+    add_ask(parser, "--dry-run", "say what will run, and stop before anything is written")
 
 
 class DryRun(Exception):
@@ -104,7 +114,7 @@ def announce(plan: dict[str, str]) -> None:
     """Say what a command is going to do, {of what: a line}, on stderr. Raises DryRun where that is all that is asked for."""
     for name, line in plan.items() if rank() == 0 else ():
         print(f"{name}: {printable(line)}", file=sys.stderr)
-    if "dry run" in asked:
+    if "--dry-run" in asked:
         raise DryRun
 
 
@@ -193,7 +203,7 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_M
         with interruptible():
             summary = work()
             if summary is not None:
-                for_people = sys.stdout.isatty() and "json" not in asked
+                for_people = sys.stdout.isatty() and "--json" not in asked
                 print(in_lines(summary) if for_people else json.dumps(summary, separators=(",", ":")))
         return 0
     except DryRun:
@@ -269,8 +279,7 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
         if name in commands():
             raise UserError(f"{name} runs as one process; start it without torchrun")
         if name != "pretrain":
-            near = difflib.get_close_matches(name, ["pretrain", *commands()], 1)
-            meant = f"did you mean {near[0]}? " if near else ""
+            meant = did_you_mean(name, ["pretrain", *commands()])
             raise UserError(f"{name} is no command; {meant}choose from pretrain, {', '.join(commands())}")
         return pretrain(argv)
 

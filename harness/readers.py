@@ -25,7 +25,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -263,20 +263,13 @@ def list_images(
     Raises UserError where there are no images, fewer than two classes, or a class beside `class_names`, if those are given.
     """
     here, left_out = os.path.join(root, part), Counter()
-
-    def entries(folder: str) -> list[os.DirEntry]:
-        return sorted(os.scandir(os.path.join(root, folder)), key=lambda entry: (portable(entry.name), entry.name))
-
-    def leave_out(entry: os.DirEntry) -> None:  # a folder of housekeeping
-        left_out[f"in {entry.name}/"] += sum(len(files) for *_, files in os.walk(entry.path))
-
     with blaming(here, "make it readable"):
         names, paths, labels = [], [], []
-        for entry in entries(part):
+        for entry in entries(here):
             if not entry.is_dir():
                 left_out[why_left_out(entry.name) or "beside the class folders"] += 1
             elif is_housekeeping(entry.name):
-                leave_out(entry)
+                left_out[f"in {entry.name}/"] += files_in(entry)
             else:
                 names.append(entry.name)
         if class_names is None and not 2 <= len(names) <= MAX_CLASSES:
@@ -293,53 +286,58 @@ def list_images(
             expected = f"images are expected in {part}/<class>/, by train/'s names ({first_of(class_names)})"
             raise UserError(f"{here}: {found}; {expected}")
         for name, kind in zip(names, kinds):
-            before, todo, left_before = len(paths), [os.path.join(part, name)], left_out.copy()
-            while todo:
-                folder = todo.pop()
-                for entry in entries(folder):
-                    if entry.is_dir(follow_symlinks=False):
-                        if is_housekeeping(entry.name):
-                            leave_out(entry)
-                        else:
-                            todo.append(os.path.join(folder, entry.name))
-                    elif entry.is_symlink() and os.path.isdir(entry.path):
-                        left_out["behind links to folders"] += 1
-                    elif reason := why_left_out(entry.name):
-                        left_out[reason] += 1
-                    elif entry.is_file():
-                        paths.append(os.fsencode(os.path.join(folder, entry.name)))
-                    else:
-                        left_out["that are pipes or broken links"] += 1
-            if len(paths) == before:
-                empty = f"a class folder without images ({' '.join(SUFFIXES)}; {account(left_out - left_before)})"
+            found, more = images_within(root, os.path.join(part, name))
+            if not found:
+                empty = f"a class folder without images ({' '.join(SUFFIXES)}; {account(more)})"
                 raise UserError(f"{os.path.join(here, name)}: {empty}; add some, or move the folder out of {part}/")
-            labels += [label_of[kind]] * (len(paths) - before)
+            paths += found
+            labels += [label_of[kind]] * len(found)
+            left_out += more
     if not paths:
         raise UserError(f"{here}: no class folders; images are expected in {part}/<class>/ ({account(left_out)})")
     return class_names, np.array(paths), np.array(labels, np.int64), left_out
 
 
 def list_any(root: str) -> tuple[np.ndarray, Counter[str]]:
-    """The images in a folder at any depth, as paths relative to it [N] bytes in an order that every system gives; and how many
-    files were left out, for each reason. Folders of housekeeping are left out. Raises UserError where it cannot be read."""
-    found, left_out = [], Counter()
+    """The images in a folder at any depth, as paths relative to it [N] bytes, by name; and how many files were left out, for
+    each reason, as `list_images` leaves them out. Raises UserError where it cannot be read."""
     with blaming(root, "make it readable"):
-        for folder, inner, names in os.walk(root, onerror=raised):
-            left_out["that are links to folders"] += sum(os.path.islink(os.path.join(folder, name)) for name in inner)
-            for name in filter(is_housekeeping, inner):
-                left_out[f"in {name}/"] += sum(len(files) for *_, files in os.walk(os.path.join(folder, name)))
-            inner[:] = [name for name in inner if not is_housekeeping(name)]
-            for name in names:
-                path, reason = os.path.join(folder, name), why_left_out(name)
-                if not reason and not os.path.isfile(path):
-                    reason = "that are pipes or broken links"
-                left_out[reason] += bool(reason)
-                found += [] if reason else [os.path.relpath(path, root)]
-    return np.array([os.fsencode(path) for path in sorted(found, key=lambda path: (portable(path), path))]), +left_out
+        found, left_out = images_within(root, "")
+    return np.array(sorted(found, key=lambda path: (portable(os.fsdecode(path)), path))), +left_out
 
 
-def raised(error: OSError) -> NoReturn:
-    raise error
+def images_within(root: str, folder: str) -> tuple[list[bytes], Counter[str]]:
+    """The images in root/folder at any depth, as paths relative to root, in an order that every system gives; and how many
+    files were left out, for each reason. Folders of housekeeping are left out, and links to folders, which may go round in
+    circles. Raises OSError."""
+    paths, left_out, todo = [], Counter(), [folder]
+    while todo:
+        folder = todo.pop()
+        for entry in entries(os.path.join(root, folder)):
+            if entry.is_dir(follow_symlinks=False):
+                if is_housekeeping(entry.name):
+                    left_out[f"in {entry.name}/"] += files_in(entry)
+                else:
+                    todo.append(os.path.join(folder, entry.name))
+            elif entry.is_symlink() and os.path.isdir(entry.path):
+                left_out["that are links to folders"] += 1
+            elif reason := why_left_out(entry.name):
+                left_out[reason] += 1
+            elif entry.is_file():
+                paths.append(os.fsencode(os.path.join(folder, entry.name)))
+            else:
+                left_out["that are pipes or broken links"] += 1
+    return paths, left_out
+
+
+def entries(folder: str) -> list[os.DirEntry]:
+    """What is in a folder, in an order that every system gives. Raises OSError."""
+    return sorted(os.scandir(folder), key=lambda entry: (portable(entry.name), entry.name))
+
+
+def files_in(folder: os.DirEntry) -> int:
+    """How many files there are in a folder of housekeeping."""
+    return sum(len(files) for *_, files in os.walk(folder.path))
 
 
 def first_of(names: list[str]) -> str:

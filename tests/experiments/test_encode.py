@@ -340,6 +340,9 @@ def test_a_grey_network_takes_grey_and_colour(tmp_path, monkeypatch):
     assert torch.equal(model.features([Image.fromarray(image) for image in images]), expected)
     assert torch.equal(model.features([Image.fromarray(image).convert("RGB") for image in images]), expected)
     assert model.reconstruct(images)[0].shape == (24, SIZE, SIZE, 1)
+    assert main([str(tmp_path / "run"), str(tmp_path / "grey.npz"), "--out", str(tmp_path / "out.npz")]) == 0
+    with np.load(tmp_path / "out.npz") as found:  # test_images and train_images, which are the same
+        assert np.allclose(found["features"], torch.cat([expected, expected]).numpy(), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------- what a stranger has found
@@ -460,10 +463,15 @@ def test_what_a_folder_has_beside_images_is_said(whole_run, tmp_path, capsys):
 
 
 def test_folders_that_cannot_be_listed_are_not_passed_over(tmp_path, monkeypatch):
-    def walk(root, onerror=None):
-        onerror and onerror(PermissionError(13, "Permission denied", f"{root}/inner"))
-        return iter([(str(root), [], ["a.png"])])
+    os.makedirs(tmp_path / "inner")
+    Image.fromarray(some_images(1)[0]).save(tmp_path / "a.png")
+    real = os.scandir
 
-    monkeypatch.setattr("os.walk", walk)
+    def scandir(folder):
+        if str(folder).endswith("inner"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return real(folder)
+
+    monkeypatch.setattr("os.scandir", scandir)
     with pytest.raises(UserError, match="inner: Permission denied; make it readable"):
         list_any(str(tmp_path))
