@@ -78,8 +78,10 @@ def draw_run(net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, out: P
     grid(out / "masks.png", rows, text)
     curves(out / "curves.png", {out.name: read_metrics(out / "metrics.jsonl")}, LABELS_UNIT[net.cfg.level2])
     written = [out / "masks.png", out / "curves.png"]
-    if (out / "masks.jsonl").exists():  # p at points of the run, from T's first on
+    p, epochs = [], []  # p at points of the run, from T's first on
+    if (out / "masks.jsonl").exists():
         p, epochs = read_masks(out / "masks.jsonl", (len(images), net.patches))
+    if epochs:
         scale, written = scale_of(p), [*written, out / "masks-over-training.png"]
         film = [(f"epoch {epoch:.1f}", overlaid(rows[0][1], values, scale), scale) for epoch, values in zip(epochs, p)]
         text = "p over the images, from when T begins to learn (left) until it stays as it is. If T works, objects light up."

@@ -35,6 +35,14 @@ def grids(monkeypatch):
     return drawn
 
 
+def test_a_file_of_masks_without_a_line_makes_no_film(whole_run, tmp_path, grids):
+    """As a run has it that is resumed from before T's first step."""
+    out = copied(whole_run[0], tmp_path / "run")
+    (out / "masks.jsonl").write_text("")
+    written = show.draw_run(*open_run(out, "cpu"), out)
+    assert written == [out / "masks.png", out / "curves.png"] and grids.keys() == {"masks.png"}
+
+
 def test_the_rows_are_what_they_say(whole_run, grids):
     net, state, splits = open_run(whole_run[0], "cpu")
     show.draw_run(net, state, splits, whole_run[0])

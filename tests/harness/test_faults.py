@@ -256,7 +256,7 @@ def memory():
 def test_damaged_run_folders_never_end_in_a_traceback(finished, tmp_path, capsys, monkeypatch, name):
     """Resume, probe and show on damaged files. Pictures, the probe's fit and writing are stubs: this is about reading."""
     monkeypatch.setattr("harness.pictures.save_figure", lambda figure, path: None)
-    monkeypatch.setattr("experiments.show.grid", lambda path, rows: None)
+    monkeypatch.setattr("experiments.show.grid", lambda path, rows, text, film=False: None)
     monkeypatch.setattr("experiments.probe.linear_probe", lambda *arguments, **how: {})
     monkeypatch.setattr("harness.run.write_whole", lambda *arguments, **more: None)
     run, counts, slowest = copied(finished, tmp_path / "run"), {"done": 0, "refused": 0}, 0.0
