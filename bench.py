@@ -808,7 +808,7 @@ def supervised(flags: list[str], log: Path, limit: float) -> dict:
             status = subprocess.run(words, stdout=file, stderr=subprocess.STDOUT, timeout=limit).returncode
         file.seek(start)
         lines = [line for line in file.read().splitlines() if line]
-    reported = bool(lines) and lines[-1].startswith('{"verb"')
+    reported = bool(lines) and lines[-1].startswith('{"command"')
     said = next((line for line in reversed(lines) if not line.startswith("{")), f"exit status {status}")
     reason = f"cut off after {limit:.0f} s" if status is None else printable(said, 200) if status else ""
     return {"reported": reported, "status": status, "reason": reason, "seconds": time.monotonic() - began}
@@ -829,7 +829,7 @@ def add_hypergradient_flags(parser: argparse.ArgumentParser) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line. Raises UserError."""
     parser = cli.Parser(prog="bench.py", description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = parser.add_subparsers(dest="command", required=True, metavar="VERB")
 
     def add(verb, work, meaning):
         measure.add_flags(made := verbs.add_parser(verb, help=meaning, description=meaning), verb, work)

@@ -66,6 +66,7 @@ from harness.signals import end_at_once
 if __name__ == "__main__":
     end_at_once("mlo_mae")  # the imports take seconds
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -123,7 +124,9 @@ class Config:
 
     preset: Literal["shapes", "cifar10", "cifar100", "imagenet", "imagenet-large"] = flag("shapes", "settings to start from")
 
-    data: str = flag("shapes", "shapes, shapes-stripes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg")
+    data: str = flag(
+        "shapes", "shapes, shapes-stripes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg", group="data"
+    )
     data_dir: str = flag("data", "where cifar10 and cifar100 lie, or are downloaded to")
     images: int = flag(0, "use only this many training images (0: all)", least=0)
     image_size: int = flag(0, "pixels, square (0: as the data has it; folders 224)", least=0)
@@ -133,7 +136,7 @@ class Config:
     flip: bool = flag(True, "mirror images at random, at all levels (not where left and right tell classes apart)")
     crop: bool = flag(True, "cut pieces out of images at random, at all levels")
 
-    patch_size: int = flag(4, "pixels, square", least=1, most=65536)
+    patch_size: int = flag(4, "pixels, square", least=1, most=65536, group="networks")
     width: int = flag(64, "of the encoder's tokens", least=1, most=65536)
     depth: int = flag(4, "blocks of the encoder", least=1, most=1000)
     heads: int = flag(4, "attention heads of the encoder", least=1)
@@ -142,7 +145,7 @@ class Config:
     decoder_heads: int = flag(2, "attention heads of the decoder", least=1)
     init: str = flag("", "weights that encoder and decoder start from: a run, or a public .pth or .safetensors")
 
-    masking: Literal["learned", "random"] = flag("learned", "by T, or random as in MAE")
+    masking: Literal["learned", "random"] = flag("learned", "by T, or random as in MAE", group="masks")
     mask_ratio: float = flag(0.75, "share of the patches that is hidden", above=0, below=1)
     mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, drawn by p, highest p")
     masking_network: Literal["tokens", "shared", "mlp"] = flag("tokens", "T: linear on tokens, a small net, or the paper's")
@@ -156,7 +159,11 @@ class Config:
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
 
-    level2: Literal["ridge", "steps"] = flag("ridge", "the head: solved (ridge regression), or AdamW steps as published")
+    level2: Literal["ridge", "steps"] = flag(
+        "ridge",
+        "the head: solved (ridge regression), or AdamW steps as published",
+        group="levels 2 and 3, and the hypergradient",
+    )
     pooling: Literal["mean", "cls"] = flag("mean", "features: mean of the patches' tokens, or CLS token as published")
     ridge: float = flag(0.3, "penalty of the ridge regression, on standardised features", above=0)
     level2_memory: float = flag(0.0, "most that earlier batches weigh in its moments", least=0, below=1)
@@ -166,7 +173,7 @@ class Config:
     update_jacobian: Literal["adamw", "identity"] = flag("adamw", "dU/dg of (8): AdamW's own, or -1 as published")
     unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask update")
 
-    epochs: int = flag(24, "passes of level 1 over its training images", least=1, most=65536)
+    epochs: int = flag(24, "passes of level 1 over its training images", least=1, most=65536, group="steps and rates")
     batch_size: int = flag(32, "images a step of level 1, over all processes", least=1, most=65536)
     labelled_batch_size: int = flag(256, "images a step of levels 2 and 3, each, over all processes", least=1, most=65536)
     accumulate: int = flag(1, "parts that a batch is worked through in: less memory, same result", least=1, most=65536)
@@ -181,7 +188,7 @@ class Config:
     warmup: float = flag(0.05, "share of the run in which learning rates rise, before their cosine to 0", least=0, below=1)
     dropout: float = flag(0.1, "in the head (steps)", least=0, below=1)
 
-    seed: int = flag(0, "of weights, batches, masks and dropout", least=0, below=2**63)
+    seed: int = flag(0, "of weights, batches, masks and dropout", least=0, below=2**63, group="machine and files")
     device: str = flag("auto", "auto, cpu, cuda, mps")
     precision: Literal["auto", "fp32", "bf16"] = flag("fp32", "of encoder and decoder; auto: bf16 on a GPU that has it")
     graphs: Literal["auto", "off"] = flag("auto", "on a GPU, start a step of level 1 in one launch: less time, more memory")
@@ -1255,8 +1262,6 @@ def train(
     if cfg.init and run.writer and run.checkpoint is None:
         heads = {"heads": cfg.heads, "decoder_heads": cfg.decoder_heads}
         params = (starting_weights(cfg.init, [net.encoder, net.decoder], params[0], heads), *params[1:])
-    if prepare:
-        prepare(net, splits, device, run)
     state = State(0, *(fresh_level(vector, device) for vector in params))
     if learned and run.checkpoint is None:
         with fitting(source):
@@ -1290,6 +1295,7 @@ def train(
         stream(LEVEL3_DATA, splits.val, cfg.labelled_batch_size, looks),
     ]
     (watched, objects), previous = splits.watched(256), None  # their masks at the last line of metrics
+    chance = chance_loss(cfg, splits.val.labels)
 
     def metrics():
         nonlocal previous
@@ -1299,13 +1305,18 @@ def train(
         row["learning_rate"] = level1_rate(cfg, last, cfg.level1_steps - 1, total, waited)
         if state.psi.t > made:
             row["mask_learning_rate"] = cfg.mask_lr * upper_schedules(cfg, last, total, waited)[1]
+        if learns_at(cfg, last, total, waited):
+            row["level3_chance"] = chance
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
     if announce:
         announce(out, net, state, splits, total, decay)
+    if prepare:
+        prepare(net, splits, device, run)
     seen = cfg.level1_steps * cfg.batch_size  # images of a mask update
     if run.writer and (epochs := total * seen / len(splits.train)) > 1.05 * cfg.epochs:
-        print(f"data are seen {epochs:.1f} times, not {cfg.epochs}: a mask update takes {seen} images", file=sys.stderr)
+        why = f"a mask update takes {seen} images (--batch-size times --level1-steps)"
+        print(f"data are seen {epochs:.1f} times, not {cfg.epochs}: {why}", file=sys.stderr)
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_masks(net, state, total)
@@ -1444,14 +1455,14 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     net, state, splits = train(cfg, out, resume, announce=cli.command("presets").announce, **baseline)
     if not first:
         return None
-    updates = {"verb": "pretrain", "run": str(out), "updates": mask_updates(cfg, splits), "processes": processes}
+    updates = {"command": "pretrain", "run": str(out), "updates": mask_updates(cfg, splits), "processes": processes}
     rows, chance = read_metrics(out / "metrics.jsonl"), chance_loss(cfg, splits.val.labels)
     told = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if told and told[-1] >= chance:
         mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"
         about = f"L3 {told[-1]:.3f}, chance {chance:.3f}"
         print(f"T learned from a head no better than chance ({about}), so its weights mean nothing; {mend}", file=sys.stderr)
-    report = updates | rows[-1]
+    report = updates | ({"level3_loss": told[-1], "level3_chance": chance} if told else {}) | rows[-1]
     if splits.class_names:
         report["probe"] = cli.command("probe").after_training(net, state, splits, out)
     report["pictures"] = [str(path) for path in cli.command("show").after_training(net, state, splits, out)]
@@ -1460,8 +1471,9 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
 
 def pretrain(argv: list[str]) -> dict | None:
     """Run `pretrain` with these flags; returns what its last line reports."""
-    others = f"other commands, each with --help: {', '.join(cli.commands())}"
-    parser = cli.Parser(prog="mlo_mae.py pretrain", description=__doc__.splitlines()[0], epilog=others)
+    others = f"other commands, each with --help:\n{cli.described_commands()}"
+    about = {"usage": "%(prog)s [flags]", "description": __doc__.splitlines()[0], "epilog": others}
+    parser = cli.Parser(prog="mlo_mae.py pretrain", formatter_class=argparse.RawDescriptionHelpFormatter, **about)
     add_run_flags(parser, Config, "<masking>", PRESETS.get(cli.value_in(argv, "--preset"), {}))
     return reported_run(*settings_of(vars(parser.parse_args(argv)), Config, PRESETS, "<masking>"))
 

@@ -134,7 +134,7 @@ def run_command(argv: list[str]) -> dict:
     print(text)
     if options.save:
         write_whole(BENCHMARKS / f"ceiling-{Path(cfg.data).stem}.md", (text + "\n").encode())
-    return {"verb": "ceiling", "machine": facts, "rows": [{"weights": way, "cells": cells} for way, cells in found.items()]}
+    return {"command": "ceiling", "machine": facts, "rows": [{"weights": way, "cells": cells} for way, cells in found.items()]}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -59,7 +59,7 @@ def run_command(argv: list[str] | None) -> dict:
     pools = {part: images for part, (images, _) in read_cifar("cifar100", Path(flags.data_dir))[0].items()}
     arrays = arrays_of(on_photographs(pools, flags.seed))
     write_whole(flags.file, lambda file: np.savez(file, **arrays))
-    return {"verb": "clutter", "file": str(flags.file), "seed": flags.seed, **COUNTS}
+    return {"command": "clutter", "file": str(flags.file), "seed": flags.seed, **COUNTS}
 
 
 def main(argv: list[str] | None = None) -> int:

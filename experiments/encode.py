@@ -6,6 +6,7 @@
 In Python, `mlo_mae.load(RUN)` is the same: see `load` and `Model`. The data that the network was trained on are not needed.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -37,7 +38,7 @@ AT_A_TIME = 256  # images
 DRAWN = 12  # images in the picture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """A trained network. Images are any of
 
@@ -54,6 +55,12 @@ class Model:
     mean: Sequence[float]  # of each channel's pixels, from 0 to 1
     std: Sequence[float]
     decodes: bool = True  # whether there is a decoder
+
+    def __repr__(self) -> str:
+        cfg = self.net.cfg
+        has = ["encoder", *["decoder"] * self.decodes, *["T"] * self.sees]
+        size = f"images of {self.image_size} pixels and {counted(len(self.mean), 'channel')}, patches of {cfg.patch_size}"
+        return f"Model({', '.join(has)}: width {cfg.width}, depth {cfg.depth}, {size})"
 
     @property
     def encoder(self) -> mlo_mae.Encoder:
@@ -93,8 +100,10 @@ class Model:
         if not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**63:
             raise UserError(f"seed {seed!r}: give a whole number, 0 or more")
 
+        numbers = itertools.count()
+
         def work(some: Tensor) -> Tensor:
-            _, keep, restore, mask = self.draw(some, seed)
+            _, keep, restore, mask = self.draw(some, seed, next(numbers))
             made = reconstructed(self.net, self.state.theta.params, some, keep, restore)
             whole = torch.where(mask[..., None] > 0, made, gather_patches(some, None, self.net.cfg.patch_size))
             return torch.cat([mask[..., None], whole], dim=2)
@@ -109,9 +118,10 @@ class Model:
         cfg = self.net.cfg
         return cfg.masking == "learned" and (self.state.psi.t > 0 or bool(cfg.masking_from))
 
-    def draw(self, inputs: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `mlo_mae.draw_masks` returns for these inputs. Raises UserError where the run hides by parts of images."""
-        eyes, keys = mlo_mae.eyes_of(self.net, self.state), (seed, mlo_mae.MASKS)
+    def draw(self, inputs: Tensor, seed: int, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `mlo_mae.draw_masks` returns for these inputs, the batch of this number. Raises UserError where the run hides
+        by parts of images."""
+        eyes, keys = mlo_mae.eyes_of(self.net, self.state), (seed, mlo_mae.MASKS, number)
         return mlo_mae.draw_masks(self.net, self.state.psi.params, inputs, eyes, *keys)
 
 
@@ -307,7 +317,7 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
         hidden_by_parts()
     if masks and not model.decodes:
         raise UserError("there is no decoder, so no reconstruction to draw; leave --masks out, or give --decoder-heads")
-    names, features, first = [], [], []
+    names, features, first, pooling = [], [], [], pooling or model.net.cfg.pooling
     with tqdm(unit="image", desc="encode", total=0) as bar:
         for some, images in chunks(paths, model.image_size, len(model.mean), bar):
             with blaming(some[0], "give others"):
@@ -318,16 +328,18 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
     features = np.concatenate(features)
     rows = shown_rows(model, np.stack(first)) if masks else []
     write_whole(out, lambda file: np.savez(file, features=features, names=np.array(names)))
+    found = {"images": len(names), "width": features.shape[1], "pooling": pooling, "file": str(out)}
     if masks:
-        grid(masks, *rows)
-    return {"images": len(names), "width": features.shape[1], "file": str(out)} | ({"picture": str(masks)} if masks else {})
+        grid(masks, *rows, columns=[Path(name).name for name in names[: len(first)]])
+        found |= {"picture": str(masks), "images in it": len(first)}
+    return found
 
 
 def shown_rows(model: Model, images: np.ndarray) -> tuple[list, str]:
     """Rows of a picture of these images, and what it says below them: as `show` has them of a run's."""
     inputs = model.inputs(from_bytes(images))
     with torch.no_grad():
-        return picture_rows(model.net, model.state.theta.params, inputs, model.draw(inputs, 0), model.mean, model.std)
+        return picture_rows(model.net, model.state.theta.params, inputs, model.draw(inputs, 0, 0), model.mean, model.std)
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -351,7 +363,7 @@ def run_command(argv: list[str] | None) -> dict:
             found = "is no file" if path.exists() else "does not exist"
             raise UserError(f"{path} {found}; give image files, folders of them, or .npz files")
     model = load(source, device, flags.pop("heads"), flags.pop("decoder_heads"))
-    return {"verb": "encode", "run": source} | encode(model, images, **flags)
+    return {"command": "encode", "run": source} | encode(model, images, **flags)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,7 +55,7 @@ def export(run: Path, to: str, file: Path | None = None) -> dict:
     file = run / EXPORTS[to] if file is None else file
     if file.exists():
         raise UserError(f"{file} exists already; move it away, or name another with --file")
-    report = {"verb": "export", "run": str(run), "file": str(file), "mean": trained.mean, "std": trained.std}
+    report = {"command": "export", "run": str(run), "file": str(file), "mean": trained.mean, "std": trained.std}
     if to == "mae":
         facts = {"call": mae_call(trained), "mean": trained.mean, "std": trained.std}  # `read_weights` takes the heads of it
         write_whole(file, lambda opened: torch.save({"model": trained.model} | facts, opened))

@@ -408,13 +408,13 @@ def plan(model: Tuned, splits: Splits, recipe: Training, task: Task, steps: int)
     def trial():
         torch.autograd.grad(task.loss(model, batch, scales, recipe, splits, 0), learning, allow_unused=True)
 
-    trial()
+    trial()  # the first of all is slower than others
     device, total = batch.images.device, sum(parameter.numel() for parameter in model.parameters())
     about = f"{task.name}: {total:,} weights, {sum(map(Tensor.numel, learning)):,} of them learn"
-    method = f"{recipe.epochs} epochs, {counted(steps, 'step')} of {recipe.batch_size} images, peak learning rate {recipe.lr}"
-    method += ", from scratch" if recipe.from_scratch else ""
-    machine, time = f"{cli.described(device)}, {recipe.precision}", cli.duration(steps * seconds_of(trial, device))
-    return {"model": about, "method": method, "machine": machine, "time": f"about {time}"}
+    method = f"{counted(recipe.epochs, 'epoch')}, {counted(steps, 'step')} of {recipe.batch_size} images"
+    method += f", peak learning rate {recipe.lr}{', from scratch' * recipe.from_scratch}"
+    time = f"about {cli.duration(steps * seconds_of(trial, device))}" if steps else cli.ENDED
+    return {"model": about, "method": method, "machine": f"{cli.described(device)}, {recipe.precision}", "time": time}
 
 
 def default_folder(run: Path | None, name: str, cfg: Config) -> Path:
@@ -477,7 +477,7 @@ def run_command(argv: list[str] | None) -> dict:
     net, theta, splits = encoder_and_data(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"
     out = out or default_folder(run, name, net.cfg)
-    return {"verb": "finetune", "run": str(out), **finetune(net, theta, splits, recipe, out, resume, announce=cli.announce)}
+    return {"command": "finetune", "run": str(out), **finetune(net, theta, splits, recipe, out, resume, announce=cli.announce)}
 
 
 def main(argv: list[str] | None = None) -> int:

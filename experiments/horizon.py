@@ -224,7 +224,7 @@ def run_command(argv: list[str]) -> dict:
     print(text)
     if options.save:
         write_whole(BENCHMARKS / "horizon.md", (text + "\n").encode())
-    return {"verb": "horizon", "machine": facts, "rows": rows}
+    return {"command": "horizon", "machine": facts, "rows": rows}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from harness.processes import world
 from harness.vectors import size_of
 from mlo_mae import Config, Networks, Rates, State
 
+MANY = 1024  # patches of an image, from which on attention is most of the work
 SLOW = 3.0  # seconds of a step, from which on a trial of a look would be long to wait for
 
 
@@ -37,6 +38,8 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
     encoder, decoder, masking = (f"{size_of(module):,}" for module in (net.encoder, net.decoder, net.masking))
     model = f"encoder of {encoder} weights (width {cfg.width}, depth {cfg.depth}), decoder of {decoder}"
     patches = f"{net.patches - net.visible} of {net.patches} patches ({cfg.patch_size} x {cfg.patch_size} pixels) hidden"
+    if net.patches > MANY:
+        patches += f" (many: a --patch-size of {4 * cfg.patch_size} would make {net.patches // 16})"
     method = f"{total} x {cfg.level1_steps} steps of {cfg.batch_size} images, {patches}"
     if mlo_mae.is_given(cfg):
         method += f", weighed by the T of {cfg.masking_from}"
@@ -47,7 +50,7 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
     else:
         method += "; MAE: all patches count alike"
     machine = f"{cli.described(device)}, {cfg.precision}" + (f", {world()} processes" if world() > 1 else "")
-    time = foretold(net, state, splits, total, decay) if state.iteration < total else "none: it has ended already"
+    time = foretold(net, state, splits, total, decay) if state.iteration < total else cli.ENDED
     cli.announce({"model": model, "method": method, "machine": machine, "time": time, "files": str(out)})
 
 
@@ -60,9 +63,11 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
     def batch(split: Images | Folder, size: int):
         return next(split.stream(size, 0))
 
-    def step():
-        problem = state.theta, state.psi.params, images, Rates(0.0, decay[0])
-        return mlo_mae.level1_step(net, *problem, 0, progress=0.0, eyes=state.eyes)[1]
+    theta = mlo_mae.copied(state.theta)
+
+    def step(in_place: bool = True):
+        problem = theta, state.psi.params, images, Rates(0.0, decay[0])
+        return mlo_mae.level1_step(net, *problem, 0, progress=0.0, eyes=state.eyes, in_place=in_place)[1]
 
     def look():
         pairs = batch(splits.train, cfg.labelled_batch_size), batch(splits.val, cfg.labelled_batch_size)
@@ -76,7 +81,7 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
     device = images.device
     if (first := min(seconds(step, device) for _ in range(2))) > SLOW:  # the first of all is slower than others
         return f"at least {cli.duration(steps * first)}" if looks else f"about {cli.duration(steps * first)}"
-    made, of_step = step(), seconds(step, device)
+    made, of_step = step(in_place=False), seconds(step, device)
     return f"about {cli.duration(steps * of_step + (looks * seconds(look, device) if looks else 0))}"
 
 
@@ -86,7 +91,7 @@ def run_command(argv: list[str] | None) -> dict:
     parser.parse_args(argv)
     (_, *names), *rows = side_by_side()
     print(table([["flag", *names], *rows]), end="\n\n")
-    return {"verb": "presets", "presets": names}
+    return {"command": "presets", "presets": names}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,7 @@ def run_command(argv: list[str] | None) -> dict:
     how = {name: flags.pop(name) for name in ("recipe", "pooling")}
     net, state, splits = open_run(**flags)
     how["pooling"] = how["pooling"] or net.cfg.pooling
-    return {"verb": "probe", "run": str(flags["run"]), **how, **probe(net, state, splits, **how)}
+    return {"command": "probe", "run": str(flags["run"]), **how, **probe(net, state, splits, **how)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -585,7 +585,7 @@ def run_command(argv: list[str]) -> dict:
         write_whole(BENCHMARKS / f"results-{name}.md", (text + "\n").encode())
         for suffix, picture in pictures.items():
             write_whole(BENCHMARKS / f"results-{name}{suffix}.png", picture.read_bytes())
-    return {"verb": "results", "machine": facts, "rows": rows}
+    return {"command": "results", "machine": facts, "rows": rows}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -188,7 +188,7 @@ def run_command(argv: list[str]) -> dict:
     text = [line for rows, of in zip(tables, cells) for line in ("", *table([list(rows[0]), *of]).splitlines())]
     facts = {"arithmetic, share of peak": cfg.share} | parameters(cfg) | iterations(cfg)
     print(table_page(["scale", *argv], facts, text, ["The last three facts: outer iterations. s: of one. hours: of a run."]))
-    return {"verb": "scale", "settings": asdict(cfg), "parts": parts, "bytes": sizes, "rows": tables[2]}
+    return {"command": "scale", "settings": asdict(cfg), "parts": parts, "bytes": sizes, "rows": tables[2]}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -128,7 +128,7 @@ def run_command(argv: list[str] | None) -> dict:
         if out:
             raise UserError("--out is for the curves of several runs; the pictures of one lie in its folder")
         return {
-            "verb": "show",
+            "command": "show",
             "run": str(runs[0]),
             "pictures": list(map(str, draw_run(*open_run(*runs, **flags, classes=False), *runs))),
         }
@@ -138,7 +138,7 @@ def run_command(argv: list[str] | None) -> dict:
         raise UserError("the curves of several runs make one picture; name its file with --out")
     check_free(out)
     compare(runs, out)
-    return {"verb": "show", "runs": list(map(str, runs)), "pictures": [str(out)]}
+    return {"command": "show", "runs": list(map(str, runs)), "pictures": [str(out)]}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -423,7 +423,7 @@ def run_command(argv: list[str] | None) -> dict:
     net, theta, splits = encoder_and_dense_data(task, run, recipe, settings, ignored)
     kind = f"scratch-{name}" if recipe.from_scratch else f"{name}-frozen" if recipe.frozen else name
     out = out or finetune.default_folder(run, f"{kind}-{recipe.seed}", net.cfg)
-    return {"verb": name, "run": str(out), **finetune.finetune(net, theta, splits, recipe, out, resume, task, cli.announce)}
+    return {"command": name, "run": str(out), **finetune.finetune(net, theta, splits, recipe, out, resume, task, cli.announce)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """The command line: flags from dataclasses, settings that are checked, one line at the end, of JSON or of what to mend."""
 
 import argparse
+import ast
 import dataclasses
 import difflib
 import importlib
@@ -23,10 +24,11 @@ from harness.signals import Interrupted, handled, ignore, interruptible
 from kernels.backend import current
 
 
-def flag(default: Any, meaning: str, *, least=None, most=None, above=None, below=None) -> Any:
-    """A dataclass field that is also a command-line flag; the bounds are what `check` holds its value to."""
+def flag(default: Any, meaning: str, *, least=None, most=None, above=None, below=None, group: str = "") -> Any:
+    """A dataclass field that is also a command-line flag; the bounds are what `check` holds its value to. group: the heading
+    under which --help lists this flag and those after it."""
     bounds = {"at least": least, "at most": most, "above": above, "below": below}
-    return dataclasses.field(default=default, metadata={"help": meaning, "bounds": bounds})
+    return dataclasses.field(default=default, metadata={"help": meaning, "bounds": bounds, "group": group})
 
 
 WITHIN = {
@@ -118,6 +120,9 @@ def announce(plan: dict[str, str]) -> None:
         raise DryRun
 
 
+ENDED = "none: it has ended already"
+
+
 def duration(seconds: float) -> str:
     """So many seconds in words, to about two digits."""
     for unit, length in (("day", 86400), ("hour", 3600), ("minute", 60)):
@@ -141,20 +146,29 @@ def value_in(argv: list[str], flag: str) -> str | None:
 
 
 def add_flags(
-    parser: argparse._ActionsContainer, fields: Iterable[dataclasses.Field], defaults: dict[str, Any] | None = None
+    parser: argparse._ActionsContainer,
+    fields: Iterable[dataclasses.Field],
+    defaults: dict[str, Any] | None = None,
+    grouped: bool = False,
 ) -> None:
     """A flag for each of these dataclass fields; one that the user leaves out is absent from the arguments. defaults: values
-    that --help names in place of the fields' own."""
+    that --help names in place of the fields' own. grouped: --help lists them under their headings."""
+    place = parser
     for field in fields:
+        if grouped and field.metadata["group"]:
+            place = parser.add_argument_group(field.metadata["group"])
         default = (defaults or {}).get(field.name, field.default)
-        options = {"help": f"{field.metadata['help']} (default {default})", "default": argparse.SUPPRESS}
+        shown = (
+            "none" if default == "" else {True: "on", False: "off"}.get(default, default) if field.type is bool else default
+        )
+        options = {"help": f"{field.metadata['help']} (default {shown})", "default": argparse.SUPPRESS}
         if field.type is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif get_origin(field.type) is Literal:
             options["choices"] = get_args(field.type)
         else:
             options |= {"type": field.type, "metavar": field.type.__name__}
-        parser.add_argument(flag_name(field.name), **options)
+        place.add_argument(flag_name(field.name), **options)
 
 
 NO_MEMORY = "can't allocate memory", "not enough memory", "out of memory"  # in a plain RuntimeError: of a CPU, or of mps
@@ -168,17 +182,20 @@ LESS_MEMORY = (
 
 # Of the last line of metrics, what only its readers ask for: `in_lines` leaves it out.
 DETAILS = {"processes", "iteration", "epoch", "p_mean", "p_std", "p_entropy", "mask_churn", "mask_overlap", "learning_rate"}
-DETAILS |= {"mask_learning_rate", "level1_loss", "images_per_second", "waiting_share", "exchange_share"}
+DETAILS |= {"mask_learning_rate", "level1_loss", "images_per_second", "waiting_share", "exchange_share", "command"}
+# What numbers mean that do not speak for themselves.
+MEANINGS = {"object_auc": "chance: 0.5", "object_weight": "all alike: 1", "object_hidden": "by chance: 1"}
+MEANINGS |= {"level3_chance": "L3 of a head that sees nothing"}
 
 
 def in_lines(summary: dict, before: str = "") -> str:
     """A report for people: a line for each number and text but DETAILS, numbers to four digits; shares whose names say so in
     percent."""
     lines = []
-    for name, value in summary.items():
-        if name in DETAILS:
+    for word, value in summary.items():
+        if word in DETAILS:
             continue
-        name = f"{before}{name.replace('_', ' ')}"
+        name = f"{before}{word.replace('_', ' ')}"
         if name == "seconds":
             lines.append(f"{'time':<28}{duration(value)}")
         elif isinstance(value, dict):
@@ -187,7 +204,8 @@ def in_lines(summary: dict, before: str = "") -> str:
             lines.append(f"{name:<28}{', '.join(map(str, value))}")
         elif isinstance(value, float):
             percent = re.search(r"accuracy|top\d|share$|miou", name)
-            lines.append(f"{name:<28}{f'{100 * value:.1f} %' if percent else f'{value:.4g}'}")
+            meaning = f"   ({MEANINGS[word]})" if word in MEANINGS else ""
+            lines.append(f"{name:<28}{f'{100 * value:.1f} %' if percent else f'{value:.4g}'}{meaning}")
         elif not isinstance(value, list):
             lines.append(f"{name:<28}{value}")
     return "\n".join(lines)
@@ -257,6 +275,12 @@ EXPERIMENTS = Path(__file__).resolve().parent.parent / "experiments"
 def commands() -> list[str]:
     """The names of the programs in experiments/."""
     return sorted(path.stem for path in EXPERIMENTS.glob("[a-z]*.py"))
+
+
+def described_commands() -> str:
+    """A line for each of `commands`: what its file says first."""
+    lines = [(name, ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text("utf-8")))) for name in commands()]
+    return "\n".join(f"  {name:<12} {text.splitlines()[0]}" for name, text in lines)
 
 
 def command(name: str) -> ModuleType:

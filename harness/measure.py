@@ -357,6 +357,6 @@ def run(program: str, command: str, parse: Callable[[], argparse.Namespace]) -> 
         for line in page.wrong:
             page.say("", f"WRONG: {line}")
         wrong.extend(page.wrong)
-        return finite({"verb": options.verb, "machine": facts} | found)
+        return finite({"command": options.verb, "machine": facts} | found)
 
     return cli.reported(program, report, "choose a smaller size") or int(bool(wrong))

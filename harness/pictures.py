@@ -37,6 +37,7 @@ class Group(NamedTuple):
     words: dict[str, str]  # {name in the row: what it is}
     chance: float | None = None  # what it is where T sees nothing
     span: float = 0.0  # least range of the y axis: what is smaller is noise
+    chance_in: str = ""  # which number of the row says what it is where the head sees nothing
 
 
 GROUPS = (
@@ -49,10 +50,11 @@ GROUPS = (
         "Levels 2 and 3: classifier",
         "error of labels",
         {"level2_loss": "L2, classifier on training images", "level3_loss": "L3, classifier on held-out images"},
+        chance_in="level3_chance",
     ),
     Group(
         "Weights of patches",
-        "p, from 0 to 1",
+        "p, from 0 to 1; entropy in bits",
         {"p_mean": "mean of p", "p_std": "standard deviation of p", "p_entropy": "entropy of p, bits"},
     ),
     Group(
@@ -147,11 +149,13 @@ def grid(
     key: dict[str, Sequence[float]] | None = None,
     annotate: Callable[[np.ndarray], object] | None = None,
     film: bool = False,
+    columns: Sequence[str] = (),
 ) -> None:
     """Write a PNG of rows of small images: (title, values, style), values as images [N, H, W] or [N, H, W, C], or one for
     each patch of a square image [N, L]; style as PIXELS is. Below them stand a key, {name: colour}, and `text`, which says
-    what to look for. annotate(axes [rows, N]) may draw on the images. As a film, rows are columns from left to right. A
-    colour bar stands beside the images of a style that has a "bar".
+    what to look for. annotate(axes [rows, N]) may draw on the images. As a film, rows are columns from left to right.
+    columns: a name above each column, of which as much is shown as has room. A colour bar stands beside the images of a style
+    that has a "bar".
 
     Raises UserError where it cannot be written."""
     from matplotlib.cm import ScalarMappable
@@ -162,10 +166,10 @@ def grid(
     titles, count, key = [title for title, *_ in rows], len(rows[0][1]), key or {}
     across, down = (len(rows), count) if film else (count, len(rows))
     left = 0.1 if film else 0.2 + 0.09 * max(len(line) for title in titles for line in title.split("\n"))  # inches
-    top = 0.1 + (LINE * (1 + max(title.count("\n") for title in titles)) if film else 0)
+    top = 0.1 + (LINE * (1 + max(title.count("\n") for title in titles)) if film else LINE if columns else 0)
     width = left + CELL * across + (0.75 if any("bar" in style for *_, style in rows) else 0.1)
-    columns = columns_of_key(list(key), width)
-    key_height = LINE * 1.3 * math.ceil(len(key) / columns)
+    beside = columns_of_key(list(key), width)
+    key_height = LINE * 1.3 * math.ceil(len(key) / beside)
     bottom = 0.2 + LINE * (1 + wrapped(text, width).count("\n")) + key_height
     height = bottom + CELL * down + top
     figure = Figure(figsize=(width, height))
@@ -187,15 +191,17 @@ def grid(
         if "bar" in style:  # one for rows that follow each other
             boxes = [axis.get_position() for line, _ in group for axis in line]
             low, high = min(box.y0 for box in boxes), max(box.y1 for box in boxes)
-            beside = figure.add_axes((place["right"] + 0.1 / width, low, 0.13 / width, high - low))
+            strip = figure.add_axes((place["right"] + 0.1 / width, low, 0.13 / width, high - low))
             norm = Normalize(style["vmin"], style["vmax"])
-            bar = figure.colorbar(ScalarMappable(norm, style["cmap"]), cax=beside, ticks=np.linspace(0, norm.vmax, 3))
+            bar = figure.colorbar(ScalarMappable(norm, style["cmap"]), cax=strip, ticks=np.linspace(0, norm.vmax, 3))
             bar.ax.set_yticklabels([f"{tick:.2g}" for tick in bar.get_ticks()])
-            beside.set_title(style["bar"], pad=4, **TEXT)
+            strip.set_title(style["bar"], pad=4, **TEXT)
+    for axis, name in zip(axes[0], columns):
+        axis.set_title(name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}", pad=4, fontsize=8, parse_math=False)
     if key:
         handles = [Patch(facecolor=colour, edgecolor="grey", label=name) for name, colour in key.items()]
         at = {"loc": "upper left", "bbox_to_anchor": (0.08 / width, (bottom - 0.08) / height), "frameon": False}
-        figure.legend(handles=handles, ncols=columns, handlelength=1.2, borderaxespad=0, borderpad=0.2, **at, **TEXT)
+        figure.legend(handles=handles, ncols=beside, handlelength=1.2, borderaxespad=0, borderpad=0.2, **at, **TEXT)
     if annotate:
         annotate(axes)
     caption(figure, text)
@@ -259,10 +265,10 @@ def panels(path: Path, shown: Sequence[Panel], text: str, across: int = 3) -> No
     save_figure(figure, path)
 
 
-def panel_of(word: str, lines: dict[str, tuple], unit: str = "") -> Panel:
-    """The Panel of one number of a metrics row; `unit` in place of its group's."""
+def panel_of(word: str, lines: dict[str, tuple], unit: str = "", chance: float | None = None) -> Panel:
+    """The Panel of one number of a metrics row; `unit` and `chance` in place of its group's."""
     group = next(group for group in GROUPS if word in group.words)
-    return Panel(group.words[word], unit or group.unit, lines, group.chance, group.span)
+    return Panel(group.words[word], unit or group.unit, lines, group.chance if chance is None else chance, group.span)
 
 
 def curves(path: Path, runs: dict[str, Sequence[dict[str, float]]], labels_unit: str = "") -> None:
@@ -278,10 +284,11 @@ def curves(path: Path, runs: dict[str, Sequence[dict[str, float]]], labels_unit:
     shown = []
     for group in GROUPS:
         unit, found = labels_unit if "level2_loss" in group.words else "", []
+        chances = [row[group.chance_in] for rows in runs.values() for row in rows if group.chance_in in row]
         for word in group.words:
             points = {name: [(row["epoch"], row[word]) for row in rows if word in row] for name, rows in runs.items()}
             if lines := {name: tuple(zip(*some)) for name, some in points.items() if some}:
-                found.append(panel_of(word, lines, unit))
+                found.append(panel_of(word, lines, unit, *chances[:1]))
         if found and len(runs) == 1:
             lines = {panel.title: line for panel in found for line in panel.lines.values()}
             found = [found[0]._replace(title=group.title, lines=lines)]
@@ -294,6 +301,6 @@ def look_for(runs: dict[str, Sequence[dict[str, float]]]) -> str:
     names = {name for rows in runs.values() for row in rows for name in row}
     if "level3_loss" not in names:
         return "No T learns here: the reconstruction error should fall, and then flatten."
-    text = "L2 and L3 have points while T learns; L3 should fall. L1 drops at once where p begins to weigh: look at the error "
-    text += "that is not weighted."
-    return text + (" Above the dotted lines (chance), p is higher on objects." if "object_auc" in names else "")
+    text = "L2 and L3 have points while T learns; L3 should fall below chance (dotted). L1 drops at once where p begins to "
+    text += "weigh: look at the error that is not weighted."
+    return text + (" Of objects: above the dotted lines, p is higher there." if "object_auc" in names else "")

@@ -249,7 +249,7 @@ class Run:
     def leave_if_stopped(self, iteration: int, what: str) -> None:
         """Raise Interrupted where a signal has stopped the loop before its end."""
         if self.stop and (iteration < self.total or self.cut):
-            said = f"stopped at {what} {iteration} of {self.total}; continue with --resume"
+            said = f"stopped at {what} {iteration} of {self.total}; continue with --out {self.out} --resume"
             raise Interrupted(self.stop, said if self.writer else "")
 
 
@@ -314,7 +314,7 @@ def read_settings(path: Path, kind: type) -> dict:
 def add_run_flags(parser: argparse.ArgumentParser, kind: type, name: str, preset: dict | None = None) -> None:
     """A flag for each field of the dataclass `kind`, and those that say where its runs go; `name` as in `settings_of`. preset:
     {field: value} that --help names as defaults, in place of the fields' own."""
-    add_flags(parser, dataclasses.fields(kind), preset)
+    add_flags(parser, dataclasses.fields(kind), preset, grouped=True)
     where = f"folder of the run (default runs/<preset>-{name}-<seed>; with --data, its name in place of the preset's)"
     parser.add_argument("--out", type=Path, help=where)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")

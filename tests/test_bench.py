@@ -40,7 +40,7 @@ def run(capsys, *argv, device="cpu"):
     status = bench.main([*argv, "--device", device, "--repeats", "1"])
     out = capsys.readouterr().out
     report = json.loads(out.splitlines()[-1], parse_constant=pytest.fail)  # NaN is no JSON
-    assert report["verb"] == argv[0] and report["machine"]["threads"] == torch.get_num_threads()
+    assert report["command"] == argv[0] and report["machine"]["threads"] == torch.get_num_threads()
     return status, report, out
 
 
@@ -53,7 +53,7 @@ def few(monkeypatch):
 @pytest.mark.slow
 def test_hypergradient(capsys):
     status, report, out = run(capsys, "hypergradient", "--sizes", "tiny")
-    assert status == 0 and list(report) == ["verb", "machine", "rows", "growth"]
+    assert status == 0 and list(report) == ["command", "machine", "rows", "growth"]
     rows = {row["method"]: row for row in report["rows"]}
     assert list(rows) == list(bench.METHODS) and all(bench.METHODS[name].label in out for name in rows)
     keys = {"size", "method", "error_float32", "error_float64", "cosine", "verdict", "peak_bytes", "flops"} | TIMES
@@ -174,7 +174,7 @@ def test_hypergradient_writes_table_and_picture(capsys, monkeypatch, tmp_path, f
 
 def test_kernels(capsys):
     status, report, out = run(capsys, "kernels", "--shapes", "cifar", "--batch-size", "2", "--dtypes", "fp32", "--no-compile")
-    assert status == 0 and list(report) == ["verb", "machine", "rows"]
+    assert status == 0 and list(report) == ["command", "machine", "rows"]
     assert {row["kernel"] for row in report["rows"]} == set(KERNELS)
     common = {"kernel", "shape", "dtype", "direction", "implementation", "error"} | TIMES
     for row in report["rows"]:
@@ -278,7 +278,7 @@ def test_an_outer_iteration_has_no_more_operators_than_it_had(name):
 def test_step(capsys, tmp_path):
     trace = tmp_path / "trace.json"
     status, report, out = run(capsys, "step", "--batch-size", "6", "--profile", str(trace))
-    assert status == 0 and list(report) == ["verb", "machine", "rows", "summary"]
+    assert status == 0 and list(report) == ["command", "machine", "rows", "summary"]
     rows = {row["part"]: row for row in report["rows"]}
     keys = {"part", "times", "peak_bytes", "flops", "operators", "share_of_time", "share_of_flops", "share_of_peak"} | TIMES
     assert all(set(row) == keys for row in rows.values())
@@ -373,7 +373,7 @@ def test_rows_are_written_as_they_come(capsys, monkeypatch, tmp_path):
 
 def test_rates(capsys):
     status, report, out = run(capsys, "rates")
-    assert status == 0 and list(report) == ["verb", "machine", "rows"]
+    assert status == 0 and list(report) == ["command", "machine", "rows"]
     copy, *products = report["rows"]
     assert 1e8 < copy["bytes_per_second"] < 1e13 and f"{copy['bytes_per_second'] / 1e9:.4g} GB/s" in out
     assert {row["dtype"]: row["flops_per_second"] for row in products} == {"bf16": PEAK, "fp32": PEAK}
@@ -400,7 +400,7 @@ if words[0] == "raising":
     raise ValueError("no")
 if words[0] == "wrong":
     print("WRONG: off by 2")
-print('{"verb":"fake"}')
+print('{"command":"fake"}')
 sys.exit(int(words[0] == "wrong"))
 """
 

@@ -315,7 +315,7 @@ def test_a_semantic_run_keeps_its_parts(folder, tmp_path, capsys):
     assert main(["show", str(run), "--device", "cpu"]) == 0
     assert (run / "masks.png").read_bytes() == (folder / "semantic" / "masks.png").read_bytes()
     assert main(["probe", str(run), "--device", "cpu"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["verb"] == "probe"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["command"] == "probe"
 
 
 def test_masks_go_to_whole_parts_and_follow_step_and_image(folder):

@@ -33,7 +33,7 @@ def written(path, capsys, *flags):
 
 def test_the_objects_of_shapes_are_on_photographs(photographs, tmp_path, capsys):
     path = tmp_path / "clutter.npz"
-    assert written(path, capsys) == {"verb": "clutter", "file": str(path), "seed": 0, "train": 6000, "test": 2000}
+    assert written(path, capsys) == {"command": "clutter", "file": str(path), "seed": 0, "train": 6000, "test": 2000}
     assert [file.name for file in tmp_path.iterdir()] == ["clutter.npz"]
     drawn, found = data.shapes(32, *data.DRAWN["shapes"]), np.load(path)
     for part, low in (("train", 60), ("test", 160)):

@@ -102,6 +102,16 @@ def test_reconstructions(model):
     assert torch.equal(again, hidden) and not torch.equal(other, hidden)
 
 
+def test_masks_do_not_come_back_with_the_next_images(model, monkeypatch):
+    monkeypatch.setattr("experiments.encode.AT_A_TIME", 2)
+    hidden = model.reconstruct(some_images(5))[1]
+    assert len({tuple(mask.flatten().tolist()) for mask in hidden}) == 5
+
+
+def test_a_model_says_in_a_line_what_it_is(model):
+    assert repr(model).startswith("Model(encoder, decoder, T: width ") and "\n" not in repr(model)
+
+
 def test_a_patch_that_is_reconstructed_as_it_is_comes_back(model, monkeypatch):
     """The normalisation, there and back: a decoder that knows the truth gives it."""
     images = some_images()
@@ -281,12 +291,14 @@ def test_encode(whole_run, model, pictures, capsys):
     printed = capsys.readouterr()
     width = model.net.cfg.width
     assert json.loads(printed.out) == {
-        "verb": "encode",
+        "command": "encode",
         "run": str(whole_run[0]),
         "images": 8,
         "width": width,
+        "pooling": model.net.cfg.pooling,
         "file": "out.npz",
         "picture": "masks.png",
+        "images in it": 8,
     }
     assert "8/8" in printed.err
     with np.load("out.npz") as found:

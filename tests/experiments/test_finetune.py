@@ -364,7 +364,7 @@ def test_resuming_what_is_finished_repeats_its_result(run, tuned, capsys):
     assert all(map(equal, outcome(tuned), before))
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed.pop("seconds") >= 0
-    assert printed == {"verb": "finetune", "run": str(tuned), **before[1]}
+    assert printed == {"command": "finetune", "run": str(tuned), **before[1]}
 
 
 def test_files_of_a_fine_tuning(run, tuned):
@@ -445,7 +445,7 @@ def test_the_program_is_a_module_too(npz, tmp_path):
     finished = subprocess.run(argv, capture_output=True, text=True, cwd=SCRIPT.parent)
     assert finished.returncode == 0, finished.stderr
     assert json.loads(finished.stdout.splitlines()[-1]) == {
-        "verb": "finetune",
+        "command": "finetune",
         "run": str(tmp_path / "out"),
         **json.loads((tmp_path / "out" / "result.json").read_text()),
     }

@@ -132,4 +132,4 @@ def test_fine_tuning_says_what_it_is_going_to_be(whole_run, tmp_path, capsys):
     assert said["files"] == str(tmp_path / "tuned") and re.fullmatch(r"about \d+ seconds?", said["time"])
     assert mlo_mae.main(words) == 0
     printed = capsys.readouterr()
-    assert announced(printed.err)["method"] == said["method"] and json.loads(printed.out)["verb"] == "finetune"
+    assert announced(printed.err)["method"] == said["method"] and json.loads(printed.out)["command"] == "finetune"

@@ -19,7 +19,7 @@ def test_probe_repeats_and_beats_chance(whole_run, capsys):
     out, summary, _ = whole_run
     assert main(["probe", str(out), "--device", "cpu"]) == 0
     again = report_of(capsys)
-    assert again == {"verb": "probe", "run": str(out), "recipe": "lbfgs", "pooling": "mean", **summary["probe"]}
+    assert again == {"command": "probe", "run": str(out), "recipe": "lbfgs", "pooling": "mean", **summary["probe"]}
     assert again["test_accuracy"] >= 0.8  # two classes that differ in brightness left and right; by chance 1 time in 170
     assert summary["probe"] == json.loads((out / "probe.json").read_text())
 
@@ -31,7 +31,7 @@ def test_probe_recipes(whole_run, capsys, recipe, chosen, pooling):
     before = (out / "probe.json").read_bytes()
     assert main(["probe", str(out), "--recipe", recipe, "--pooling", pooling, "--device", "cpu"]) == 0
     result = report_of(capsys)
-    assert result.keys() == {"verb", "run", "recipe", "pooling", "test_accuracy", "val_accuracy", chosen}
+    assert result.keys() == {"command", "run", "recipe", "pooling", "test_accuracy", "val_accuracy", chosen}
     assert (result["recipe"], result["pooling"]) == (recipe, pooling) and result["val_accuracy"] > 1.5 / 2
     assert (out / "probe.json").read_bytes() == before  # which is the finished run's own
 

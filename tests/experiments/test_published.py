@@ -180,7 +180,9 @@ def test_the_table_is_benchs_with_bettys_row_where_it_is_there(capsys, small_tab
     monkeypatch.setattr(bench.measure, "BENCHMARKS", tmp_path)
     status, report, out = table(capsys, "--save", "--rows", tmp_path / "rows.jsonl")
     there = hasattr(published, "betty")
-    assert status == 0 and report["verb"] == "hypergradient" and ("Betty" in out) == there  # silent where it is not installed
+    assert (
+        status == 0 and report["command"] == "hypergradient" and ("Betty" in out) == there
+    )  # silent where it is not installed
     assert [row["method"] for row in report["rows"]] == [*small_table, *["betty"] * there]
     (page,) = tmp_path.glob("hypergradient-tiny-*.md")
     assert page.read_text().startswith("`python -m experiments.published hypergradient --sizes tiny ")

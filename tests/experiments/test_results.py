@@ -363,7 +363,7 @@ def test_dense_tasks_on_the_encoders_of_a_grid(tiny, clutter_file, tmp_path, mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [[mlo_mae.__file__, "results"], ["-m", "experiments.results"]], ids=["verb", "module"])
+@pytest.mark.parametrize("command", [[mlo_mae.__file__, "results"], ["-m", "experiments.results"]], ids=["command", "module"])
 def test_cells_run_however_the_program_was_started(command, tmp_path):
     """All cells are finished but one, whose run is damaged: the one line that says so comes from the cell's process."""
     for method in ("MLO-MAE", "MAE"):

@@ -132,7 +132,7 @@ def test_several_runs_are_drawn_over_each_other(whole_run, other_run, tmp_path, 
     runs, out = [whole_run[0], other_run], tmp_path / "both.png"
     assert main(["show", *map(str, runs), "--out", str(out)]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert report == {"verb": "show", "runs": list(map(str, runs)), "pictures": [str(out)]}
+    assert report == {"command": "show", "runs": list(map(str, runs)), "pictures": [str(out)]}
     ((path, found, unit),) = drawn_curves
     assert path == out and found == {"whole": metrics_of(runs[0]), "other": metrics_of(runs[1])} and len(found["other"]) > 1
     levels = {json.loads((run / "config.json").read_text())["level2"] for run in runs}

@@ -389,7 +389,7 @@ def test_other_data_than_the_runs(run, tmp_path, capsys):
     root, few = write_masked(tmp_path / "data"), ["--epochs", "2", "--batch-size", "2", "--device", "cpu"]
     assert command("segment", run, "--data", root, "--image-size", "40", *few, "--out", tmp_path / "a") == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out.splitlines()[-1])["verb"] == "segment" and "interpolated" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["command"] == "segment" and "interpolated" in printed.err
     root, sizes = write_coco(tmp_path / "boxes"), ["--image-size", "32", "--patch-size", "8"]
     assert command("detect", "--from-scratch", "--data", root, *sizes, *few, "--out", tmp_path / "b") == 0
 

@@ -26,7 +26,7 @@ from harness.cli import flag
 class Settings:
     kind: Literal["plain", "fancy"] = flag("plain", "what kind")
     name: str = flag("", "of the thing")
-    count: int = flag(3, "how many", least=1, most=10)
+    count: int = flag(3, "how many", least=1, most=10, group="numbers")
     share: float = flag(0.5, "of them", above=0, below=1)
     free: float = flag(0.0, "without bounds")
     dry_run: bool = flag(False, "write nothing")
@@ -76,15 +76,30 @@ def test_a_value_out_of_its_bounds_names_its_flag(changes, line):
 
 def test_flags_are_those_of_the_fields():
     parser = cli.Parser(prog="program")
-    cli.add_flags(parser, dataclasses.fields(Settings))
+    cli.add_flags(parser, dataclasses.fields(Settings), grouped=True)
     assert vars(parser.parse_args([])) == {}  # what the user leaves out stays out
     argv = "--kind fancy --name x --count 4 --share 0.25 --dry-run".split()
     found = vars(parser.parse_args(argv))
     assert found == {"kind": "fancy", "name": "x", "count": 4, "share": 0.25, "dry_run": True}
     assert vars(parser.parse_args(["--no-dry-run"])) == {"dry_run": False}
     text = parser.format_help()
+    defaults = {"kind": "plain", "name": "none", "count": "3", "share": "0.5", "free": "0.0", "dry_run": "off"}
     for field in dataclasses.fields(Settings):
-        assert f"--{field.name.replace('_', '-')}" in text and f"{field.metadata['help']} (default {field.default})" in text
+        assert f"--{field.name.replace('_', '-')}" in text
+        assert f"{field.metadata['help']} (default {defaults[field.name]})" in text
+    options, numbers = text.split("\nnumbers:\n")  # the heading holds for what follows
+    assert [f"--{name}" in options.split("options:")[1] for name in ("kind", "name", "count", "free")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert "--count" in numbers and "--dry-run" in numbers
+
+
+def test_every_command_is_described_in_a_line():
+    lines = cli.described_commands().splitlines()
+    assert [line.split()[0] for line in lines] == cli.commands() and all(len(line.split()) > 5 for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -114,8 +129,8 @@ def failing(error):
 
 
 def test_what_work_returns_is_one_line_of_json(capsys):
-    assert cli.reported("program", lambda: {"verb": "try", "loss": 0.5}) == 0
-    assert json.loads(capsys.readouterr().out) == {"verb": "try", "loss": 0.5}
+    assert cli.reported("program", lambda: {"command": "try", "loss": 0.5}) == 0
+    assert json.loads(capsys.readouterr().out) == {"command": "try", "loss": 0.5}
     assert cli.reported("program", lambda: None) == 0 and capsys.readouterr() == ("", "")
 
 
@@ -394,15 +409,14 @@ def test_the_nearest_is_named(capsys, typed, words):
 
 
 REPORT = {
-    **{"verb": "probe", "pictures": ["a.png", "b.png"], "probe": {"test_accuracy": 0.92612, "weight_decay": 1e-4}},
+    **{"command": "probe", "pictures": ["a.png", "b.png"], "probe": {"test_accuracy": 0.92612, "weight_decay": 1e-4}},
     **{"updates": 225, "object_auc": 0.94512, "rows": [{"a": 1}], "from_scratch": False, "p_mean": 0.2, "seconds": 150.2},
 }
-LINES = """verb                        probe
-pictures                    a.png, b.png
+LINES = """pictures                    a.png, b.png
 probe: test accuracy        92.6 %
 probe: weight decay         0.0001
 updates                     225
-object auc                  0.9451
+object auc                  0.9451   (chance: 0.5)
 from scratch                False
 time                        2.5 minutes
 """

@@ -165,14 +165,14 @@ def test_a_report_is_the_last_line(capsys, monkeypatch, tmp_path):
     status, out, err = run(capsys, work, "--save", "--repeats", "3")
     heading, line, report = out.splitlines()
     assert status == 0 and not err and heading.startswith("cpu ") and line == "3 cpu"
-    assert json.loads(report) == {"verb": "some", "machine": measure.machine(CPU), "found": [1.0, None]}
+    assert json.loads(report) == {"command": "some", "machine": measure.machine(CPU), "found": [1.0, None]}
     (page,) = tmp_path.iterdir()
     assert page.read_text() == f"`command`\n\n{heading}\n{line}\n"
 
 
 def test_a_wrong_result_is_status_1_and_a_line(capsys):
     status, out, _ = run(capsys, lambda options, device, page: page.wrong.append("off by 2") or {})
-    assert status == 1 and out.splitlines()[1:3] == ["", "WRONG: off by 2"] and '"verb":"some"' in out
+    assert status == 1 and out.splitlines()[1:3] == ["", "WRONG: off by 2"] and '"command":"some"' in out
 
 
 def test_what_the_user_can_mend_is_status_2_and_a_line(capsys):

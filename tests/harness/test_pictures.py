@@ -32,7 +32,7 @@ LATE = {name: 0.1 * number for number, name in enumerate((word for group in GROU
 
 
 def test_curves_hold_losses_where_rows_have_them(tmp_path, figures):
-    later = {"level2_loss": 0.7, "level3_loss": 0.8}
+    later = {"level2_loss": 0.7, "level3_loss": 0.8, "level3_chance": 0.75}
     rows = [EARLY, *(EARLY | {"epoch": epoch} | later for epoch in (2, 3)), EARLY | {"epoch": 4}]
     curves(tmp_path / "curves.png", {"run": rows}, "cross-entropy")
     shown = {axis.get_legend().get_title().get_text(): axis for axis in figures[0].axes}
@@ -40,8 +40,13 @@ def test_curves_hold_losses_where_rows_have_them(tmp_path, figures):
     level1, labels, weights = shown.values()
     assert lines_of(level1)["L1, weighted reconstruction error"] == ([1, 2, 3, 4], [0.9] * 4)
     assert lines_of(labels)["L2, classifier on training images"] == ([2, 3], [0.7] * 2)
+    assert labels.lines[-1].get_ydata()[0] == 0.75  # L3 of a head that sees nothing
     assert lines_of(weights) == {"mean of p": ([1, 2, 3, 4], [1.0] * 4)}
-    assert [axis.get_ylabel() for axis in shown.values()] == ["squared error of pixels", "cross-entropy", "p, from 0 to 1"]
+    assert [axis.get_ylabel() for axis in shown.values()] == [
+        "squared error of pixels",
+        "cross-entropy",
+        "p, from 0 to 1; entropy in bits",
+    ]
     assert len({axis.get_xlim() for axis in shown.values()}) == 1  # when T learns is seen beside the whole run
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
 
@@ -75,7 +80,7 @@ def test_what_to_look_for_is_said_of_what_is_there(tmp_path, figures):
         curves(tmp_path / "curves.png", {"run": rows})
     mae, learned, objects = (figure.get_supxlabel().replace("\n", " ") for figure in figures)
     assert "No T learns" in mae and "L3" not in mae
-    assert "L3 should fall" in learned and "objects" not in learned and "p is higher on objects" in objects
+    assert "L3 should fall" in learned and "objects" not in learned and "Of objects: above" in objects
 
 
 def test_noise_does_not_fill_an_axis(tmp_path, figures):
@@ -109,10 +114,13 @@ def test_a_grid_has_a_row_for_each_title(tmp_path, figures):
     random = np.random.default_rng(0)
     colour, maps = random.random((3, 8, 8, 3)), random.random((3, 4, 4))
     rows, given = [("image", colour, PIXELS), ("p", torch.tensor(maps).flatten(1), HEAT)], []
-    grid(tmp_path / "grid.png", rows, "Look here.", annotate=given.append)
+    names = ["a.png", "a_very_long_name.png", "$x^2.png"]  # the last is no formula
+    grid(tmp_path / "grid.png", rows, "Look here.", annotate=given.append, columns=names)
     axes = np.array(figures[0].axes[:6]).reshape(2, 3)
     assert len(given) == 1 and np.array_equal(given[0], axes)  # what may be drawn on the images
     assert [line[0].get_ylabel() for line in axes] == ["image", "p"] and figures[0].get_supxlabel() == "Look here."
+    assert [axis.get_title() for axis in axes[0]] == ["a.png", "a_very…ame.png", "$x^2.png"]
+    nothing_overlaps(figures[0])
     for line, images in zip(axes, (colour, maps)):
         for axis, image in zip(line, images):
             assert np.array_equal(axis.images[0].get_array(), image) and not len(axis.get_xticks())

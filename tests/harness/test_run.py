@@ -85,7 +85,7 @@ def test_a_run_leaves_its_files_and_ends_with_json(whole_run):
         assert row["mask_learning_rate"] == pytest.approx(cfg.mask_lr * schedule(look, 30, cfg.warmup * 30))
     assert all(0 < row["waiting_share"] < 1 for row in rows)
     assert rows[-1]["reconstruction_error"] < rows[0]["reconstruction_error"]
-    assert summary["verb"] == "pretrain" and summary["probe"] == json.loads((out / "probe.json").read_text())
+    assert summary["command"] == "pretrain" and summary["probe"] == json.loads((out / "probe.json").read_text())
     assert summary["updates"] == 30 and summary.items() >= rows[-1].items()
     assert "L1=" in stderr and "L2=" in stderr and "L3=" in stderr and "img/s=" in stderr
     assert json.loads((out / "config.json").read_text())["epochs"] == 20
@@ -302,7 +302,7 @@ def test_interrupted_and_resumed_runs_end_with_the_same_weights(whole_run, sides
     process.send_signal(number)
     _, stderr = process.communicate()
     if number == signal.SIGINT:
-        assert process.returncode == 130 and "continue with --resume" in stderr
+        assert process.returncode == 130 and "; continue with --out " in stderr and " --resume" in stderr
     assert not (tmp_path / "cut" / "probe.json").exists()
     assert main(["pretrain", "--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert same(weights(whole_run[0]), weights(tmp_path / "cut"))
@@ -443,7 +443,7 @@ def test_last_digits_of_the_mean_do_not_keep_a_run_from_going_on(sides, tmp_path
 def test_epochs_that_make_no_whole_mask_updates_are_said(sides, tmp_path, capsys):
     """48 images are trained on."""
     with bare():
-        for batch, steps, words in ((24, 2, ""), (32, 2, "data are seen 1.3 times, not 1: a mask update takes 64 images\n")):
+        for batch, steps, words in ((24, 2, ""), (32, 2, "data are seen 1.3 times, not 1: a mask update takes 64 images (")):
             flags = ["--masking", "random", "--epochs", 1, "--batch-size", batch, "--level1-steps", steps]
             assert main(arguments(sides, tmp_path / str(batch), *flags)) == 0
             told = capsys.readouterr().err
@@ -540,7 +540,7 @@ def test_a_loop_that_was_stopped_at_its_end_is_done(tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(Interrupted) as stop:
         run.leave_if_stopped(2, "update")
-    assert (stop.value.number, stop.value.message) == (15, "stopped at update 2 of 3; continue with --resume")
+    assert (stop.value.number, stop.value.message) == (15, f"stopped at update 2 of 3; continue with --out {run.out} --resume")
 
 
 def test_a_signal_ends_long_work_at_once_and_what_was_made_is_saved(tmp_path):
