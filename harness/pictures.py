@@ -301,6 +301,9 @@ def look_for(runs: dict[str, Sequence[dict[str, float]]]) -> str:
     names = {name for rows in runs.values() for row in rows for name in row}
     if "level3_loss" not in names:
         return "No T learns here: the reconstruction error should fall, and then flatten."
-    text = "L2 and L3 have points while T learns; L3 should fall below chance (dotted). L1 drops at once where p begins to "
-    text += "weigh: look at the error that is not weighted."
+    where = " below chance (dotted)" * ("level3_chance" in names)
+    text = (
+        f"L2 and L3 have points while T learns; L3 should fall{where}. L1 drops at once where p begins to weigh: look at the "
+    )
+    text += "error that is not weighted."
     return text + (" Of objects: above the dotted lines, p is higher there." if "object_auc" in names else "")

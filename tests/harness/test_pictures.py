@@ -76,11 +76,13 @@ def test_several_runs_have_a_panel_a_measure_and_a_colour_each(tmp_path, figures
 
 
 def test_what_to_look_for_is_said_of_what_is_there(tmp_path, figures):
-    for rows in ([EARLY], [EARLY | {"level3_loss": 1}], [EARLY | LATE]):
+    learning = EARLY | {"level3_loss": 1}
+    for rows in ([EARLY], [learning], [learning | {"level3_chance": 1}], [EARLY | LATE]):
         curves(tmp_path / "curves.png", {"run": rows})
-    mae, learned, objects = (figure.get_supxlabel().replace("\n", " ") for figure in figures)
+    mae, learned, known, objects = (figure.get_supxlabel().replace("\n", " ") for figure in figures)
     assert "No T learns" in mae and "L3" not in mae
-    assert "L3 should fall" in learned and "objects" not in learned and "Of objects: above" in objects
+    assert "L3 should fall" in learned and "objects" not in learned and ("dotted" in known) > ("dotted" in learned)
+    assert "Of objects: above" in objects
 
 
 def test_noise_does_not_fill_an_axis(tmp_path, figures):
