@@ -12,6 +12,7 @@ Randomness has no state: batch b of a stream is a function of (split, batch size
 batch b sees the batches that it would have seen, on any device and with any number of workers.
 """
 
+import copy
 import hashlib
 import itertools
 import math
@@ -77,6 +78,12 @@ class Splits:
     mean: Colour
     std: Colour
     digest: str = ""  # of what was read, see `digest_of`
+    known: "tuple[Images, Images] | None" = None  # those of train and val whose labels are used; None: all
+
+    @property
+    def labelled(self) -> "tuple[Images | Folder, Images | Folder]":
+        """What levels 2 and 3 see; probes fit the first, and choose by the second."""
+        return self.known or (self.train, self.val)
 
     def facts(self) -> dict:
         """What a checkpoint says about the data."""
@@ -199,6 +206,13 @@ class Images:
         i, top, left, flip = torch.from_numpy(drawn).to(self.labels.device)  # each [B]; one transfer
         crops = moved(self.images.index_select(0, i), top, left, flip.bool())
         return Batch((crops - self.mean).div_(self.std), self.moved_labels(self.labels[i], top, left, flip.bool()))
+
+    def part(self, indices: Array, labels: Array) -> "Images":
+        """The images of these indices [n] as a split of its own, with these labels [n]."""
+        split, indices = copy.copy(self), torch.as_tensor(indices).to(self.labels.device)
+        split.images, split.objects = self.images[indices], None if self.objects is None else self.objects[indices]
+        split.labels = torch.as_tensor(labels).to(self.labels)
+        return split
 
     def accompanied(self, maps: Tensor) -> "Images":
         """Maps [N, h, w] of these images as a split whose streams move them as this split's move the images; around a map

@@ -1291,11 +1291,11 @@ def train(
 
     batches = [
         stream(LEVEL1_DATA, splits.train, cfg.batch_size, state.iteration * cfg.level1_steps),
-        stream(LEVEL2_DATA, splits.train, cfg.labelled_batch_size, looks),
-        stream(LEVEL3_DATA, splits.val, cfg.labelled_batch_size, looks),
+        stream(LEVEL2_DATA, splits.labelled[0], cfg.labelled_batch_size, looks),
+        stream(LEVEL3_DATA, splits.labelled[1], cfg.labelled_batch_size, looks),
     ]
     (watched, objects), previous = splits.watched(256), None  # their masks at the last line of metrics
-    chance = chance_loss(cfg, splits.val.labels)
+    chance = chance_loss(cfg, splits.labelled[1].labels)
 
     def metrics():
         nonlocal previous

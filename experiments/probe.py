@@ -28,7 +28,7 @@ def probe(
     net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, recipe: str = "lbfgs", pooling: str = ""
 ) -> dict[str, float]:
     """The accuracies (shares) that `harness.probe.linear_probe` returns, of the features of this state's encoder."""
-    found = (features(net, state.theta.params, split, pooling) for split in (splits.train, splits.val, splits.test))
+    found = (features(net, state.theta.params, split, pooling) for split in (*splits.labelled, splits.test))
     return linear_probe(*found, len(splits.class_names), recipe)
 
 

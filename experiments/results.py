@@ -26,9 +26,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import mlo_mae
 from data import Splits
-from experiments import baselines, finetune, show, transfer
+from experiments import baselines, finetune, open_run, show, transfer
 from experiments.baselines import UMAE, SemMAE
 from experiments.probe import probe
 from harness import UserError, cli, counted
@@ -54,8 +54,10 @@ class Method(NamedTuple):
 
     kind: type[Config] | None
     changes: dict = {}
-    given: Literal["", "this", "other"] = ""  # whose T it is given: of a run on this data set, or on the other one
+    given: str = ""  # whose T it is given: of a run on "this" data set, on the "other" one, or on the one of this name
     rival: str = "MAE"  # what it is compared with
+    prepare: Callable | None = None  # as `mlo_mae.train` has it
+    encoder: str = ""  # the method whose run it probes, instead of one of its own
 
 
 WIDE = {"width": 96}
@@ -64,8 +66,8 @@ METHODS = {
     "MLO-MAE, T given": Method(Config, given="this"),
     "MAE": Method(Config, {"masking": "random"}),
     "no pretraining": Method(None),
-    "SemMAE": Method(SemMAE),
-    "U-MAE": Method(UMAE, {"uniformity": 0.01}),
+    "SemMAE": Method(SemMAE, prepare=baselines.prepare),
+    "U-MAE": Method(UMAE, {"uniformity": 0.01}, prepare=baselines.prepare),
     f"MLO-MAE, {'no ' * Config.mask_restart}restart": Method(Config, {"mask_restart": not Config.mask_restart}),
     "MLO-MAE, head steps": Method(Config, {"level2": "steps"}),
     "MLO-MAE, CLS": Method(Config, {"pooling": "cls"}),
@@ -81,7 +83,7 @@ METHODS = {
 TRANSFERRED = ["MAE", "MLO-MAE", "MLO-MAE, T given", "T of the other data", "MAE, width 96", "T of width 64, width 96"]
 ROWS = [name for name in METHODS if name not in TRANSFERRED[3:]]  # that --methods may name
 MAIN = ["MLO-MAE", "MLO-MAE, T given", "MAE", "no pretraining"]  # what runs by default
-TIMED = ["MAE", "no pretraining"]  # what also runs for as long as MLO-MAE
+TIMED = ["MAE", "no pretraining", "SemMAE", "U-MAE"]  # what also runs for as long as MLO-MAE
 PROBES = {"probe": "probe, mean %", "probe_cls": "probe, CLS %"}  # measures of a cell, and their headings
 MEASURES = PROBES | {"finetune": "fine-tuned %"}
 OBJECTS = ("object_auc", "object_weight")  # how T sees them, in metrics.jsonl
@@ -129,6 +131,8 @@ class Grid:
     threads: int = 1
     tuned: bool = True  # whether to fine-tune
     first: int = 0  # seed
+    methods: dict[str, Method] = field(default_factory=lambda: METHODS)
+    sets: dict[str, tuple[dict, dict]] = field(default_factory=lambda: DATA)
 
     @property
     def numbers(self) -> range:
@@ -142,26 +146,26 @@ class Grid:
             for rule in rules
             for seed in self.numbers
             for method in methods
-            if (rule != "time" or method in TIMED) and (self.tuned or METHODS[method].kind or rule in DENSE)
+            if (rule != "time" or method in TIMED) and (self.tuned or self.methods[method].kind or rule in DENSE)
         ]
 
 
 def lender_of(cell: Cell, grid: "Grid") -> tuple[str, Cell] | None:
     """The setting that names another cell's run, and that cell, where this cell starts from what another has learned."""
-    method = METHODS[cell.method]
+    method = grid.methods[cell.method]
     if method.kind is SemMAE:
         return "parts_from", Cell(cell.data, "MAE", "steps", cell.seed)
     if method.given:  # of another seed: what T has seen is no part of this run
-        data = OTHER[cell.data] if method.given == "other" else cell.data
+        data = {"this": cell.data, "other": OTHER.get(cell.data)}.get(method.given, method.given)
         return "masking_from", Cell(data, "MLO-MAE", "steps", grid.first + (cell.seed + 1 - grid.first) % grid.seeds)
     return None
 
 
 def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
     """A cell's configuration, and how its encoder is trained on."""
-    config, recipe = DATA[cell.data]
+    config, recipe = grid.sets[cell.data]
     config = {name: str(grid.clutter) if value == "{clutter}" else value for name, value in config.items()}
-    method, lender = METHODS[cell.method], lender_of(cell, grid)
+    method, lender = grid.methods[cell.method], lender_of(cell, grid)
     given = {lender[0]: str(folder_of(grid.out, lender[1]))} if lender else {}
     shared = {"data_dir": grid.data_dir, "seed": cell.seed, "checkpoint_minutes": 0.25}  # a signal leaves little time to save
     cfg = (method.kind or Config)(**config | shared | method.changes | given)
@@ -206,7 +210,11 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
         else:  # no pretraining: its seconds go to fine-tuning
             recipe = replace(recipe, epochs=recipe.epochs + round(recipe.epochs * budget / pace["finetune_seconds"]))
     if pretrained and found is None:
-        found = {"epochs": cfg.epochs} | pretrain(cfg, folder, grid.threads)
+        method = grid.methods[cell.method]
+        if method.encoder:
+            found = probed_again(cfg, cell._replace(method=method.encoder), method, grid)
+        else:
+            found = {"epochs": cfg.epochs} | pretrain(cfg, folder, grid.threads, method.prepare)
         write_whole(folder / "cell.json", json.dumps(found).encode())
     if grid.tuned:
         if pretrained:
@@ -226,8 +234,15 @@ def clock_of(threads: int) -> Callable[[], float]:
     return time.process_time if threads == 1 and cli.choose_device("auto").type == "cpu" else time.perf_counter
 
 
-def pretrain(cfg: Config, folder: Path, threads: int) -> dict:
-    """Pretrain into a folder, or go on with what is there; returns what a cell has of it.
+def probed_again(cfg: Config, lender: Cell, method: Method, grid: Grid) -> dict:
+    """What a cell has of another's run whose labels `method` prepares."""
+    net, state, splits = open_run(folder_of(grid.out, lender), data_dir=cfg.data_dir)
+    method.prepare(replace(net, cfg=cfg), splits, state.theta.params.device, None)
+    return read_cell(grid.out, lender) | probed(net, state, splits)
+
+
+def pretrain(cfg: Config, folder: Path, threads: int, prepared: Callable | None = None) -> dict:
+    """Pretrain into a folder, or go on with what is there; returns what a cell has of it. prepared: `Method.prepare`.
 
     The seconds are those of the loop, T's and SemMAE's parts included. They are kept with each checkpoint, so that those of
     a run that was interrupted add up, but for what it did in vain."""
@@ -243,11 +258,9 @@ def pretrain(cfg: Config, folder: Path, threads: int) -> dict:
             write_whole(kept, json.dumps(before + clock() - began).encode())
 
         run.save = save_with_seconds
-        if isinstance(cfg, UMAE):
-            baselines.prepare(net, splits, device, run)
+        if prepared:
+            prepared(net, splits, device, run)
 
-    if isinstance(cfg, UMAE):
-        baselines.check(cfg)
     net, state, splits = mlo_mae.train(cfg, folder, resume=True, prepare=prepare)
     show.draw_run(net, state, splits, folder)
     last = read_metrics(folder / "metrics.jsonl")[-1]
@@ -281,9 +294,9 @@ def needed(cell: Cell, grid: Grid) -> list[Cell]:
     if cell.rule == "time":
         return [cell._replace(method="MLO-MAE", rule="steps"), cell._replace(rule="steps")]
     if cell.rule in DENSE:
-        return [cell._replace(rule="steps")] if METHODS[cell.method].kind else []
-    lender = lender_of(cell, grid)
-    return [lender[1]] if lender else []
+        return [cell._replace(rule="steps")] if grid.methods[cell.method].kind else []
+    method, lender = grid.methods[cell.method], lender_of(cell, grid)
+    return [lender[1]] if lender else [cell._replace(method=method.encoder)] if method.encoder else []
 
 
 GRACE = 1.5  # seconds
@@ -381,9 +394,9 @@ def compared(cells: list[dict], rivals: list[dict], measures: Iterable[str]) -> 
     return columns
 
 
-def seconds_of(method: str, cells: list[dict]) -> str:
+def seconds_of(method: Method, cells: list[dict]) -> str:
     """The mean; `+ T` where a T was given, whose seconds are not among them."""
-    return f"{np.mean([cell['seconds'] for cell in cells]):.0f}{' + T' * bool(METHODS[method].given)}"
+    return f"{np.mean([cell['seconds'] for cell in cells]):.0f}{' + T' * bool(method.given)}"
 
 
 def in_columns(cells: list[dict]) -> dict[str, list]:
@@ -407,20 +420,26 @@ def table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[di
             if not cells or not rivals:
                 continue
             epochs = f"{np.mean([cell['epochs'] for cell in cells]):.0f}"
-            shown.append([f"equal {rule}", method, epochs, seconds_of(method, cells), *compared(cells, rivals, MEASURES)])
+            shown.append(
+                [f"equal {rule}", method, epochs, seconds_of(grid.methods[method], cells), *compared(cells, rivals, MEASURES)]
+            )
             rows.append({"rule": rule, "method": method, **in_columns(cells)})
     against = [title for heading in MEASURES.values() for title in (heading, "against MAE")]
     lines = markdown(["rule", "method", "epochs", "seconds", *against], shown, left=2)
-    seen = [[method, *columns] for method in methods if (columns := sight(numbers(grid, data, method, "steps"), method))]
+    seen = [
+        [method, *columns]
+        for method in methods
+        if (columns := sight(numbers(grid, data, method, "steps"), grid.methods[method]))
+    ]
     return lines + (["", *markdown(["method", *OBJECTS], seen)] if seen else []), rows
 
 
-def learns(method: str) -> bool:
+def learns(method: Method) -> bool:
     """Whether a T weighs patches."""
-    return METHODS[method].kind is Config and METHODS[method].changes.get("masking") != "random"
+    return method.kind not in (None, UMAE, SemMAE) and method.changes.get("masking") != "random"
 
 
-def sight(cells: list[dict], method: str) -> list[str]:
+def sight(cells: list[dict], method: Method) -> list[str]:
     """How T saw the objects in the end, where there is a T and the data knows its objects."""
     if not cells or not learns(method) or any(name not in cell for cell in cells for name in OBJECTS):
         return []
@@ -429,16 +448,24 @@ def sight(cells: list[dict], method: str) -> list[str]:
 
 def transfer_table(grid: Grid) -> tuple[list[str], list[dict]]:
     """`table` for a T that another run has learned."""
-    shown, rows = [], []
-    for data in OTHER:
-        for method in TRANSFERRED:
-            cells, rivals = (numbers(grid, data, name, "steps") for name in (method, METHODS[method].rival))
-            if cells and rivals:
-                name = method.replace("the other data", OTHER[data])
-                shown.append([data, name, seconds_of(method, cells), *compared(cells, rivals, PROBES)])
-                rows.append({"data": data, "method": name, **in_columns(cells)})
-    against = [title for heading in PROBES.values() for title in (heading, "against MAE")]
-    return markdown(["data", "method", "seconds", *against], shown, left=2), rows
+    lines, rows = rows_by_data(grid, [(data, method) for data in OTHER for method in TRANSFERRED])
+    titles = ["data", "method", "seconds", *(title for heading in PROBES.values() for title in (heading, "against MAE"))]
+    return markdown(titles, lines, left=2), rows
+
+
+def rows_by_data(grid: Grid, pairs: Iterable[tuple[str, str]], sees: bool = False) -> tuple[list[list[str]], list[dict]]:
+    """A row of a table for each (data set, method) whose seeds are all there, and the same for JSON: probes beside those of
+    the method's rival and, where `sees`, how T saw the objects."""
+    lines, rows = [], []
+    for data, name in pairs:
+        method = grid.methods[name]
+        cells, rivals = (numbers(grid, data, some, "steps") for some in (name, method.rival))
+        if cells and rivals:
+            name = name.replace("the other data", OTHER.get(data, ""))
+            seen = (sight(cells, method) or [""] * len(OBJECTS)) if sees else []
+            lines.append([data, name, seconds_of(method, cells), *compared(cells, rivals, PROBES), *seen])
+            rows.append({"data": data, "method": name, **in_columns(cells)})
+    return lines, rows
 
 
 def dense_table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[dict]]:
@@ -462,7 +489,7 @@ def figure(data: str, methods: list[str], grid: Grid, path: Path) -> bool:
     """Draw how T stood over training: how it saw objects, where the data knows them, else p's spread. False where no row
     with a T is whole."""
     runs = {}
-    for method in filter(learns, methods):
+    for method in (name for name in methods if learns(grid.methods[name])):
         if numbers(grid, data, method, "steps"):
             folders = [folder_of(grid.out, Cell(data, method, "steps", seed)) for seed in grid.numbers]
             runs[method] = [read_metrics(folder / "metrics.jsonl") for folder in folders]
@@ -543,10 +570,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("a T is given to another seed: --seeds must be at least 2, or name other --methods")
     if options.dense and options.data not in OTHER:
         raise UserError("--dense needs images whose objects are known; leave out --data")
-    if "clutter" in (options.data, *(OTHER if options.transfer else ())) and not (options.table or options.clutter.is_file()):
-        made = f"python mlo_mae.py clutter {options.clutter} --data-dir DIR"
-        raise UserError(f"{options.clutter} does not exist; make it with {made}, or name another with --clutter")
+    if "clutter" in (options.data, *(OTHER if options.transfer else ())) and not options.table:
+        need_clutter(options.clutter)
     return options
+
+
+def need_clutter(path: Path) -> None:
+    """Raise UserError where there is no such file."""
+    if not path.is_file():
+        made = f"python mlo_mae.py clutter {path} --data-dir DIR"
+        raise UserError(f"{path} does not exist; make it with {made}, or name another with --clutter")
 
 
 def run_command(argv: list[str]) -> dict:

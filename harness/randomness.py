@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 # What a random number is for, so that the streams of one seed stay apart.
-ORDER, AUGMENT, SPLIT, LIMIT, DRAW, WATCHED = range(6)  # numpy: the data's
+ORDER, AUGMENT, SPLIT, LIMIT, DRAW, WATCHED, LABELS = range(7)  # numpy: the data's
 MASKS, DROPOUT, REDRAWN, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, PARTS = range(7)  # torch: pretraining's
 BATCHES, DROP_PATH, DISTORT = range(100, 103)  # fine-tuning's: drop path torch's, the rest numpy's
 

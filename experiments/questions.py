@@ -1,0 +1,594 @@
+"""The questions that the paper leaves open, each one command: a table with seeds, and a picture where looking says more.
+
+    python mlo_mae.py questions labels       # few labels, wrong labels: does T still find the objects?
+    python mlo_mae.py questions ratio        # how much is hidden
+    python mlo_mae.py questions unrolling    # how much of levels 1 and 2 the derivative sees
+    python mlo_mae.py questions transfer     # T of one data set, used on another
+    python mlo_mae.py questions medical      # lesions in tissue (tissue makes the images)
+    python mlo_mae.py questions cost         # all methods in equal time; where the time of a run goes
+    python mlo_mae.py questions learned      # what T looks at: between seeds, beside attention, and what it was told
+
+docs/questions.md has the answers. The grid, its rules and its columns are those of results.py, and so is the folder: a cell
+that one command has finished, no other runs again.
+"""
+
+import argparse
+import itertools
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import bench
+import mlo_mae
+from data import Splits, choose
+from experiments import encode, open_run, tissue
+from experiments.results import (
+    CLOCKS,
+    DATA,
+    GIVEN_NOTE,
+    METHODS,
+    OBJECTS,
+    PROBES,
+    SEMMAE_NOTE,
+    SPREAD_NOTE,
+    TIMED,
+    Cell,
+    Grid,
+    Method,
+    clock_of,
+    folder_of,
+    markdown,
+    need_clutter,
+    needed,
+    numbers,
+    rows_by_data,
+    run_grid,
+    spread,
+    table,
+)
+from harness import UserError, cli, counted
+from harness.cli import flag
+from harness.files import write_whole
+from harness.measure import BENCHMARKS, interleaved, machine, peak_memory, quartiles, table_page
+from harness.pictures import PIXELS, Panel, as_images, panels
+from harness.pictures import grid as grid_picture
+from harness.probe import area_under_roc
+from harness.randomness import LABELS, LEVEL1_DATA, numpy_generator, torch_generator
+from harness.vectors import weight_decays
+from kernels import gather_patches, select_patches
+from mlo_mae import (
+    SHOWN,
+    Config,
+    Networks,
+    Rates,
+    State,
+    Step,
+    adamw_pullback,
+    build,
+    directional_errors,
+    fresh_level,
+    labelled_of,
+    level1_step,
+    load_data,
+    mask_updates,
+    modules_of,
+    outer_iteration,
+    params_only,
+    patch_errors,
+    upper_levels,
+)
+
+# ------------------------------------------------------------------------------------------------------------ labels
+
+
+@dataclass(frozen=True)
+class FewLabels(Config):
+    """A run whose levels 2 and 3, and whose probes, know few labels, or wrong ones. Level 1 has all images."""
+
+    label_fraction: float = flag(1.0, "share of the labels that are known, the same of each class", above=0, most=1)
+    label_noise: float = flag(0.0, "share of these that are another class's, drawn at random", least=0, below=1)
+    noisy: Literal["both", "train", "val"] = flag("both", "whose labels these are: of level 2, of level 3, or of both")
+
+
+def hide_labels(net: Any, splits: Splits, device: torch.device, run: Any) -> None:
+    """Leave the splits the labels that the configuration leaves them; as `mlo_mae.train` calls it. At least one a class."""
+    cfg, classes, known = net.cfg, len(splits.class_names), []
+    for number, (name, split) in enumerate((("train", splits.train), ("val", splits.val))):
+        labels = split.labels.cpu().numpy()
+        kept = choose(labels, max(classes, round(cfg.label_fraction * len(labels))), cfg.seed, name)
+        labels = labels[kept]
+        if cfg.noisy in ("both", name):
+            rng = numpy_generator(cfg.seed, LABELS, number)
+            wrong = rng.permutation(len(labels))[: round(cfg.label_noise * len(labels))]
+            labels[wrong] = (labels[wrong] + rng.integers(1, classes, len(wrong))) % classes
+        known.append(split.part(kept, labels))
+    splits.known = tuple(known)
+
+
+# --------------------------------------------------------------------------------------------------------- questions
+
+
+def beside(name: str, changes: dict) -> dict[str, Method]:
+    """MLO-MAE with these changes, and the MAE it is compared with."""
+    rival = f"MAE, {name}"
+    return {
+        f"MLO-MAE, {name}": Method(Config, changes, rival=rival),
+        rival: Method(Config, changes | {"masking": "random"}, rival=rival),
+    }
+
+
+def knowing(name: str, changes: dict) -> dict[str, Method]:
+    """MLO-MAE, MAE, and a T that the other data taught, where labels are known so. The last two pretrain without labels: their
+    runs are those of all labels."""
+    rival, other = f"MAE, {name}", "T of the other data"
+    known = {"rival": rival, "prepare": hide_labels}
+    return {
+        f"MLO-MAE, {name}": Method(FewLabels, changes, **known),
+        f"{other}, {name}": Method(FewLabels, changes, **known, encoder=other),
+        rival: Method(FewLabels, changes | {"masking": "random"}, **known, encoder="MAE"),
+    }
+
+
+RATIOS = (0.4, 0.6, 0.75, 0.9)
+FRACTIONS = {0.1: "10 % of the labels", 0.01: "1 % of the labels"}
+NOISE = 0.4
+WRONG = {"both": "labels", "train": "labels of level 2", "val": "labels of level 3"}
+BY_RATIO = {ratio: beside(f"mask ratio {ratio}", {"mask_ratio": ratio}) for ratio in RATIOS if ratio != Config.mask_ratio}
+BY_FRACTION = {share: knowing(words, {"label_fraction": share}) for share, words in FRACTIONS.items()}
+BY_NOISE = {
+    noisy: knowing(f"{100 * NOISE:.0f} % of the {words} wrong", {"label_noise": NOISE, "noisy": noisy})
+    for noisy, words in WRONG.items()
+}
+SEEN = {
+    "MLO-MAE, 1 batch": Method(Config, {"mask_batches": 1}),
+    "MLO-MAE, unrolled": Method(Config, {"mask_batches": 1, "unroll": "full"}),
+    "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4}),
+    "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64}),
+}
+GIVEN = {f"T of {name}": Method(Config, given=name) for name in ("shapes", "clutter", "shapes-stripes", "tissue")}
+ALL = METHODS | SEEN | GIVEN
+for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
+    ALL |= some
+WHOLE = ["MLO-MAE", "T of the other data", "MAE"]
+
+
+class Question(NamedTuple):
+    """What is asked of the grid."""
+
+    words: str
+    pairs: list[tuple[str, str]]  # data sets and methods
+    notes: Sequence[str] = ()
+    along: tuple[str, dict[float, list[str]]] | None = (
+        None  # for a figure: what is varied, {its value: methods in WHOLE's order}
+    )
+
+
+def paired(data: str, *methods: str) -> list[tuple[str, str]]:
+    return [(data, method) for method in methods]
+
+
+LABELS_NOTE = (
+    "Levels 2 and 3 and the probes know the same labels (test labels are right): level 2's fit a probe, level 3's choose its "
+    "weight decay. T of the other data was learned there with all labels. Without any label there is no feedback: MAE."
+)
+UNROLLING_NOTE = (
+    "MLO-MAE itself: 16 level-1 steps a mask update, of which the last is differentiated, for 4 batches at once. 1 batch: for "
+    "one. Unrolled: all 16 are, for their own batch each. 4 and 64 steps: as many a mask update, so more and fewer of these. "
+    "Head steps: level 2 is 10 AdamW steps, not solved."
+)
+LEARNED_NOTE = (
+    "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
+    "covers by more than half than in another; 0.5 is chance. Correlations are over the patches of an image, mean over images. "
+    "d (9) is that of random masks with all patches alike, of 64 validation images, mean over 24 labelled batches; -d above 0 "
+    "says: weigh more."
+)
+COST_NOTE = (
+    "Parts: of the default run, each alone, median [quartiles]; operations are those of matrix products. Levels 2 and 3 see "
+    "512 whole images, d four batches of level 1. p is asked of each batch while T learns, then once of every image."
+)
+QUESTIONS = {
+    "labels": Question(
+        "few labels, wrong labels: does T still find the objects?",
+        paired("shapes", *WHOLE, *(name for some in (BY_FRACTION, BY_NOISE) for rows in some.values() for name in rows)),
+        [LABELS_NOTE],
+        ("share of the labels that are known", {1.0: WHOLE} | {share: list(rows) for share, rows in BY_FRACTION.items()}),
+    ),
+    "ratio": Question(
+        "how much is hidden",
+        [
+            (data, name)
+            for data in ("shapes", "clutter")
+            for ratio in RATIOS
+            for name in BY_RATIO.get(ratio, ["MLO-MAE", "MAE"])
+        ],
+        (),
+        ("mask ratio", {ratio: list(BY_RATIO.get(ratio, ["MLO-MAE", "MAE"])) for ratio in RATIOS}),
+    ),
+    "unrolling": Question(
+        "how much of levels 1 and 2 the derivative sees",
+        paired("shapes", "MLO-MAE", *SEEN, "MLO-MAE, head steps", "MAE"),
+        [UNROLLING_NOTE],
+    ),
+    "transfer": Question(
+        "T of one data set, used on another",
+        [
+            *paired(
+                "shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of the other data", "T of shapes-stripes", "T of tissue"
+            ),
+            *paired("clutter", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of the other data"),
+            *paired("shapes-stripes", "MAE", "MLO-MAE", "T of shapes"),
+            *paired("tissue", "MAE", "MLO-MAE", "T of shapes"),
+            *paired("cifar100", "MAE", "T of clutter"),
+        ],
+    ),
+    "medical": Question(
+        "lesions in tissue", paired("tissue", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of clutter")
+    ),
+    "cost": Question(
+        "all methods in equal time; where the time of a run goes",
+        paired("shapes", "MLO-MAE", "MAE", "SemMAE", "U-MAE"),
+    ),
+    "learned": Question(
+        "what T looks at: between seeds, beside attention, and what it was told", paired("shapes", "MLO-MAE", "MAE")
+    ),
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- grid
+
+
+def with_needed(cells: list[Cell], grid: Grid) -> list[Cell]:
+    """These cells, and before each those that it needs."""
+    found = {}
+    for cell in cells:
+        found |= dict.fromkeys(with_needed(needed(cell, grid), grid)) | {cell: None}
+    return list(found)
+
+
+def sweep(question: Question, grid: Grid, path: Path) -> bool:
+    """Draw probes along what a question varies: lines are means over seeds, bands go from the lowest to the highest. False
+    where nothing is there to draw."""
+    along, rows = question.along
+    shown = []
+    for data in dict.fromkeys(data for data, _ in question.pairs):
+        for measure, heading in PROBES.items():
+            lines = {}
+            for number, name in enumerate(WHOLE if len(next(iter(rows.values()))) > 2 else ["MLO-MAE", "MAE"]):
+                cells = {x: numbers(grid, data, names[number], "steps") for x, names in rows.items()}
+                values = {x: 100 * np.array([cell[measure] for cell in some]) for x, some in sorted(cells.items()) if some}
+                if values:
+                    points = np.array([[some.mean(), some.min(), some.max()] for some in values.values()])
+                    lines[name] = (list(values), *points.T)
+            if lines:
+                shown.append(Panel(f"{data}: {heading.removesuffix(' %')}", "% of test images", lines, along=along))
+    if shown:
+        text = f"Line: mean of {counted(len(grid.numbers), 'seed')}. Band: from the lowest seed to the highest."
+        panels(path, shown, text, across=2)
+    return bool(shown)
+
+
+# -------------------------------------------------------------------------------------------------------------- cost
+
+
+def parts_of_a_run(cfg: Config, updates: int, images: int, device: torch.device, repeats: int = 7) -> list[dict]:
+    """What each piece of a run takes, in the order in which it does them, on drawn images: {"part", "calls" of a whole run,
+    "seconds" of one call (median), "seconds_q1", "seconds_q3", "operations" (a multiplication and an addition are two),
+    "peak_bytes"}. updates: mask updates of the run; images: of its training split."""
+    net, (theta, psi, head, labelled, steps) = bench.problem(cfg, 32, device, count=min(cfg.mask_batches, cfg.level1_steps))
+    step, many, split = steps[-1], mlo_mae.joined(steps), net.encoder_size
+    rates, known = Rates(0.0, step.rates.decay), torch.ones(len(step.images), net.patches, device=device)
+    start, end = mlo_mae.window(cfg, updates)
+    scratch, encoder_params = mlo_mae.copied(theta), theta.params[:split].detach().requires_grad_()
+
+    def level1():
+        return mlo_mae.level1_step(net, scratch, psi, step.images, rates, 0, known=known, in_place=True)
+
+    def weights():
+        with torch.no_grad():
+            return mlo_mae.masking_probability(net, psi, step.images, theta.params[:split])
+
+    def levels_2_and_3():
+        return torch.autograd.grad(mlo_mae.upper_levels(net, encoder_params, head, labelled)[0], encoder_params)[0]
+
+    a = levels_2_and_3()
+
+    def pullback():
+        cotangent = mlo_mae.params_only(a)
+        return mlo_mae.adamw_pullback(step.theta, step.gradient, step.rates, cfg.update_jacobian, cotangent, whole=False)[1]
+
+    c = pullback()
+    d = mlo_mae.directional_errors(net, many, c)
+
+    def of_t():
+        leaf = psi.detach().requires_grad_()
+        prob = mlo_mae.masking_probability(net, leaf, many.images, many.eyes)
+        return torch.autograd.grad(mlo_mae.level1_loss(prob, many.mask, d), leaf)[0]
+
+    looks, batch = end - start, len(step.images)
+    asked = looks * cfg.level1_steps + math.ceil(images / batch)  # while T learns, and once for every image
+    pieces = {
+        "level 1: a step, p known": (updates * cfg.level1_steps, level1),
+        "p of a batch, by T": (asked, weights),
+        "levels 2 and 3, and a (7)": (looks, levels_2_and_3),
+        "c (8)": (looks, pullback),
+        "d (9)": (looks, lambda: mlo_mae.directional_errors(net, many, c)),
+        "dL3/dpsi (10)": (looks, of_t),
+    }
+    times = interleaved(lambda: {name: call for name, (_, call) in pieces.items()}, repeats, device)
+    rows = []
+    for name, (calls, call) in pieces.items():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        about = {"operations": counter.get_total_flops(), "peak_bytes": peak_memory(call, device)[1]}
+        rows.append({"part": name, "calls": calls} | quartiles(times[name]) | about)
+    return rows
+
+
+def cost_lines(rows: list[dict]) -> list[str]:
+    """`parts_of_a_run` as a table."""
+    whole = {name: sum(row["calls"] * row[name] for row in rows) for name in ("seconds", "operations")}
+    shown = []
+    for row in rows:
+        shares = [row["calls"] * row[name] / whole[name] for name in ("seconds", "operations")]
+        one = [f"{1e3 * row['seconds']:.1f} [{1e3 * row['seconds_q1']:.1f}, {1e3 * row['seconds_q3']:.1f}]"]
+        one += [f"{row['operations'] / 1e9:.2f}", f"{row['peak_bytes'] / 2**20:.1f}"]
+        shown.append([row["part"], *one, str(row["calls"]), *(f"{share:.1%}" for share in shares)])
+    titles = ["part of a run", "ms", "10^9 operations", "memory, MiB", "calls", "of the time", "of the operations"]
+    return markdown(titles, shown)
+
+
+# ----------------------------------------------------------------------------------------------------------- learned
+
+LOOKED_AT = 512  # test images
+EARLY_AND_LATE = (0.1, 0.2, 0.5, 1.0)  # shares of an MAE's run
+LOOKS, TOLD = 24, 64  # labelled batches that speak at each point, and validation images of which they do
+
+
+def alike(first: Tensor, second: Tensor) -> float:
+    """Mean over images of the correlation of two maps [B, N] over patches; of the images in which both vary."""
+    first, second = (x.double() - x.double().mean(1, keepdim=True) for x in (first, second))
+    sizes = first.norm(dim=1) * second.norm(dim=1)
+    vary = sizes > 1e-12
+    return float(((first * second).sum(1)[vary] / sizes[vary]).mean())
+
+
+@torch.no_grad()
+def cls_attention(model: encode.Model, inputs: Tensor) -> Tensor:
+    """[B, N]: how much the CLS token attends to each patch in the last block, mean over heads."""
+    encoder, heads = model.encoder, model.net.cfg.heads
+    block = encoder.blocks[-1]
+    x = block.norm1(encoder(inputs, blocks=len(encoder.blocks) - 1))
+    q, k, _ = block.attn.qkv(x).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, 1+N, D/heads]
+    return (q[:, :, :1] @ k.mT / q.shape[-1] ** 0.5).softmax(-1)[:, :, 0, 1:].mean(1)
+
+
+@torch.no_grad()
+def mean_errors(net: Networks, theta: Tensor, images: Tensor, draws: int = 8) -> Tensor:
+    """l [B, N], the mean over random masks in which a patch is hidden."""
+    total, hidden, split = 0, 0, net.encoder_size
+    for draw in range(draws):
+        choice = select_patches(torch.rand(len(images), net.patches, generator=torch_generator(0, draw)), net.visible)
+        step = Step(None, None, None, images, *choice)
+        total = total + patch_errors(net, theta[:split], theta[split:], step)
+        hidden = hidden + step.mask
+    return total / hidden.clamp_min(1)
+
+
+def seen_patches(objects: Tensor, patch_size: int) -> Tensor:
+    """[B, N] bool: the patches that an object [B, H, W] covers by more than half."""
+    return F.avg_pool2d(objects[:, None].float(), patch_size).flatten(1) > 0.5
+
+
+def maps_of_a_seed(ours: Path, mae: Path, other: Path) -> tuple[dict[str, Tensor], Tensor]:
+    """{what it is: map [B, N] of test images}, and where their objects are [B, N] bool. The folders are those of an MLO-MAE,
+    of an MAE of its seed, and of an MLO-MAE of another."""
+    model, plain, another = (encode.load(folder, "cpu") for folder in (ours, mae, other))
+    test, size = open_run(ours, "cpu")[2].test, model.net.cfg.patch_size
+    images = test.images[:LOOKED_AT].float() / 255
+    inputs, side = model.inputs(images), images.shape[-1] // size
+    place = torch.arange(side) - (side - 1) / 2
+    patches = gather_patches(images, None, size)  # [B, N, p*p*C]
+    return {
+        "p of T": model.weights(images).flatten(1),
+        "p of another seed's T": another.weights(images).flatten(1),
+        "CLS attention, last block": cls_attention(model, inputs),
+        "CLS attention of MAE": cls_attention(plain, plain.inputs(images)),
+        "reconstruction error of MAE": mean_errors(plain.net, plain.state.theta.params, plain.inputs(images)),
+        "contrast of the pixels": patches.unflatten(2, (size**2, -1)).std(2).mean(2),
+        "nearness to the middle": (-place.square()[:, None] - place.square()).flatten().expand(len(images), -1),
+    }, seen_patches(test.objects[:LOOKED_AT], size)
+
+
+class Told(NamedTuple):
+    """What levels 2 and 3 say at one point of an MAE's run."""
+
+    share: float  # of the run
+    maps: Tensor  # -d [B, N] of validation images, mean over looks: above 0 where weighing more lowers L3
+    loss3: float
+
+
+def told_over_a_run(cfg: Config) -> tuple[list[Told], Tensor, Splits]:
+    """What is Told at EARLY_AND_LATE points of the MAE of this configuration; objects [B, N] bool of the images; the data."""
+    cfg = replace(cfg, masking="random")
+    device, splits = torch.device("cpu"), load_data(cfg, torch.device("cpu"))
+    net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    state = State(0, *(fresh_level(level, device) for level in params))
+    decay, total = [weight_decays(some, cfg.weight_decay) for some in modules_of(net).values()], mask_updates(cfg, splits)
+    seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
+    batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(())]
+    images, objects = splits.watched(TOLD)
+    points, found = {max(1, round(share * total)): share for share in EARLY_AND_LATE}, []
+    with tqdm(total=total, desc=f"told, seed {cfg.seed}", unit="update") as bar:
+        while state.iteration < total:
+            state, _ = outer_iteration(net, state, batches, total, decay, torch.ones(()))
+            bar.update()
+            if state.iteration in points:
+                rates = Rates(cfg.lr, decay[0])
+                found.append(Told(points[state.iteration], *told(net, state, splits, images, rates, decay[1])))
+    return found, seen_patches(objects, cfg.patch_size), splits
+
+
+def told(
+    net: Networks, state: State, splits: Splits, images: Tensor, rates: Rates, head_decay: Tensor
+) -> tuple[Tensor, float]:
+    """-d [B, N] of these images, mean over LOOKS labelled batches, each with masks of its own; and the mean of L3."""
+    cfg, split = net.cfg, net.encoder_size
+    level2, level3 = (part.stream(cfg.labelled_batch_size, 1) for part in splits.labelled)
+    level1, keys = splits.train.stream(cfg.batch_size, 2), itertools.count()
+    total, hidden, losses = 0, 0, []
+    for look in range(LOOKS):
+        _, step, _, _ = level1_step(net, state.theta, state.psi.params, next(level1).images, rates, 3, next(keys))
+        labelled = labelled_of(cfg, next(level2), next(level3), Rates(cfg.head_lr, head_decay), look)
+        params = state.theta.params[:split].detach().requires_grad_()
+        loss3 = upper_levels(net, params, state.head, labelled)[0]
+        losses.append(float(loss3))
+        a = torch.autograd.grad(loss3, params)[0]  # (7)
+        c = adamw_pullback(step.theta, step.gradient, rates, cfg.update_jacobian, params_only(a), whole=False)[1]  # (8)
+        choice = select_patches(torch.rand(len(images), net.patches, generator=torch_generator(4, look)), net.visible)
+        shown = step._replace(images=images, keep=choice[0], restore=choice[1], mask=choice[2])
+        total, hidden = total - directional_errors(net, shown, c), hidden + choice[2]  # (9)
+    return total / hidden.clamp_min(1), float(np.mean(losses))
+
+
+def learned(grid: Grid, picture: Path) -> tuple[list[str], list[dict]]:
+    """Two tables as lines, of what T looks at and of what it was told, and their rows for JSON; draws the latter of the first
+    seed."""
+    maps, tolds = {}, []
+    for seed in grid.numbers:
+        other = grid.first + (seed + 1 - grid.first) % grid.seeds
+        folders = [
+            folder_of(grid.out, Cell("shapes", name, "steps", number))
+            for name, number in (("MLO-MAE", seed), ("MAE", seed), ("MLO-MAE", other))
+        ]
+        found, inside = maps_of_a_seed(*folders)
+        for name, values in found.items():
+            row = maps.setdefault(name, {"auc": [], "with p": []})
+            row["auc"].append(area_under_roc(values[inside], values[~inside]))
+            row["with p"].append(alike(values, found["p of T"]))
+        points, inside, splits = told_over_a_run(Config(seed=seed))
+        tolds.append([(each, area_under_roc(each.maps[inside], each.maps[~inside])) for each in points])
+        if seed == grid.first:
+            draw_told(points, splits, picture)
+    lines = [[name, *(spread(values, 1, 2) for values in row.values())] for name, row in maps.items()]
+    shown = markdown(["map of the patches", "AUC against objects", "correlation with p of T"], lines)
+    said = []
+    for points in zip(*tolds):
+        aucs, losses = [found for _, found in points], [each.loss3 for each, _ in points]
+        said.append([f"{points[0][0].share:.0%}", spread(losses, 1, 3), spread(aucs, 1, 2)])
+    shown += ["", *markdown(["after this share of MAE's run", "L3", "AUC of -d against objects"], said)]
+    rows = [{"map": name, **row} for name, row in maps.items()]
+    return shown, rows + [{"share": points[0][0].share, "auc": [found for _, found in points]} for points in zip(*tolds)]
+
+
+def draw_told(points: list[Told], splits: Splits, path: Path) -> None:
+    """A picture of what is told, of the first images."""
+    images = splits.watched(SHOWN)[0]
+    pixels = as_images(gather_patches(images, None, images.shape[-1] // 8), images.shape[-1] // 8, splits.mean, splits.std)
+    rows = [("image", pixels, PIXELS)]
+    for each in points:
+        values = each.maps[:SHOWN]
+        scale = float(each.maps.abs().quantile(0.98))
+        style = {"cmap": "RdBu_r", "vmin": -scale, "vmax": scale}
+        rows.append((f"after {each.share:.0%}", values, style))
+    text = (
+        "Red: weighing the errors of this patch more lowers L3, as the derivative says (-d, mean over looks and masks; each "
+    )
+    text += "row on its own scale). Blue: it raises L3."
+    grid_picture(path, rows, text)
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises UserError."""
+    parser = cli.Parser(prog="mlo_mae.py questions", description=__doc__.splitlines()[0])
+    words = "; ".join(f"{name}: {question.words}" for name, question in QUESTIONS.items())
+    parser.add_argument("question", choices=list(QUESTIONS), help=words)
+    parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
+    parser.add_argument("--clutter", type=Path, default=Path("runs/clutter.npz"), help="clutter's file (default %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, 2 or more (default 3)")
+    parser.add_argument("--first-seed", type=int, default=40, help="(default 40: those below have served to choose settings)")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
+    parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
+    parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
+    options = parser.parse_args(argv)
+    if options.first_seed < 0 or options.seeds < 2:
+        raise UserError("--first-seed must be at least 0, and --seeds at least 2: a T is given to another seed")
+    if min(options.workers, options.threads) < 1:
+        raise UserError("--workers and --threads must be at least 1")
+    return options
+
+
+def run_command(argv: list[str]) -> dict:
+    """Run `questions` with these flags; prints the table, and returns what its last line reports."""
+    options = parse(argv)
+    name, out = options.question, options.out
+    question, made = QUESTIONS[name], out / "tissue.npz"
+    own = {"shapes-stripes": ({"data": "shapes-stripes"}, {}), "tissue": ({"data": str(made)}, {})}
+    how = {"tuned": False, "first": options.first_seed, "methods": ALL, "sets": DATA | own}
+    grid = Grid(out, options.data_dir, options.clutter, options.seeds, options.threads, **how)
+    rules = ("steps", "time") if name == "cost" else ("steps",)
+    if not options.table:
+        asked = [
+            Cell(data, method, rule, seed)
+            for rule in rules
+            for seed in grid.numbers
+            for data, method in question.pairs
+            if rule == "steps" or method in TIMED
+        ]
+        cells = with_needed(asked, grid)
+        if any(cell.data == "clutter" for cell in cells):
+            need_clutter(options.clutter)
+        out.mkdir(parents=True, exist_ok=True)
+        if any(cell.data == "tissue" for cell in cells) and not made.exists():
+            tissue.write(made)
+        run_grid(cells, grid, options.workers)
+    notes, figure = [SPREAD_NOTE, CLOCKS[clock_of(grid.threads)], *question.notes], out / f"{name}.png"
+    if name == "learned":
+        if not all(numbers(grid, *pair, "steps") for pair in question.pairs):
+            raise UserError(f"{out} lacks runs of these seeds; run without --table")
+        (lines, rows), notes, drawn = learned(grid, figure), [LEARNED_NOTE], True
+    elif name == "cost":
+        lines, rows = table("shapes", [method for _, method in question.pairs], grid)
+        parts = parts_of_a_run(Config(), 225, 4800, torch.device("cpu"))
+        lines, rows, drawn = [*lines, "", *cost_lines(parts)], rows + parts, False
+        notes += [SEMMAE_NOTE, COST_NOTE]
+    else:
+        found, rows = rows_by_data(grid, question.pairs, sees=True)
+        against = [title for heading in PROBES.values() for title in (heading, "against")]
+        lines = markdown(["data", "method", "seconds", *against, *(some.replace("_", " ") for some in OBJECTS)], found, left=2)
+        notes += [GIVEN_NOTE] * any(grid.methods[method].given for _, method in question.pairs)
+        drawn = question.along is not None and sweep(question, grid, figure)
+    if not rows:
+        raise UserError(f"{out} holds no finished rows; run without --table")
+    facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
+    text = table_page(["questions", *argv], facts | {"threads": options.threads}, lines, notes)
+    print(text)
+    if options.save:
+        write_whole(BENCHMARKS / f"questions-{name}.md", (text + "\n").encode())
+        if drawn:
+            write_whole(BENCHMARKS / f"questions-{name}.png", figure.read_bytes())
+    return {"command": "questions", "question": name, "machine": facts, "rows": rows}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, or 2 after one line for what the user can mend."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    return cli.reported("mlo_mae", lambda: run_command(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
