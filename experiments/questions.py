@@ -140,15 +140,12 @@ def knowing(name: str, changes: dict) -> dict[str, Method]:
 
 
 RATIOS = (0.4, 0.6, 0.75, 0.9)
-FRACTIONS = {0.1: "10 % of the labels", 0.01: "1 % of the labels"}
+FRACTIONS = {0.1: "a tenth of the labels", 0.01: "a hundredth of the labels"}
 NOISE = 0.4
-WRONG = {"both": "labels", "train": "labels of level 2", "val": "labels of level 3"}
+WRONG = {"both": "labels wrong", "train": "labels of level 2 wrong", "val": "labels of level 3 wrong"}
 BY_RATIO = {ratio: beside(f"mask ratio {ratio}", {"mask_ratio": ratio}) for ratio in RATIOS if ratio != Config.mask_ratio}
 BY_FRACTION = {share: knowing(words, {"label_fraction": share}) for share, words in FRACTIONS.items()}
-BY_NOISE = {
-    noisy: knowing(f"{100 * NOISE:.0f} % of the {words} wrong", {"label_noise": NOISE, "noisy": noisy})
-    for noisy, words in WRONG.items()
-}
+BY_NOISE = {noisy: knowing(f"two in five {words}", {"label_noise": NOISE, "noisy": noisy}) for noisy, words in WRONG.items()}
 SEEN = {
     "MLO-MAE, 1 batch": Method(Config, {"mask_batches": 1}),
     "MLO-MAE, unrolled": Method(Config, {"mask_batches": 1, "unroll": "full"}),
@@ -188,7 +185,7 @@ UNROLLING_NOTE = (
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
-    "covers by more than half than in another; 0.5 is chance. Correlations are over the patches of an image, mean over images. "
+    "covers by more than half than in another; 0.5 is chance. Correlations: over an image's patches, mean over images. "
     "d (9) is that of random masks with all patches alike, of 64 validation images, mean over 24 labelled batches; -d above 0 "
     "says: weigh more."
 )
