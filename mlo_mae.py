@@ -1283,6 +1283,10 @@ def train(
     start, end = window(cfg, total)
     if cfg.masking == "learned" and start == end and not is_given(cfg):
         raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or lower --mask-start")
+    if announce:
+        announce(out, net, state, splits, total, decay)
+    if prepare:
+        prepare(net, splits, device, run)
     looks = sum(learns_at(cfg, n, total, state.waited) for n in range(min(state.iteration, total)))  # labelled batches used
 
     def stream(purpose, split, size, used):
@@ -1309,10 +1313,6 @@ def train(
             row["level3_chance"] = chance
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
-    if announce:
-        announce(out, net, state, splits, total, decay)
-    if prepare:
-        prepare(net, splits, device, run)
     seen = cfg.level1_steps * cfg.batch_size  # images of a mask update
     if run.writer and (epochs := total * seen / len(splits.train)) > 1.05 * cfg.epochs:
         why = f"a mask update takes {seen} images (--batch-size times --level1-steps)"

@@ -17,7 +17,7 @@ import itertools
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +53,7 @@ from experiments.results import (
     numbers,
     rows_by_data,
     run_grid,
+    settings,
     spread,
     table,
 )
@@ -277,11 +278,14 @@ def sweep(question: Question, grid: Grid, path: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------------- cost
 
 
-def parts_of_a_run(cfg: Config, updates: int, images: int, device: torch.device, repeats: int = 7) -> list[dict]:
-    """What each piece of a run takes, in the order in which it does them, on drawn images: {"part", "calls" of a whole run,
-    "seconds" of one call (median), "seconds_q1", "seconds_q3", "operations" (a multiplication and an addition are two),
-    "peak_bytes"}. updates: mask updates of the run; images: of its training split."""
-    net, (theta, psi, head, labelled, steps) = bench.problem(cfg, 32, device, count=min(cfg.mask_batches, cfg.level1_steps))
+def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
+    """What each piece of a run on these data takes, in the order in which it does them, on random images, by CPU: {"part",
+    "calls" of a whole run (T does not wait), "seconds" of one call (median), "seconds_q1", "seconds_q3", "operations" (a
+    multiplication and an addition are two), "peak_bytes"}."""
+    device, updates = torch.device("cpu"), mask_updates(cfg, splits)
+    net, (theta, psi, head, labelled, steps) = bench.problem(
+        cfg, splits.image_size, device, count=min(cfg.mask_batches, cfg.level1_steps)
+    )
     step, many, split = steps[-1], mlo_mae.joined(steps), net.encoder_size
     rates, known = Rates(0.0, step.rates.decay), torch.ones(len(step.images), net.patches, device=device)
     start, end = mlo_mae.window(cfg, updates)
@@ -312,7 +316,7 @@ def parts_of_a_run(cfg: Config, updates: int, images: int, device: torch.device,
         return torch.autograd.grad(mlo_mae.level1_loss(prob, many.mask, d), leaf)[0]
 
     looks, batch = end - start, len(step.images)
-    asked = looks * cfg.level1_steps + math.ceil(images / batch)  # while T learns, and once for every image
+    asked = looks * cfg.level1_steps + math.ceil(len(splits.train) / batch)  # while T learns, and once for every image
     pieces = {
         "level 1: a step, p known": (updates * cfg.level1_steps, level1),
         "p of a batch, by T": (asked, weights),
@@ -416,7 +420,6 @@ class Told(NamedTuple):
 
 def told_over_a_run(cfg: Config) -> tuple[list[Told], Tensor, Splits]:
     """What is Told at EARLY_AND_LATE points of the MAE of this configuration; objects [B, N] bool of the images; the data."""
-    cfg = replace(cfg, masking="random")
     device, splits = torch.device("cpu"), load_data(cfg, torch.device("cpu"))
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
     state = State(0, *(fresh_level(level, device) for level in params))
@@ -448,7 +451,7 @@ def told(
         labelled = labelled_of(cfg, next(level2), next(level3), Rates(cfg.head_lr, head_decay), look)
         params = state.theta.params[:split].detach().requires_grad_()
         loss3 = upper_levels(net, params, state.head, labelled)[0]
-        losses.append(float(loss3))
+        losses.append(loss3.item())
         a = torch.autograd.grad(loss3, params)[0]  # (7)
         c = adamw_pullback(step.theta, step.gradient, rates, cfg.update_jacobian, params_only(a), whole=False)[1]  # (8)
         choice = select_patches(torch.rand(len(images), net.patches, generator=torch_generator(4, look)), net.visible)
@@ -472,7 +475,7 @@ def learned(grid: Grid, picture: Path) -> tuple[list[str], list[dict]]:
             row = maps.setdefault(name, {"auc": [], "with p": []})
             row["auc"].append(area_under_roc(values[inside], values[~inside]))
             row["with p"].append(alike(values, found["p of T"]))
-        points, inside, splits = told_over_a_run(Config(seed=seed))
+        points, inside, splits = told_over_a_run(settings(Cell("shapes", "MAE", "steps", seed), grid)[0])
         tolds.append([(each, area_under_roc(each.maps[inside], each.maps[~inside])) for each in points])
         if seed == grid.first:
             draw_told(points, splits, picture)
@@ -560,7 +563,8 @@ def run_command(argv: list[str]) -> dict:
         (lines, rows), notes, drawn = learned(grid, figure), [LEARNED_NOTE], True
     elif name == "cost":
         lines, rows = table("shapes", [method for _, method in question.pairs], grid)
-        parts = parts_of_a_run(Config(), 225, 4800, torch.device("cpu"))
+        cfg, _ = settings(Cell("shapes", "MLO-MAE", "steps", grid.first), grid)
+        parts = parts_of_a_run(cfg, load_data(cfg, torch.device("cpu")))
         lines, rows, drawn = [*lines, "", *cost_lines(parts)], rows + parts, False
         notes += [SEMMAE_NOTE, COST_NOTE]
     else:

@@ -213,6 +213,7 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
         method = grid.methods[cell.method]
         if method.encoder:
             found = probed_again(cfg, cell._replace(method=method.encoder), method, grid)
+            folder.mkdir(parents=True, exist_ok=True)
         else:
             found = {"epochs": cfg.epochs} | pretrain(cfg, folder, grid.threads, method.prepare)
         write_whole(folder / "cell.json", json.dumps(found).encode())

@@ -1,0 +1,358 @@
+"""questions.py: which labels a run knows, what its rows are, and each question at a tiny size."""
+
+import itertools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import consume
+
+import data
+import mlo_mae
+from experiments import clutter, questions, results, tissue
+from experiments.questions import ALL, QUESTIONS, FewLabels, hide_labels
+from experiments.results import Cell, Grid
+from kernels import attention, select_patches
+from mlo_mae import Config
+
+pytestmark = pytest.mark.usefixtures("drawn_once")
+SIZES = {"patch_size": 8, "width": 8, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_heads": 2, "masking_blocks": 1}
+PART = {"mask_start": 0.1, "mask_until": 0.6, "mask_wait": 0.0}
+TINY = SIZES | PART | {"epochs": 1, "level1_steps": 2, "mask_batches": 2, "labelled_batch_size": 64, "log_every": 1}
+
+
+class Net:
+    """All that `hide_labels` looks at."""
+
+    def __init__(self, **changes):
+        self.cfg = FewLabels(**changes)
+
+
+@pytest.fixture(scope="module")
+def splits():
+    """Of 1,000 + 250 + 2,000 images."""
+    return consume(data.load("shapes", limit=1250))
+
+
+def known(splits, **changes):
+    some = replace(splits)
+    hide_labels(Net(**changes), some, torch.device("cpu"), None)
+    return some
+
+
+def test_without_less_all_labels_are_known(splits):
+    assert splits.labelled == (splits.train, splits.val)
+    for found, whole in zip(known(splits).labelled, splits.labelled):
+        assert torch.equal(found.labels, whole.labels) and torch.equal(found.images, whole.images)
+
+
+@pytest.mark.parametrize("share, counts", [(0.1, (100, 25)), (0.01, (10, 8)), (0.0001, (8, 8))])
+def test_few_labels_are_of_all_classes_alike_and_right(splits, share, counts):
+    """At least one a class."""
+    hidden = known(splits, label_fraction=share)
+    assert hidden.train is splits.train and hidden.val is splits.val  # level 1 and the metrics have all images
+    for found, whole, count in zip(hidden.labelled, splits.labelled, counts):
+        by_class = torch.bincount(found.labels, minlength=8)
+        assert len(found) == count and by_class.max() - by_class.min() <= 1 and by_class.min() >= 1
+        label_of = {image.numpy().tobytes(): label for image, label in zip(whole.images, whole.labels.tolist())}
+        assert [label_of[image.numpy().tobytes()] for image in found.images] == found.labels.tolist()
+        assert len(found.objects) == count and found.crop == whole.crop
+    again, other = (known(splits, label_fraction=share, seed=seed).labelled[0] for seed in (0, 1))
+    assert torch.equal(again.images, hidden.labelled[0].images) and not torch.equal(other.images, again.images)
+
+
+@pytest.mark.parametrize("noisy, shares", [("both", (0.4, 0.4)), ("train", (0.4, 0.0)), ("val", (0.0, 0.4))])
+def test_wrong_labels_are_as_many_as_asked_for_and_of_any_class(splits, noisy, shares):
+    hidden = known(splits, label_noise=0.4, noisy=noisy)
+    for found, whole, share in zip(hidden.labelled, splits.labelled, shares):
+        assert torch.equal(found.images, whole.images)
+        assert int((found.labels != whole.labels).sum()) == share * len(whole)
+    if shares[0]:
+        moves = (hidden.labelled[0].labels - splits.train.labels) % 8
+        assert torch.bincount(moves, minlength=8)[1:].min() > 30  # of 57 each
+    assert torch.equal(known(splits, label_noise=0.4).labelled[0].labels, known(splits, label_noise=0.4).labelled[0].labels)
+
+
+def test_levels_2_and_3_and_probes_see_what_is_known_and_nothing_else(splits, tmp_path, monkeypatch):
+    """Known labels are made 0: no other may appear."""
+
+    def prepare(net, some, device, run):
+        one = [split.part(np.arange(40), np.zeros(40, np.int64)) for split in (some.train, some.val)]
+        some.known = tuple(one)
+
+    seen, labelled_of = [], mlo_mae.labelled_of
+
+    def spy(cfg, level2, level3, *rest):
+        seen.append(torch.cat([level2.labels, level3.labels]))
+        return labelled_of(cfg, level2, level3, *rest)
+
+    monkeypatch.setattr(mlo_mae, "labelled_of", spy)
+    monkeypatch.setattr(mlo_mae, "load_data", lambda cfg, device: replace(splits))
+    cfg = FewLabels(**TINY, images=1250, device="cpu")
+    net, state, found = mlo_mae.train(cfg, tmp_path / "run", prepare=prepare)
+    assert len(seen) >= 2 and not torch.cat(seen).any()
+    test = found.test.labels
+    right = questions_probe(net, state, found)
+    assert right == pytest.approx((test == 0).double().mean().item())  # a probe that knows one class says nothing else
+
+
+def questions_probe(net, state, splits):
+    return results.probed(net, state, splits)["probe"]
+
+
+# ----------------------------------------------------------------------------------------------------------- the rows
+
+
+def grid_at(out, seeds=2, sets=None):
+    own = {"shapes-stripes": ({"data": "shapes-stripes"}, {}), "tissue": ({"data": "tissue.npz"}, {})}
+    return Grid(out, "there", Path("file.npz"), seeds, tuned=False, methods=ALL, sets=sets or results.DATA | own)
+
+
+def test_every_row_can_run_and_has_its_rival(tmp_path):
+    grid = grid_at(tmp_path)
+    for name, question in QUESTIONS.items():
+        asked = set(question.pairs)
+        for data_set, method in question.pairs:
+            mlo_mae.check(results.settings(Cell(data_set, method, "steps", 0), grid)[0])
+            assert (data_set, ALL[method].rival) in asked, (name, data_set, method)
+        if question.along:
+            rows = [row for rows in question.along[1].values() for row in rows]
+            assert {method for _, method in question.pairs} >= set(rows)
+
+
+def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
+    grid, plain = grid_at(tmp_path), vars(Config())
+    for name, changes in {
+        "MLO-MAE, mask ratio 0.9": {"mask_ratio"},
+        "MAE, mask ratio 0.9": {"mask_ratio", "masking"},
+        "MLO-MAE, a tenth of the labels": {"label_fraction"},
+        "MAE, two in five labels of level 3 wrong": {"label_noise", "noisy", "masking"},
+        "MLO-MAE, unrolled": {"mask_batches", "unroll"},
+        "MLO-MAE, 64 steps": {"level1_steps"},
+    }.items():
+        found = vars(results.settings(Cell("shapes", name, "steps", 0), grid)[0])
+        new = {"label_fraction": 1.0, "label_noise": 0.0, "noisy": "both"}
+        differ = {key for key, value in found.items() if (plain | new)[key] != value} - {"data_dir", "checkpoint_minutes"}
+        assert differ == changes, name
+
+
+def test_what_a_row_needs_runs_before_it(tmp_path):
+    grid = grid_at(tmp_path)
+    asked = [
+        Cell("shapes", "T of the other data, a tenth of the labels", "steps", 1),
+        Cell("tissue", "T of shapes", "steps", 0),
+    ]
+    assert questions.with_needed(asked, grid) == [
+        Cell("clutter", "MLO-MAE", "steps", 0),  # of two seeds the other
+        Cell("shapes", "T of the other data", "steps", 1),
+        asked[0],
+        Cell("shapes", "MLO-MAE", "steps", 1),
+        asked[1],
+    ]
+
+
+def test_a_sweep_has_a_line_for_each_method_and_a_point_for_each_value(tmp_path, monkeypatch):
+    given, question = [], QUESTIONS["ratio"]
+    monkeypatch.setattr(questions, "panels", lambda path, shown, text, across: given.append((shown, text)))
+    assert not questions.sweep(question, grid_at(tmp_path), tmp_path / "x.png") and not given
+    for (ratio, names), seed in itertools.product(question.along[1].items(), (0, 1)):
+        for name, high in zip(names, (0.5, 0.0)):
+            folder = results.folder_of(tmp_path, Cell("clutter", name, "steps", seed))
+            folder.mkdir(parents=True)
+            shares = {"probe": high + ratio / 10 + 0.02 * seed, "probe_cls": 0.1}
+            (folder / "cell.json").write_text(json.dumps(shares))
+    assert questions.sweep(question, grid_at(tmp_path), tmp_path / "x.png")
+    (((mean, cls), text),) = given
+    assert (mean.title, cls.title, mean.along) == ("clutter: probe, mean", "clutter: probe, CLS", "mask ratio")
+    x, *values = mean.lines["MLO-MAE"]
+    assert x == [0.4, 0.6, 0.75, 0.9] and list(mean.lines) == ["MLO-MAE", "MAE"]
+    expected = 100 * (0.5 + np.array(x) / 10)
+    for found, above in zip(values, (1, 0, 2)):  # mean, lowest, highest
+        np.testing.assert_allclose(found, expected + above)
+    assert "mean of 2 seeds" in text
+
+
+# ---------------------------------------------------------------------------------------------------- what is measured
+
+
+def test_maps_that_are_alike():
+    random = torch.Generator().manual_seed(0)
+    maps, noise = torch.rand(40, 64, generator=random), torch.rand(40, 64, generator=random)
+    assert questions.alike(maps, 3 * maps + 1) == pytest.approx(1) and questions.alike(maps, -maps) == pytest.approx(-1)
+    assert abs(questions.alike(maps, noise)) < 0.06
+    flat = maps.clone()
+    flat[1:] = 0.5  # images in which a map does not vary tell nothing
+    assert questions.alike(flat, maps) == pytest.approx(1)
+
+
+def test_the_attention_is_the_encoders_own(whole_run, monkeypatch):
+    """Of the last block, whose output this attention makes."""
+    from experiments import encode
+
+    model = encode.load(whole_run[0], "cpu")
+    inputs = torch.randn(3, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
+    found, taken, real = questions.cls_attention(model, inputs), [], attention
+    assert found.shape == (3, model.net.patches) and (found > 0).all() and (found.sum(1) < 1).all()
+    monkeypatch.setattr(mlo_mae, "attention", lambda qkv: taken.append(qkv) or real(qkv))
+    model.encoder(inputs)
+    q, k, _ = taken[-1].unbind(2)  # each [B, 1+N, heads, D/heads]
+    scores = torch.einsum("bhd,bnhd->bhn", q[:, 0], k) / math.sqrt(q.shape[-1])
+    assert torch.allclose(found, scores.softmax(-1)[:, :, 1:].mean(1), atol=1e-6)
+
+
+def test_mean_errors_count_only_where_a_patch_is_hidden(splits):
+    cfg = Config(**SIZES)
+    net, (theta, _, _) = mlo_mae.build(cfg, 32, 3, 8)
+    images = splits.val.pick(np.arange(6)).images
+    found = questions.mean_errors(net, theta, images, draws=40)
+    assert found.shape == (6, 16) and 0.3 < found.min() and found.mean() == pytest.approx(1.0, abs=0.4)  # normalised pixels
+    step = mlo_mae.Step(None, None, None, images, *select_patches(torch.rand(6, 16), net.visible))
+    errors = mlo_mae.patch_errors(net, theta[: net.encoder_size], theta[net.encoder_size :], step)
+    assert errors.mean() < 0.9 * found.mean()  # a quarter is not hidden, and counts 0 there
+
+
+def test_what_is_told_is_the_derivative_by_each_weight(splits, monkeypatch):
+    """Of one look: against the exact derivative by p of the images that are asked about, where those are the step's own."""
+    monkeypatch.setattr(questions, "LOOKS", 1)
+    cfg = Config(**SIZES | {"batch_size": 8, "labelled_batch_size": 64})
+    net, params = mlo_mae.build(cfg, 32, 3, 8)
+    state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, "cpu") for vector in params))
+    rates = mlo_mae.Rates(1e-3, torch.zeros(len(params[0])))
+    images = next(splits.train.stream(8, 2)).images
+    found, loss3 = questions.told(net, state, splits, images, rates, torch.zeros(len(params[1])))
+    level2, level3 = (next(part.stream(64, 1)) for part in splits.labelled)
+    labelled = mlo_mae.labelled_of(cfg, level2, level3, rates, 0)
+    choice = select_patches(torch.rand(8, net.patches, generator=torch.Generator().manual_seed(0)), net.visible)
+    draw = questions.torch_generator(4, 0)
+    choice = select_patches(torch.rand(8, net.patches, generator=draw), net.visible)
+
+    def loss3_of(theta):
+        return mlo_mae.upper_levels(net, theta[: net.encoder_size], state.head, labelled)[0]
+
+    assert loss3 == pytest.approx(loss3_of(params[0]).item())
+    _, step, _, _ = mlo_mae.level1_step(net, state.theta, state.psi.params, images, rates, 3, 0)
+    theta = params[0].clone().requires_grad_()
+    a = torch.autograd.grad(loss3_of(theta), theta)[0]
+    g = step.gradient.detach().requires_grad_()
+    c = torch.autograd.grad(mlo_mae.adamw(state.theta, g, rates).params, g, a)[0]
+    errors = mlo_mae.patch_errors(
+        net,
+        theta[: net.encoder_size],
+        theta[net.encoder_size :],
+        step._replace(images=images, keep=choice[0], restore=choice[1], mask=choice[2]),
+    )
+    for i, j in ((0, 0), (3, 7), (7, 15), (5, 4)):
+        by_theta = torch.autograd.grad(errors[i, j], theta, retain_graph=True)[0]
+        assert found[i, j].item() == pytest.approx(-(by_theta @ c).item(), rel=1e-3, abs=1e-9)
+    hidden = choice[2].bool()
+    assert not found[~hidden].any() and found[hidden].all()
+
+
+# --------------------------------------------------------------------------------------------------------- in one look
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Small ones of clutter and of tissue."""
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
+    pools = {part: rng.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8) for part, count in clutter.COUNTS.items()}
+    parts = {
+        "clutter": clutter.on_photographs(pools, 0),
+        "tissue": {
+            part: (images.repeat(2, 2).repeat(2, 3)[..., :32, :32], labels, where.repeat(2, 1).repeat(2, 2)[:, :32, :32])
+            for part, (images, labels, where) in small_tissue().items()
+        },
+    }
+    for name, some in parts.items():
+        few = {part: tuple(array[:count] for array in some[part]) for part, count in (("train", 240), ("test", 60))}
+        np.savez(folder / f"{name}.npz", **clutter.arrays_of(few))
+    return folder
+
+
+def small_tissue():
+    labels = np.arange(300) % 4
+    images, where = tissue.draw(np.random.default_rng(0), labels)
+    return {"train": (images[:240], labels[:240], where[:240]), "test": (images[240:], labels[240:], where[240:])}
+
+
+@pytest.mark.slow
+def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
+    """All on the images of clutter's small file, and in this process. What one question has finished, the next ones find."""
+    small = (TINY | {"data": str(files / "clutter.npz")}, {})
+    for name in ("shapes", "clutter", "cifar100"):
+        monkeypatch.setitem(results.DATA, name, small)
+    for name, changes in {"SemMAE": {"parts_steps": 2}, "MLO-MAE, 64 steps": {"level1_steps": 3}}.items():
+        monkeypatch.setitem(ALL, name, ALL[name]._replace(changes=changes))
+    monkeypatch.setattr(tissue, "write", lambda path: path.write_bytes((files / "tissue.npz").read_bytes()))
+    monkeypatch.setattr(questions, "BENCHMARKS", tmp_path)
+    monkeypatch.setattr(questions, "LOOKS", 2)
+    monkeypatch.setattr(results.show, "draw_run", lambda *arguments: [])
+    ran, rows = [], {}
+
+    def here(cells, grid, workers):
+        for cell in cells:
+            assert all(results.read_cell(grid.out, other) for other in results.needed(cell, grid))
+            if not results.is_finished(cell, grid):
+                cfg, recipe = results.settings(cell, grid)
+                cfg = replace(cfg, data=str(files / f"{'tissue' if cell.data == 'tissue' else 'clutter'}.npz"), **TINY)
+                for name, value in grid.methods[cell.method].changes.items():
+                    cfg = replace(cfg, **{name: value})
+                results.run_cell(cfg, recipe, cell, grid)
+                ran.append(cell)
+
+    monkeypatch.setattr(questions, "run_grid", here)
+    words = [
+        "--seeds",
+        "2",
+        "--first-seed",
+        "0",
+        "--out",
+        str(tmp_path / "grid"),
+        "--clutter",
+        str(files / "clutter.npz"),
+        "--save",
+    ]
+    for name, question in QUESTIONS.items():
+        assert mlo_mae.main(["questions", name, *words]) == 0
+        text, report = capsys.readouterr().out.rsplit("\n", 2)[:2]
+        rows[name] = json.loads(report)["rows"]
+        assert (tmp_path / f"questions-{name}.md").read_text() == text + "\n"
+        drawn = question.along is not None or name == "learned"
+        assert (tmp_path / f"questions-{name}.png").exists() == drawn
+    assert len(ran) == len(set(ran))
+    for name in ("labels", "ratio", "unrolling", "transfer", "medical"):
+        assert len(rows[name]) == len(QUESTIONS[name].pairs) and all(len(row["probe"]) == 2 for row in rows[name])
+    few = {row["method"]: row for row in rows["labels"]}
+    assert few["MAE, a tenth of the labels"]["seconds"] == few["MAE"]["seconds"]  # the same runs, probed with fewer
+    folder = tmp_path / "grid/shapes/MLO-MAE-a-hundredth-of-the-labels-steps-0"
+    assert json.loads((folder / "config.json").read_text())["label_fraction"] == 0.01
+    assert {row.get("rule") for row in rows["cost"]} == {"steps", "time", None}
+    parts = {row["part"]: row for row in rows["cost"] if "part" in row}
+    assert len(parts) == 6 and all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in parts.values())
+    assert parts["level 1: a step, p known"]["calls"] == 2 * parts["c (8)"]["calls"] / 0.5 and parts["d (9)"]["operations"] > 0
+    maps = {row["map"]: row for row in rows["learned"] if "map" in row}
+    assert maps["p of T"]["with p"] == pytest.approx([1, 1]) and maps["nearness to the middle"]["auc"][0] > 0.7
+    assert [row["share"] for row in rows["learned"] if "share" in row] == list(questions.EARLY_AND_LATE)
+
+
+@pytest.mark.parametrize(
+    "arguments, part",
+    [
+        (["every"], "choose from"),
+        (["ratio", "--seeds", "1"], "--seeds at least 2"),
+        (["ratio", "--first-seed", "-1"], "--first-seed must be at least 0"),
+        (["ratio", "--workers", "0"], "--workers and --threads must be at least 1"),
+        (["ratio", "--clutter", "mine.npz"], "mine.npz does not exist"),
+        (["ratio", "--table", "--out", "nowhere"], "run without --table"),
+        (["learned", "--table", "--out", "nowhere"], "run without --table"),
+    ],
+)
+def test_what_cannot_run_ends_in_one_line(arguments, part, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mlo_mae.main(["questions", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert part in line and not list(tmp_path.iterdir())
