@@ -333,10 +333,11 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     assert {row.get("rule") for row in rows["cost"]} == {"steps", "time", None}
     parts = {row["part"]: row for row in rows["cost"] if "part" in row}
     assert len(parts) == 6 and all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in parts.values())
-    assert parts["level 1: a step, p known"]["calls"] == 2 * parts["c (8)"]["calls"] / 0.5 and parts["d (9)"]["operations"] > 0
+    # 3 mask updates of 2 steps; T learns in one of them, and then looks at 6 batches of 32
+    assert [row["calls"] for row in parts.values()] == [6, 2 + 6, 1, 1, 1, 1] and parts["d (9)"]["operations"] > 0
     maps = {row["map"]: row for row in rows["learned"] if "map" in row}
     assert maps["p of T"]["with p"] == pytest.approx([1, 1]) and maps["nearness to the middle"]["auc"][0] > 0.7
-    assert [row["share"] for row in rows["learned"] if "share" in row] == list(questions.EARLY_AND_LATE)
+    assert [row["share"] for row in rows["learned"] if "share" in row] == [0.2, 0.5, 1.0]  # of 3 updates, 0.1 is 0.2
 
 
 @pytest.mark.parametrize(
