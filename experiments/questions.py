@@ -166,9 +166,7 @@ class Question(NamedTuple):
     words: str
     pairs: list[tuple[str, str]]  # data sets and methods
     notes: Sequence[str] = ()
-    along: tuple[str, dict[float, list[str]]] | None = (
-        None  # for a figure: what is varied, {its value: methods in WHOLE's order}
-    )
+    along: tuple[str, dict[float, list[str]]] | None = None  # of a figure: what is varied, {value: methods as in WHOLE}
 
 
 def paired(data: str, *methods: str) -> list[tuple[str, str]]:
@@ -268,7 +266,8 @@ def sweep(question: Question, grid: Grid, path: Path) -> bool:
                     points = np.array([[some.mean(), some.min(), some.max()] for some in values.values()])
                     lines[name] = (list(values), *points.T)
             if lines:
-                shown.append(Panel(f"{data}: {heading.removesuffix(' %')}", "% of test images", lines, along=along))
+                title = f"{data}: {heading.removesuffix(' %')}"
+                shown.append(Panel(title, "% of test images", lines, along=along, log=min(rows) < 0.1))
     if shown:
         text = f"Line: mean of {counted(len(grid.numbers), 'seed')}. Band: from the lowest seed to the highest."
         panels(path, shown, text, across=2)

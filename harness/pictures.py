@@ -83,6 +83,7 @@ class Panel(NamedTuple):
     chance: float | None = None  # a dotted line
     span: float = 0.0  # least range of the y axis
     along: str = "epochs of level 1"
+    log: bool = False  # whether the x axis is logarithmic
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
@@ -238,7 +239,7 @@ def draw_panels(figure: "Figure", panels: Sequence[Panel], across: int) -> None:
         if panel.chance is not None:
             axis.axhline(panel.chance, color="grey", linestyle=":")
         low, high = axis.get_ylim()
-        axis.set(xlabel=panel.along, ylabel=panel.unit)
+        axis.set(xlabel=panel.along, ylabel=panel.unit, xscale="log" if panel.log else "linear")
         if high - low < panel.span:
             axis.set_ylim((low + high - panel.span) / 2, (low + high + panel.span) / 2)
         axis.tick_params(labelbottom=True)
