@@ -304,16 +304,20 @@ def read_parts(cfg: Config, splits: Splits, path: Path, device: torch.device) ->
 class UMAE(Config):
     """A run of MAE with a uniformity term."""
 
-    masking: Literal["random"] = flag("random", "the hypergradient of learned masks would lack the term's derivatives")
-    uniformity: float = flag(0.01, "weight of the uniformity term in level 1", least=0)
+    masking: Literal["random"] = flag(
+        "random", "the hypergradient of learned masks would lack the term's derivatives", group="masks"
+    )
+    uniformity: float = flag(0.01, "weight of the uniformity term in level 1", least=0, group="the baseline's own")
 
 
 @dataclass(frozen=True)
 class SemMAE(UMAE):
     """A run of SemMAE, which may have U-MAE's term as well."""
 
-    masking: Literal["random"] = flag("random", "by parts, and inside a part by chance")
-    uniformity: float = flag(0.0, "weight of U-MAE's uniformity term in level 1 (U-MAE: 0.01)", least=0)
+    masking: Literal["random"] = flag("random", "by parts, and inside a part by chance", group="masks")
+    uniformity: float = flag(
+        0.0, "weight of U-MAE's uniformity term in level 1 (U-MAE: 0.01)", least=0, group="the baseline's own"
+    )
     parts_from: str = flag("", "the run, or its checkpoint, on whose frozen encoder parts are learned")
     parts: int = flag(7, "parts of an image", least=2, most=65536)
     parts_steps: int = flag(300, "steps of part learning, before the run", least=1, most=65536)

@@ -330,7 +330,7 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
     write_whole(out, lambda file: np.savez(file, features=features, names=np.array(names)))
     found = {"images": len(names), "width": features.shape[1], "pooling": pooling, "file": str(out)}
     if masks:
-        grid(masks, *rows, columns=[Path(name).name for name in names[: len(first)]])
+        grid(masks, *rows, columns=[printable(Path(name).name) for name in names[: len(first)]])
         found |= {"picture": str(masks), "images in it": len(first)}
     return found
 

@@ -48,7 +48,7 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
         later = ", or later if it has to wait" if cfg.mask_wait and cfg.mask_until < 1 else ""
         method += f"; T learns from mask update {start + 1} to {end}{later}, by dL3/dT {cfg.hypergradient}"
     else:
-        method += "; MAE: all patches count alike"
+        method += f"; {'MAE: all patches count alike' if type(cfg) is Config else type(cfg).__doc__.splitlines()[0]}"
     machine = f"{cli.described(device)}, {cfg.precision}" + (f", {world()} processes" if world() > 1 else "")
     time = foretold(net, state, splits, total, decay) if state.iteration < total else cli.ENDED
     cli.announce({"model": model, "method": method, "machine": machine, "time": time, "files": str(out)})

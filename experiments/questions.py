@@ -23,13 +23,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import bench
-import mlo_mae
 from data import Splits, choose
 from experiments import encode, open_run, tissue
 from experiments.results import (
@@ -60,10 +57,10 @@ from experiments.results import (
 from harness import UserError, cli, counted
 from harness.cli import flag
 from harness.files import write_whole
-from harness.measure import BENCHMARKS, interleaved, machine, peak_memory, quartiles, table_page
+from harness.measure import BENCHMARKS, interleaved, machine, operations, peak_memory, quartiles, table_page
 from harness.pictures import PIXELS, Panel, as_images, panels
 from harness.pictures import grid as grid_picture
-from harness.probe import area_under_roc
+from harness.probe import HALF, area_under_roc, share_covered
 from harness.randomness import LABELS, LEVEL1_DATA, numpy_generator, torch_generator
 from harness.vectors import weight_decays
 from kernels import gather_patches, select_patches
@@ -76,17 +73,22 @@ from mlo_mae import (
     Step,
     adamw_pullback,
     build,
+    copied,
     directional_errors,
     fresh_level,
+    joined,
     labelled_of,
+    level1_loss,
     level1_step,
     load_data,
     mask_updates,
+    masking_probability,
     modules_of,
     outer_iteration,
     params_only,
     patch_errors,
     upper_levels,
+    window,
 )
 
 # ------------------------------------------------------------------------------------------------------------ labels
@@ -94,7 +96,8 @@ from mlo_mae import (
 
 @dataclass(frozen=True)
 class FewLabels(Config):
-    """A run whose levels 2 and 3, and whose probes, know few labels, or wrong ones. Level 1 has all images."""
+    """A run whose levels 2 and 3, and whose probes, know few labels, or wrong ones. Level 1 has all images. What reads the run
+    later (`probe RUN`, ...) reads the data with all labels."""
 
     label_fraction: float = flag(1.0, "share of the labels that are known, the same of each class", above=0, most=1)
     label_noise: float = flag(0.0, "share of these that are another class's, drawn at random", least=0, below=1)
@@ -129,9 +132,9 @@ def beside(name: str, changes: dict) -> dict[str, Method]:
 
 
 def knowing(name: str, changes: dict) -> dict[str, Method]:
-    """MLO-MAE, MAE, and a T that the other data taught, where labels are known so. The last two pretrain without labels: their
-    runs are those of all labels."""
-    rival, other = f"MAE, {name}", "T of the other data"
+    """MLO-MAE, MAE, and a T that tissue taught, where labels are known so. The last two pretrain without labels: their runs
+    are those of all labels."""
+    rival, other = f"MAE, {name}", "T of tissue"
     known = {"rival": rival, "prepare": hide_labels}
     return {
         f"MLO-MAE, {name}": Method(FewLabels, changes, **known),
@@ -157,7 +160,7 @@ GIVEN = {f"T of {name}": Method(Config, given=name) for name in ("shapes", "clut
 ALL = METHODS | SEEN | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
-WHOLE = ["MLO-MAE", "T of the other data", "MAE"]
+WHOLE = ["MLO-MAE", "T of tissue", "MAE"]
 
 
 class Question(NamedTuple):
@@ -175,12 +178,13 @@ def paired(data: str, *methods: str) -> list[tuple[str, str]]:
 
 LABELS_NOTE = (
     "Levels 2 and 3 and the probes know the same labels (test labels are right): level 2's fit a probe, level 3's choose its "
-    "weight decay. T of the other data was learned there with all labels. Without any label there is no feedback: MAE."
+    "weight decay. T of tissue was learned on that data set, with all of its labels. Without any label there is no feedback: "
+    "MAE."
 )
 UNROLLING_NOTE = (
     "MLO-MAE itself: 16 level-1 steps a mask update, of which the last is differentiated, for 4 batches at once. 1 batch: for "
     "one. Unrolled: all 16 are, for their own batch each. 4 and 64 steps: as many a mask update, so more and fewer of these. "
-    "Head steps: level 2 is 10 AdamW steps, not solved."
+    "Head steps: level 2 is 10 AdamW steps, not solved. A run has 3,600 level-1 steps; with 64 a mask update, 3,648."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
@@ -188,9 +192,14 @@ LEARNED_NOTE = (
     "d (9) is that of random masks with all patches alike, of 64 validation images, mean over 24 labelled batches; -d above 0 "
     "says: weigh more."
 )
+AGAINST_NOTE = (
+    '"Against MAE" is against the MAE that differs in T alone: of the same mask ratio, or with the same labels to probe with. '
+    "clutter has the very objects of shapes, under the same labels, on other backgrounds."
+)
 COST_NOTE = (
-    "Parts: of the default run, each alone, median [quartiles]; operations are those of matrix products. Levels 2 and 3 see "
-    "512 whole images, d four batches of level 1. p is asked of each batch while T learns, then once of every image."
+    "Parts: of the default run, each alone, by the clock on the wall, median [quartiles]; operations are those of matrix "
+    "products. Levels 2 and 3 see 512 whole images, d four batches of level 1. p is asked of each batch while T learns, then "
+    "once of every image."
 )
 QUESTIONS = {
     "labels": Question(
@@ -285,34 +294,34 @@ def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
     net, (theta, psi, head, labelled, steps) = bench.problem(
         cfg, splits.image_size, device, count=min(cfg.mask_batches, cfg.level1_steps)
     )
-    step, many, split = steps[-1], mlo_mae.joined(steps), net.encoder_size
+    step, many, split = steps[-1], joined(steps), net.encoder_size
     rates, known = Rates(0.0, step.rates.decay), torch.ones(len(step.images), net.patches, device=device)
-    start, end = mlo_mae.window(cfg, updates)
-    scratch, encoder_params = mlo_mae.copied(theta), theta.params[:split].detach().requires_grad_()
+    start, end = window(cfg, updates)
+    scratch, encoder_params = copied(theta), theta.params[:split].detach().requires_grad_()
 
     def level1():
-        return mlo_mae.level1_step(net, scratch, psi, step.images, rates, 0, known=known, in_place=True)
+        return level1_step(net, scratch, psi, step.images, rates, 0, known=known, in_place=True)
 
     def weights():
         with torch.no_grad():
-            return mlo_mae.masking_probability(net, psi, step.images, theta.params[:split])
+            return masking_probability(net, psi, step.images, theta.params[:split])
 
     def levels_2_and_3():
-        return torch.autograd.grad(mlo_mae.upper_levels(net, encoder_params, head, labelled)[0], encoder_params)[0]
+        return torch.autograd.grad(upper_levels(net, encoder_params, head, labelled)[0], encoder_params)[0]
 
     a = levels_2_and_3()
 
     def pullback():
-        cotangent = mlo_mae.params_only(a)
-        return mlo_mae.adamw_pullback(step.theta, step.gradient, step.rates, cfg.update_jacobian, cotangent, whole=False)[1]
+        cotangent = params_only(a)
+        return adamw_pullback(step.theta, step.gradient, step.rates, cfg.update_jacobian, cotangent, whole=False)[1]
 
     c = pullback()
-    d = mlo_mae.directional_errors(net, many, c)
+    d = directional_errors(net, many, c)
 
     def of_t():
         leaf = psi.detach().requires_grad_()
-        prob = mlo_mae.masking_probability(net, leaf, many.images, many.eyes)
-        return torch.autograd.grad(mlo_mae.level1_loss(prob, many.mask, d), leaf)[0]
+        prob = masking_probability(net, leaf, many.images, many.eyes)
+        return torch.autograd.grad(level1_loss(prob, many.mask, d), leaf)[0]
 
     looks, batch = end - start, len(step.images)
     asked = looks * cfg.level1_steps + math.ceil(len(splits.train) / batch)  # while T learns, and once for every image
@@ -321,15 +330,13 @@ def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
         "p of a batch, by T": (asked, weights),
         "levels 2 and 3, and a (7)": (looks, levels_2_and_3),
         "c (8)": (looks, pullback),
-        "d (9)": (looks, lambda: mlo_mae.directional_errors(net, many, c)),
+        "d (9)": (looks, lambda: directional_errors(net, many, c)),
         "dL3/dpsi (10)": (looks, of_t),
     }
     times = interleaved(lambda: {name: call for name, (_, call) in pieces.items()}, repeats, device)
     rows = []
     for name, (calls, call) in pieces.items():
-        with FlopCounterMode(display=False) as counter:
-            call()
-        about = {"operations": counter.get_total_flops(), "peak_bytes": peak_memory(call, device)[1]}
+        about = {"operations": operations(call), "peak_bytes": peak_memory(call, device)[1]}
         rows.append({"part": name, "calls": calls} | quartiles(times[name]) | about)
     return rows
 
@@ -384,11 +391,6 @@ def mean_errors(net: Networks, theta: Tensor, images: Tensor, draws: int = 8) ->
     return total / hidden.clamp_min(1)
 
 
-def seen_patches(objects: Tensor, patch_size: int) -> Tensor:
-    """[B, N] bool: the patches that an object [B, H, W] covers by more than half."""
-    return F.avg_pool2d(objects[:, None].float(), patch_size).flatten(1) > 0.5
-
-
 def maps_of_a_seed(ours: Path, mae: Path, other: Path) -> tuple[dict[str, Tensor], Tensor]:
     """{what it is: map [B, N] of test images}, and where their objects are [B, N] bool. The folders are those of an MLO-MAE,
     of an MAE of its seed, and of an MLO-MAE of another."""
@@ -406,7 +408,7 @@ def maps_of_a_seed(ours: Path, mae: Path, other: Path) -> tuple[dict[str, Tensor
         "reconstruction error of MAE": mean_errors(plain.net, plain.state.theta.params, plain.inputs(images)),
         "contrast of the pixels": patches.unflatten(2, (size**2, -1)).std(2).mean(2),
         "nearness to the middle": (-place.square()[:, None] - place.square()).flatten().expand(len(images), -1),
-    }, seen_patches(test.objects[:LOOKED_AT], size)
+    }, share_covered(test.objects[:LOOKED_AT], size) > HALF
 
 
 class Told(NamedTuple):
@@ -434,7 +436,7 @@ def told_over_a_run(cfg: Config) -> tuple[list[Told], Tensor, Splits]:
             if state.iteration in points:
                 rates = Rates(cfg.lr, decay[0])
                 found.append(Told(points[state.iteration], *told(net, state, splits, images, rates, decay[1])))
-    return found, seen_patches(objects, cfg.patch_size), splits
+    return found, share_covered(objects, cfg.patch_size) > HALF, splits
 
 
 def told(
@@ -486,7 +488,10 @@ def learned(grid: Grid, picture: Path) -> tuple[list[str], list[dict]]:
         said.append([f"{points[0][0].share:.0%}", spread(losses, 1, 3), spread(aucs, 1, 2)])
     shown += ["", *markdown(["after this share of MAE's run", "L3", "AUC of -d against objects"], said)]
     rows = [{"map": name, **row} for name, row in maps.items()]
-    return shown, rows + [{"share": points[0][0].share, "auc": [found for _, found in points]} for points in zip(*tolds)]
+    for points in zip(*tolds):
+        losses, aucs = [each.loss3 for each, _ in points], [found for _, found in points]
+        rows.append({"share": points[0][0].share, "level3_loss": losses, "auc": aucs})
+    return shown, rows
 
 
 def draw_told(points: list[Told], splits: Splits, path: Path) -> None:
@@ -521,7 +526,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
-    parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
+    parser.add_argument("--table", action="store_true", help="run nothing of the grid (cost and learned still measure)")
     parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
     options = parser.parse_args(argv)
     if options.first_seed < 0 or options.seeds < 2:
@@ -555,6 +560,7 @@ def run_command(argv: list[str]) -> dict:
         if any(cell.data == "tissue" for cell in cells) and not made.exists():
             tissue.write(made)
         run_grid(cells, grid, options.workers)
+    torch.set_num_threads(options.threads)
     notes, figure = [SPREAD_NOTE, CLOCKS[clock_of(grid.threads)], *question.notes], out / f"{name}.png"
     if name == "learned":
         if not all(numbers(grid, *pair, "steps") for pair in question.pairs):
@@ -562,15 +568,17 @@ def run_command(argv: list[str]) -> dict:
         (lines, rows), notes, drawn = learned(grid, figure), [LEARNED_NOTE], True
     elif name == "cost":
         lines, rows = table("shapes", [method for _, method in question.pairs], grid)
+        if not rows:
+            raise UserError(f"{out} holds no finished rows; run without --table")
         cfg, _ = settings(Cell("shapes", "MLO-MAE", "steps", grid.first), grid)
         parts = parts_of_a_run(cfg, load_data(cfg, torch.device("cpu")))
         lines, rows, drawn = [*lines, "", *cost_lines(parts)], rows + parts, False
         notes += [SEMMAE_NOTE, COST_NOTE]
     else:
         found, rows = rows_by_data(grid, question.pairs, sees=True)
-        against = [title for heading in PROBES.values() for title in (heading, "against")]
+        against = [title for heading in PROBES.values() for title in (heading, "against MAE")]
         lines = markdown(["data", "method", "seconds", *against, *(some.replace("_", " ") for some in OBJECTS)], found, left=2)
-        notes += [GIVEN_NOTE] * any(grid.methods[method].given for _, method in question.pairs)
+        notes += [AGAINST_NOTE] + [GIVEN_NOTE] * any(grid.methods[method].given for _, method in question.pairs)
         drawn = question.along is not None and sweep(question, grid, figure)
     if not rows:
         raise UserError(f"{out} holds no finished rows; run without --table")

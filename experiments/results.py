@@ -190,7 +190,13 @@ def read_cell(out: Path, cell: Cell) -> dict | None:
 
 def is_finished(cell: Cell, grid: Grid) -> bool:
     """Whether nothing is left to do for a cell."""
-    found = read_cell(grid.out, cell)
+    found, lender = read_cell(grid.out, cell), lender_of(cell, grid)
+    if found and lender:  # the last seed's lender is the first, so that it depends on how many there are
+        given = Path(json.loads((folder_of(grid.out, cell) / "config.json").read_text())[lender[0]]).name
+        if given != (wanted := folder_of(grid.out, lender[1]).name):
+            raise UserError(
+                f"{folder_of(grid.out, cell)} was given {given}, not {wanted}; give another --out, or as many --seeds"
+            )
     return found is not None and (cell.rule in DENSE or not grid.tuned or "finetune" in found)
 
 
@@ -239,7 +245,8 @@ def probed_again(cfg: Config, lender: Cell, method: Method, grid: Grid) -> dict:
     """What a cell has of another's run whose labels `method` prepares."""
     net, state, splits = open_run(folder_of(grid.out, lender), data_dir=cfg.data_dir)
     method.prepare(replace(net, cfg=cfg), splits, state.theta.params.device, None)
-    return read_cell(grid.out, lender) | probed(net, state, splits)
+    pretrained = {name: value for name, value in read_cell(grid.out, lender).items() if not name.startswith("finetune")}
+    return pretrained | probed(net, state, splits)
 
 
 def pretrain(cfg: Config, folder: Path, threads: int, prepared: Callable | None = None) -> dict:
@@ -464,7 +471,8 @@ def rows_by_data(grid: Grid, pairs: Iterable[tuple[str, str]], sees: bool = Fals
         if cells and rivals:
             name = name.replace("the other data", OTHER.get(data, ""))
             seen = (sight(cells, method) or [""] * len(OBJECTS)) if sees else []
-            lines.append([data, name, seconds_of(method, cells), *compared(cells, rivals, PROBES), *seen])
+            seconds = seconds_of(grid.methods.get(method.encoder, method), cells)
+            lines.append([data, name, seconds, *compared(cells, rivals, PROBES), *seen])
             rows.append({"data": data, "method": name, **in_columns(cells)})
     return lines, rows
 
@@ -529,7 +537,10 @@ GIVEN_NOTE = (
     "+ T: and what the T cost that was given: it is that of MLO-MAE with the next seed (of the last seed: with the first), as "
     "it was in the end, and weighs from the first step on."
 )
-SEMMAE_NOTE = "SemMAE's seconds hold its part learning, and not the MAE whose encoder the parts are learned on."
+SEMMAE_NOTE = (
+    "SemMAE's seconds hold its part learning, and not the MAE whose encoder the parts are learned on; in equal time its "
+    "epochs are counted as if part learning took longer with them."
+)
 TRANSFER_NOTE = "T is another seed's throughout. Rows of width 96 are against MAE of width 96."
 DENSE_NOTE = (
     "All weights learn, with one linear layer on every patch's token; "

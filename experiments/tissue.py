@@ -4,9 +4,9 @@
     python mlo_mae.py pretrain --data FILE.npz
 
 6,000 training and 2,000 test images of 28 pixels, as MedMNIST has them. Nuclei lie in stained tissue whose hue, brightness and
-density differ from image to image. In each image a lesion of irregular outline covers 12 to 20 % of the area, and the class
-is its texture alone: grain, rings, streaks or blotches, as dark as the tissue around. They are no patients' images, and say
-nothing of how well anything does on those.
+density differ from image to image. In each image a lesion of irregular outline covers about 12 to 20 % of the area, and the
+class is its texture alone: grain, rings, streaks or blotches, as dark and as varied as the tissue around. They are no
+patients' images, and say nothing of how well anything does on those.
 """
 
 import argparse
@@ -72,15 +72,22 @@ def nuclei(rng: np.random.Generator, count: int, most: int = 60) -> np.ndarray:
     return cover
 
 
+def moments(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of [N, SIZE, SIZE] in each image, by these weights, [N, 1, 1] each."""
+    share = weights / weights.sum((1, 2), keepdims=True)
+    mean = (share * values).sum((1, 2), keepdims=True)
+    return mean, np.sqrt((share * (values - mean) ** 2).sum((1, 2), keepdims=True))
+
+
 def draw(rng: np.random.Generator, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Images [N, 3, SIZE, SIZE] uint8 of classes [N], and where their lesions are [N, SIZE, SIZE] bool."""
     count = len(labels)
     texture, outside = lesion(rng, labels)
     inside = np.clip(0.5 - outside, 0, 1)
     dark = 0.75 * nuclei(rng, count) + 0.12 * smooth(rng, count, 4)
-    # as dark as this tissue on average, and as varied, so that brightness does not tell where the lesion is
-    mean, spread = dark.mean((1, 2), keepdims=True), dark.std((1, 2), keepdims=True)
-    dark = dark + inside * (mean + 2 * spread * (texture - 0.5) - dark)
+    # as dark as this tissue, and as varied, so that neither tells where the lesion is
+    (mean, spread), (own, its_spread) = moments(dark, 1 - inside), moments(texture, inside)
+    dark = dark + inside * (mean + spread * (texture - own) / its_spread - dark)
     stroma = np.array([0.92, 0.72, 0.82]) + 0.06 * rng.standard_normal((count, 3))
     stain = np.array([0.38, 0.22, 0.52]) + 0.06 * rng.standard_normal((count, 3))
     stroma, stain = stroma[:, :, None, None], stain[:, :, None, None]

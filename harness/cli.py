@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -280,7 +281,8 @@ def commands() -> list[str]:
 def described_commands() -> str:
     """A line for each of `commands`: what its file says first."""
     lines = [(name, ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text("utf-8")))) for name in commands()]
-    return "\n".join(f"  {name:<12} {text.splitlines()[0]}" for name, text in lines)
+    width = {"width": 100, "subsequent_indent": 15 * " "}
+    return "\n".join(textwrap.fill(f"  {name:<12} {text.splitlines()[0]}", **width) for name, text in lines)
 
 
 def command(name: str) -> ModuleType:

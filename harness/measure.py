@@ -338,7 +338,7 @@ def name_of(options: argparse.Namespace) -> str:
 
 def run(program: str, command: str, parse: Callable[[], argparse.Namespace]) -> int:
     """Say the machine, do the work of the options, see `add_flags`, and print its report, a line of JSON that begins with
-    verb and machine. Exit status 0; 1 where a result is wrong; 2 after one line for what the user can mend.
+    command and machine. Exit status 0; 1 where a result is wrong; 2 after one line for what the user can mend.
 
     program: the name before that line; command: what was typed; parse(): the options, or a UserError."""
     wrong = []

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -54,8 +55,8 @@ GROUPS = (
     ),
     Group(
         "Weights of patches",
-        "p, from 0 to 1; entropy in bits",
-        {"p_mean": "mean of p", "p_std": "standard deviation of p", "p_entropy": "entropy of p, bits"},
+        "p, from 0 to 1",
+        {"p_mean": "mean of p", "p_std": "standard deviation of p"},
     ),
     Group(
         "Hidden patches",
@@ -89,7 +90,9 @@ class Panel(NamedTuple):
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG, whole or not at all. Raises UserError where it cannot be written."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name that is shown
+        figure.savefig(buffer, format="png", dpi=110)
     write_whole(path, buffer.getvalue())
 
 
@@ -286,10 +289,11 @@ def curves(path: Path, runs: dict[str, Sequence[dict[str, float]]], labels_unit:
     for group in GROUPS:
         unit, found = labels_unit if "level2_loss" in group.words else "", []
         chances = [row[group.chance_in] for rows in runs.values() for row in rows if group.chance_in in row]
+        chances = chances if chances and max(chances) <= 1.01 * min(chances) else []  # runs may differ in it
         for word in group.words:
             points = {name: [(row["epoch"], row[word]) for row in rows if word in row] for name, rows in runs.items()}
             if lines := {name: tuple(zip(*some)) for name, some in points.items() if some}:
-                found.append(panel_of(word, lines, unit, *chances[:1]))
+                found.append(panel_of(word, lines, unit, *(chances[:1] if word == "level3_loss" or len(runs) == 1 else [])))
         if found and len(runs) == 1:
             lines = {panel.title: line for panel in found for line in panel.lines.values()}
             found = [found[0]._replace(title=group.title, lines=lines)]

@@ -121,9 +121,8 @@ def mask_statistics(
         times = mask.double().sum(0)  # [L] images that hide each patch
         statistics["mask_overlap"] = (times * (times - 1)).sum() / (count * (count - 1) * hidden)
     if objects is not None:
-        pixels = rearrange(objects.cpu().float(), "b (h p) (w q) -> b (h w) (p q)", p=patch_size, q=patch_size)
-        covered = pixels.mean(-1)  # [B, L]
-        rest, inside = 1 - covered, covered > 0.5
+        covered = share_covered(objects.cpu(), patch_size)
+        rest, inside = 1 - covered, covered > HALF
         if covered.any():
             statistics["object_hidden"] = (mask * covered).sum() / covered.sum() / (hidden / patches)
         if covered.any() and rest.any():
@@ -132,6 +131,14 @@ def mask_statistics(
         if inside.any() and not inside.all():
             statistics["object_auc"] = area_under_roc(p[inside], p[~inside])
     return {name: float(value) for name, value in statistics.items()}
+
+
+HALF = 0.5  # a patch that an object covers by more is the object's
+
+
+def share_covered(objects: Tensor, patch_size: int) -> Tensor:
+    """The share of each patch [B, L] that objects [B, H, W] bool cover."""
+    return rearrange(objects.float(), "b (h p) (w q) -> b (h w) (p q)", p=patch_size, q=patch_size).mean(-1)
 
 
 def area_under_roc(positive: Tensor, negative: Tensor) -> float:

@@ -45,7 +45,7 @@ def test_curves_hold_losses_where_rows_have_them(tmp_path, figures):
     assert [axis.get_ylabel() for axis in shown.values()] == [
         "squared error of pixels",
         "cross-entropy",
-        "p, from 0 to 1; entropy in bits",
+        "p, from 0 to 1",
     ]
     assert len({axis.get_xlim() for axis in shown.values()}) == 1  # when T learns is seen beside the whole run
     assert (tmp_path / "curves.png").read_bytes().startswith(PNG)
