@@ -366,6 +366,8 @@ def run_command(argv: list[str] | None) -> dict | None:
     method = flags.pop("method")
     cfg, out, resume = settings_of(flags, METHODS[method], PRESETS, method)
     check(cfg)
+    if isinstance(cfg, SemMAE) and not (out / "parts.pt").exists() and not Path(cfg.parts_from).exists():
+        raise UserError(f"--parts-from {cfg.parts_from} does not exist; give a run, or its checkpoint")
     return mlo_mae.reported_run(cfg, out, resume, prepare=prepare)
 
 

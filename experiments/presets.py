@@ -50,7 +50,10 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
     else:
         method += f"; {'MAE: all patches count alike' if type(cfg) is Config else type(cfg).__doc__.splitlines()[0]}"
     machine = f"{cli.described(device)}, {cfg.precision}" + (f", {world()} processes" if world() > 1 else "")
-    time = foretold(net, state, splits, total, decay) if state.iteration < total else cli.ENDED
+    time = cli.ENDED
+    if state.iteration < total:
+        besides = "" if type(cfg) is Config else ", and what this command does besides"
+        time = foretold(net, state, splits, total, decay) + besides
     cli.announce({"model": model, "method": method, "machine": machine, "time": time, "files": str(out)})
 
 

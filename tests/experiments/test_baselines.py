@@ -407,6 +407,7 @@ def test_a_stop_during_part_learning_leaves_nothing(folder, tmp_path, monkeypatc
         (["pretrain", "--masking", "random", "--parts-from", "mae"], ["--parts-from"]),
         (["baselines", "u-mae", "--parts-from", "mae"], ["--parts-from"]),
         (["baselines", "semmae", "--parts-from", "nothing"], ["nothing", "does not exist"]),
+        (["baselines", "semmae", "--parts-from", "nothing", "--dry-run"], ["nothing", "does not exist"]),
         (["baselines", "semmae", "--parts-from", "."], ["checkpoint.pt", "does not exist"]),
         (["baselines", "semmae", "--parts-from", "small.npz"], ["small.npz", "cannot be read"]),
         (["baselines", "semmae", "--parts-from", "semantic/parts.pt"], ["parts.pt", mlo_mae.FORMAT]),

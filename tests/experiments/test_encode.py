@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -335,6 +336,21 @@ def test_what_cannot_be_encoded_ends_in_one_line_and_writes_nothing(whole_run, p
     error = capsys.readouterr().err
     (line,) = [line for line in error.splitlines() if line.startswith("mlo_mae: ")]
     assert words in line and not os.path.exists("out.npz")
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names of files are text there")
+def test_names_may_be_anything(whole_run, pictures, capsys):
+    """What is shown of them is on one line, and what is kept can be written."""
+    with open("one.png", "rb") as file:
+        content = file.read()
+    os.makedirs("odd")
+    for name in (b"two\nlines.png", b"\xff\xfe.png", "\u6f22.png".encode(), b"$x$.png"):
+        with open(os.path.join(b"odd", name), "wb") as file:
+            file.write(content)
+    assert main([str(whole_run[0]), "odd", "--out", "odd.npz", "--masks", "odd.png", "--device", "cpu"]) == 0
+    assert os.path.getsize("odd.png") > 1000 and "Glyph" not in capsys.readouterr().err
+    with np.load("odd.npz") as found:
+        assert len(set(found["names"].tolist())) == 4
 
 
 def test_a_grey_network_takes_grey_and_colour(tmp_path, monkeypatch):

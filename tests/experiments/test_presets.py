@@ -86,6 +86,15 @@ def test_each_kind_of_run(sides, whole_run, tmp_path, capsys, more, words):
     assert words in said["method"] and said["time"].startswith("about ") and not (tmp_path / "run").exists()
 
 
+def test_a_baseline_says_what_it_is(sides, tmp_path, capsys):
+    words = arguments(sides, tmp_path / "run", "--dry-run")[1:]
+    assert mlo_mae.main(["baselines", "u-mae", *words]) == 0
+    said = announced(capsys.readouterr().err)
+    assert said["method"].endswith("; A run of MAE with a uniformity term.") and said["time"].endswith(
+        "this command does besides"
+    )
+
+
 @pytest.mark.usefixtures("bare_runs")
 def test_what_is_said_changes_nothing(sides, whole_run, tmp_path, monkeypatch):
     """With a trial as without: the same weights, and a run that is resumed says what is left."""

@@ -138,6 +138,19 @@ def test_what_a_cell_waits_for(tmp_path):
     assert before("shapes", "SemMAE", "steps", 1) == [Cell("shapes", "MAE", "steps", 1)]
 
 
+def test_a_cell_that_was_given_another_t_is_not_taken(tmp_path):
+    """The last seed's T is the first one's, so with more seeds it is another's."""
+    given = Cell("shapes", "MLO-MAE, T given", "steps", 2)
+    cell(tmp_path, given.method, "steps", 2, finetune=0.5)
+    config = {"masking_from": "elsewhere/shapes/MLO-MAE-steps-0"}
+    (results.folder_of(tmp_path, given) / "config.json").write_text(json.dumps(config))
+    assert results.is_finished(given, at(tmp_path, 3))
+    with pytest.raises(
+        UserError, match="was given MLO-MAE-steps-0, not MLO-MAE-steps-3; give another --out, or as many --seeds"
+    ):
+        results.is_finished(given, at(tmp_path, 5))
+
+
 def test_without_fine_tuning_there_is_nothing_to_do_without_pretraining(tmp_path):
     methods = ["MLO-MAE", "MAE", "no pretraining"]
     plain, bare = (at(tmp_path, 2, tuned=tuned) for tuned in (True, False))

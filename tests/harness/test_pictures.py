@@ -85,6 +85,17 @@ def test_what_to_look_for_is_said_of_what_is_there(tmp_path, figures):
     assert "Of objects: above" in objects
 
 
+def test_chance_is_drawn_where_runs_have_one(tmp_path, figures):
+    """Over L3 alone, where each measure has a panel of its own."""
+    row = EARLY | {"level2_loss": 0.7, "level3_loss": 0.8}
+    for other in (0.751, 2.07):
+        runs = {"a": [row | {"level3_chance": 0.75}], "b": [row | {"level3_chance": other}]}
+        curves(tmp_path / "curves.png", runs)
+    for figure, expected in zip(figures, (["L3, classifier on held-out images"], [])):
+        dotted = [axis.get_title("left") for axis in figure.axes for line in axis.lines if line.get_linestyle() == ":"]
+        assert [title for title in dotted if "classifier" in title] == expected
+
+
 def test_noise_does_not_fill_an_axis(tmp_path, figures):
     rows = [EARLY | {"epoch": n, "mask_overlap": 0.75 + n / 1e4, "object_weight": 2.0 * n} for n in (1, 2)]
     curves(tmp_path / "curves.png", {"run": rows})
