@@ -1461,7 +1461,9 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     if told and told[-1] >= chance:
         mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"
         about = f"L3 {told[-1]:.3f}, chance {chance:.3f}"
-        print(f"T learned from a head no better than chance ({about}), so its weights mean nothing; {mend}", file=sys.stderr)
+        print(
+            f"T learned from a head no better than chance ({about}), so its weights may mean nothing; {mend}", file=sys.stderr
+        )
     report = updates | ({"level3_loss": told[-1], "level3_chance": chance} if told else {}) | rows[-1]
     if splits.class_names:
         report["probe"] = cli.command("probe").after_training(net, state, splits, out)

@@ -47,6 +47,13 @@ def arrays_of(parts: Parts) -> dict[str, np.ndarray]:
     return arrays
 
 
+def write(path: Path, data_dir: str, seed: int) -> None:
+    """Write the .npz. Raises UserError."""
+    pools = {part: images for part, (images, _) in read_cifar("cifar100", Path(data_dir))[0].items()}
+    arrays = arrays_of(on_photographs(pools, seed))
+    write_whole(path, lambda file: np.savez(file, **arrays))
+
+
 def run_command(argv: list[str] | None) -> dict:
     """Run `clutter` with these flags; returns what its last line reports."""
     parser = cli.Parser(prog="mlo_mae.py clutter", description=__doc__.splitlines()[0])
@@ -56,9 +63,7 @@ def run_command(argv: list[str] | None) -> dict:
     flags = parser.parse_args(argv)
     if flags.file.exists():
         raise UserError(f"{flags.file} exists already; remove it, or choose another name")
-    pools = {part: images for part, (images, _) in read_cifar("cifar100", Path(flags.data_dir))[0].items()}
-    arrays = arrays_of(on_photographs(pools, flags.seed))
-    write_whole(flags.file, lambda file: np.savez(file, **arrays))
+    write(flags.file, flags.data_dir, flags.seed)
     return {"command": "clutter", "file": str(flags.file), "seed": flags.seed, **COUNTS}
 
 

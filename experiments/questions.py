@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import bench
 from data import Splits, choose
-from experiments import encode, open_run, tissue
+from experiments import clutter, encode, open_run, tissue
 from experiments.results import (
     CLOCKS,
     DATA,
@@ -45,7 +45,6 @@ from experiments.results import (
     clock_of,
     folder_of,
     markdown,
-    need_clutter,
     needed,
     numbers,
     rows_by_data,
@@ -132,9 +131,9 @@ def beside(name: str, changes: dict) -> dict[str, Method]:
 
 
 def knowing(name: str, changes: dict) -> dict[str, Method]:
-    """MLO-MAE, MAE, and a T that tissue taught, where labels are known so. The last two pretrain without labels: their runs
+    """MLO-MAE, MAE, and a T that clutter-1 taught, where labels are known so. The last two pretrain without labels: their runs
     are those of all labels."""
-    rival, other = f"MAE, {name}", "T of tissue"
+    rival, other = f"MAE, {name}", "T of clutter-1"
     known = {"rival": rival, "prepare": hide_labels}
     return {
         f"MLO-MAE, {name}": Method(FewLabels, changes, **known),
@@ -156,11 +155,11 @@ SEEN = {
     "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4}),
     "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64}),
 }
-GIVEN = {f"T of {name}": Method(Config, given=name) for name in ("shapes", "clutter", "shapes-stripes", "tissue")}
+GIVEN = {f"T of {name}": Method(Config, given=name) for name in ("shapes", "clutter-1", "shapes-stripes", "tissue")}
 ALL = METHODS | SEEN | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
-WHOLE = ["MLO-MAE", "T of tissue", "MAE"]
+WHOLE = ["MLO-MAE", "T of clutter-1", "MAE"]
 
 
 class Question(NamedTuple):
@@ -178,7 +177,7 @@ def paired(data: str, *methods: str) -> list[tuple[str, str]]:
 
 LABELS_NOTE = (
     "Levels 2 and 3 and the probes know the same labels (test labels are right): level 2's fit a probe, level 3's choose its "
-    "weight decay. T of tissue was learned on that data set, with all of its labels. Without any label there is no feedback: "
+    "weight decay. T of clutter-1 was learned there, with all of its labels. Without any label there is no feedback: "
     "MAE."
 )
 UNROLLING_NOTE = (
@@ -194,7 +193,7 @@ LEARNED_NOTE = (
 )
 AGAINST_NOTE = (
     '"Against MAE" is against the MAE that differs in T alone: of the same mask ratio, or with the same labels to probe with. '
-    "clutter has the very objects of shapes, under the same labels, on other backgrounds."
+    "clutter-1 (`clutter FILE --seed 1`): other objects of the kinds of shapes, on photographs."
 )
 COST_NOTE = (
     "Parts: of the default run, each alone, by the clock on the wall, median [quartiles]; operations are those of matrix "
@@ -212,7 +211,7 @@ QUESTIONS = {
         "how much is hidden",
         [
             (data, name)
-            for data in ("shapes", "clutter")
+            for data in ("shapes", "clutter-1")
             for ratio in RATIOS
             for name in BY_RATIO.get(ratio, ["MLO-MAE", "MAE"])
         ],
@@ -227,17 +226,15 @@ QUESTIONS = {
     "transfer": Question(
         "T of one data set, used on another",
         [
-            *paired(
-                "shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of the other data", "T of shapes-stripes", "T of tissue"
-            ),
-            *paired("clutter", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of the other data"),
+            *paired("shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of clutter-1", "T of shapes-stripes", "T of tissue"),
+            *paired("clutter-1", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes"),
             *paired("shapes-stripes", "MAE", "MLO-MAE", "T of shapes"),
             *paired("tissue", "MAE", "MLO-MAE", "T of shapes"),
-            *paired("cifar100", "MAE", "T of clutter"),
+            *paired("cifar100", "MAE", "T of clutter-1"),
         ],
     ),
     "medical": Question(
-        "lesions in tissue", paired("tissue", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of clutter")
+        "lesions in tissue", paired("tissue", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of clutter-1")
     ),
     "cost": Question(
         "all methods in equal time; where the time of a run goes",
@@ -520,7 +517,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     words = "; ".join(f"{name}: {question.words}" for name, question in QUESTIONS.items())
     parser.add_argument("question", choices=list(QUESTIONS), help=words)
     parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
-    parser.add_argument("--clutter", type=Path, default=Path("runs/clutter.npz"), help="clutter's file (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="how many, 2 or more (default 3)")
     parser.add_argument("--first-seed", type=int, default=40, help="(default 40: those below have served to choose settings)")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
@@ -540,10 +536,12 @@ def run_command(argv: list[str]) -> dict:
     """Run `questions` with these flags; prints the table, and returns what its last line reports."""
     options = parse(argv)
     name, out = options.question, options.out
-    question, made = QUESTIONS[name], out / "tissue.npz"
-    own = {"shapes-stripes": ({"data": "shapes-stripes"}, {}), "tissue": ({"data": str(made)}, {})}
+    question, files = QUESTIONS[name], {name: out / f"{name}.npz" for name in ("tissue", "clutter-1")}
+    own = {"shapes-stripes": ({"data": "shapes-stripes"}, {})} | {
+        name: ({"data": str(path)}, {}) for name, path in files.items()
+    }
     how = {"tuned": False, "first": options.first_seed, "methods": ALL, "sets": DATA | own}
-    grid = Grid(out, options.data_dir, options.clutter, options.seeds, options.threads, **how)
+    grid = Grid(out, options.data_dir, files["clutter-1"], options.seeds, options.threads, **how)
     rules = ("steps", "time") if name == "cost" else ("steps",)
     if not options.table:
         asked = [
@@ -554,11 +552,12 @@ def run_command(argv: list[str]) -> dict:
             if rule == "steps" or method in TIMED
         ]
         cells = with_needed(asked, grid)
-        if any(cell.data == "clutter" for cell in cells):
-            need_clutter(options.clutter)
         out.mkdir(parents=True, exist_ok=True)
-        if any(cell.data == "tissue" for cell in cells) and not made.exists():
-            tissue.write(made)
+        used = {cell.data for cell in cells if not files.get(cell.data, out).exists()}
+        if "tissue" in used:
+            tissue.write(files["tissue"])
+        if "clutter-1" in used:
+            clutter.write(files["clutter-1"], options.data_dir, seed=1)
         run_grid(cells, grid, options.workers)
     torch.set_num_threads(options.threads)
     notes, figure = [SPREAD_NOTE, CLOCKS[clock_of(grid.threads)], *question.notes], out / f"{name}.png"

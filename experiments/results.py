@@ -582,16 +582,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("a T is given to another seed: --seeds must be at least 2, or name other --methods")
     if options.dense and options.data not in OTHER:
         raise UserError("--dense needs images whose objects are known; leave out --data")
-    if "clutter" in (options.data, *(OTHER if options.transfer else ())) and not options.table:
-        need_clutter(options.clutter)
+    if "clutter" in (options.data, *(OTHER if options.transfer else ())) and not (options.table or options.clutter.is_file()):
+        made = f"python mlo_mae.py clutter {options.clutter} --data-dir DIR"
+        raise UserError(f"{options.clutter} does not exist; make it with {made}, or name another with --clutter")
     return options
-
-
-def need_clutter(path: Path) -> None:
-    """Raise UserError where there is no such file."""
-    if not path.is_file():
-        made = f"python mlo_mae.py clutter {path} --data-dir DIR"
-        raise UserError(f"{path} does not exist; make it with {made}, or name another with --clutter")
 
 
 def run_command(argv: list[str]) -> dict:

@@ -108,7 +108,7 @@ def questions_probe(net, state, splits):
 
 
 def grid_at(out, seeds=2, sets=None):
-    own = {"shapes-stripes": ({"data": "shapes-stripes"}, {}), "tissue": ({"data": "tissue.npz"}, {})}
+    own = {name: ({"data": name}, {}) for name in ("shapes-stripes", "tissue", "clutter-1")}
     return Grid(out, "there", Path("file.npz"), seeds, tuned=False, methods=ALL, sets=sets or results.DATA | own)
 
 
@@ -143,12 +143,12 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
 def test_what_a_row_needs_runs_before_it(tmp_path):
     grid = grid_at(tmp_path)
     asked = [
-        Cell("shapes", "T of tissue, a tenth of the labels", "steps", 1),
+        Cell("shapes", "T of clutter-1, a tenth of the labels", "steps", 1),
         Cell("tissue", "T of shapes", "steps", 0),
     ]
     assert questions.with_needed(asked, grid) == [
-        Cell("tissue", "MLO-MAE", "steps", 0),  # of two seeds the other
-        Cell("shapes", "T of tissue", "steps", 1),
+        Cell("clutter-1", "MLO-MAE", "steps", 0),  # of two seeds the other
+        Cell("shapes", "T of clutter-1", "steps", 1),
         asked[0],
         Cell("shapes", "MLO-MAE", "steps", 1),
         asked[1],
@@ -161,13 +161,13 @@ def test_a_sweep_has_a_line_for_each_method_and_a_point_for_each_value(tmp_path,
     assert not questions.sweep(question, grid_at(tmp_path), tmp_path / "x.png") and not given
     for (ratio, names), seed in itertools.product(question.along[1].items(), (0, 1)):
         for name, high in zip(names, (0.5, 0.0)):
-            folder = results.folder_of(tmp_path, Cell("clutter", name, "steps", seed))
+            folder = results.folder_of(tmp_path, Cell("clutter-1", name, "steps", seed))
             folder.mkdir(parents=True)
             shares = {"probe": high + ratio / 10 + 0.02 * seed, "probe_cls": 0.1}
             (folder / "cell.json").write_text(json.dumps(shares))
     assert questions.sweep(question, grid_at(tmp_path), tmp_path / "x.png")
     (((mean, cls), text),) = given
-    assert (mean.title, cls.title, mean.along) == ("clutter: probe, mean", "clutter: probe, CLS", "mask ratio")
+    assert (mean.title, cls.title, mean.along) == ("clutter-1: probe, mean", "clutter-1: probe, CLS", "mask ratio")
     x, *values = mean.lines["MLO-MAE"]
     assert x == [0.4, 0.6, 0.75, 0.9] and list(mean.lines) == ["MLO-MAE", "MAE"]
     expected = 100 * (0.5 + np.array(x) / 10)
@@ -282,11 +282,12 @@ def small_tissue():
 def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     """All on the images of clutter's small file, and in this process. What one question has finished, the next ones find."""
     small = (TINY | {"data": str(files / "clutter.npz")}, {})
-    for name in ("shapes", "clutter", "cifar100"):
+    for name in ("shapes", "cifar100"):
         monkeypatch.setitem(results.DATA, name, small)
     for name, changes in {"SemMAE": {"parts_steps": 2}, "MLO-MAE, 64 steps": {"level1_steps": 3}}.items():
         monkeypatch.setitem(ALL, name, ALL[name]._replace(changes=changes))
     monkeypatch.setattr(tissue, "write", lambda path: path.write_bytes((files / "tissue.npz").read_bytes()))
+    monkeypatch.setattr(clutter, "write", lambda path, data_dir, seed: path.write_bytes((files / "clutter.npz").read_bytes()))
     monkeypatch.setattr(questions, "BENCHMARKS", tmp_path)
     monkeypatch.setattr(questions, "LOOKS", 2)
     monkeypatch.setattr(results.show, "draw_run", lambda *arguments: [])
@@ -311,8 +312,6 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         "0",
         "--out",
         str(tmp_path / "grid"),
-        "--clutter",
-        str(files / "clutter.npz"),
         "--save",
     ]
     for name, question in QUESTIONS.items():
@@ -346,7 +345,6 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         (["ratio", "--seeds", "1"], "--seeds at least 2"),
         (["ratio", "--first-seed", "-1"], "--first-seed must be at least 0"),
         (["ratio", "--workers", "0"], "--workers and --threads must be at least 1"),
-        (["ratio", "--clutter", "mine.npz"], "mine.npz does not exist"),
         (["ratio", "--table", "--out", "nowhere"], "run without --table"),
         (["learned", "--table", "--out", "nowhere"], "run without --table"),
     ],
