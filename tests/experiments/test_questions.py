@@ -13,7 +13,7 @@ from helpers import consume
 
 import data
 import mlo_mae
-from experiments import clutter, questions, results, tissue
+from experiments import clutter, encode, questions, results, tissue
 from experiments.questions import ALL, QUESTIONS, FewLabels, hide_labels
 from experiments.results import Cell, Grid
 from kernels import attention, select_patches
@@ -191,8 +191,6 @@ def test_maps_that_are_alike():
 
 def test_the_attention_is_the_encoders_own(whole_run, monkeypatch):
     """Of the last block, whose output this attention makes."""
-    from experiments import encode
-
     model = encode.load(whole_run[0], "cpu")
     inputs = torch.randn(3, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
     found, taken, real = questions.cls_attention(model, inputs), [], attention
