@@ -1456,7 +1456,7 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     if not first:
         return None
     updates = {"command": "pretrain", "run": str(out), "updates": mask_updates(cfg, splits), "processes": processes}
-    rows, chance = read_metrics(out / "metrics.jsonl"), chance_loss(cfg, splits.val.labels)
+    rows, chance = read_metrics(out / "metrics.jsonl"), chance_loss(cfg, splits.labelled[1].labels)
     told = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if told and told[-1] >= chance:
         mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"

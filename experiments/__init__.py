@@ -11,7 +11,7 @@ import mlo_mae
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, whole_number
 from harness.run import difference
-from harness.vectors import call
+from harness.vectors import call, weight_decays
 from harness.weights import starting_weights
 from kernels import gather_patches
 
@@ -56,6 +56,16 @@ def open_run(
     if classes and not splits.class_names:
         raise UserError(f"{net.cfg.data}, which {run} was trained on, has no classes; give data that has, or see `encode`")
     return net, state, splits
+
+
+def begun(cfg: mlo_mae.Config, splits: data.Splits) -> tuple[mlo_mae.Networks, mlo_mae.State, list[Tensor], int]:
+    """A run before its first step, for a loop of one's own: networks, state, the weight decays of the three levels, and how
+    many mask updates it has."""
+    net, params = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
+    device = splits.train.mean.device
+    decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in mlo_mae.modules_of(net).values()]
+    state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
+    return net, state, decay, mlo_mae.mask_updates(cfg, splits)
 
 
 @torch.no_grad()

@@ -21,13 +21,12 @@ from tqdm import tqdm
 
 import mlo_mae
 from data import Images, Splits
-from experiments import finetune
+from experiments import begun, finetune
 from experiments.results import PROBES, compared, markdown, probed
 from harness import UserError, cli
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine, table_page
 from harness.randomness import LEVEL1_DATA, torch_generator
-from harness.vectors import weight_decays
 from mlo_mae import Config, Networks, State
 
 SETTINGS = ("data", "data_dir", "images", "epochs", "device")  # of pretrain
@@ -73,10 +72,7 @@ def classifier(net: Networks, theta: Tensor, splits: Splits, epochs: int) -> tup
 
 def pretrained(cfg: Config, splits: Splits, weights: Tensor) -> tuple[Networks, State]:
     """Networks and State after level 1 alone, with weights [images, h, w] of the training images that move with them."""
-    net, params = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    device, total = splits.train.mean.device, mlo_mae.mask_updates(cfg, splits)
-    state = State(0, *(mlo_mae.fresh_level(level, device) for level in params))
-    decay = [weight_decays(module, cfg.weight_decay) for module in mlo_mae.modules_of(net).values()]
+    net, state, decay, total = begun(cfg, splits)
     seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
     maps = mlo_mae.moved_weights(splits.train.accompanied(weights).stream(cfg.batch_size, seed), cfg.patch_size)
     batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), maps]  # levels 2 and 3 have nothing to do

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import bench
 from data import Splits, choose
-from experiments import clutter, encode, open_run, tissue
+from experiments import begun, clutter, encode, open_run, tissue
 from experiments.results import (
     CLOCKS,
     DATA,
@@ -42,8 +42,10 @@ from experiments.results import (
     Cell,
     Grid,
     Method,
+    add_grid_flags,
     clock_of,
     folder_of,
+    lender_of,
     markdown,
     needed,
     numbers,
@@ -61,7 +63,6 @@ from harness.pictures import PIXELS, Panel, as_images, panels
 from harness.pictures import grid as grid_picture
 from harness.probe import HALF, area_under_roc, share_covered
 from harness.randomness import LABELS, LEVEL1_DATA, numpy_generator, torch_generator
-from harness.vectors import weight_decays
 from kernels import gather_patches, select_patches
 from mlo_mae import (
     SHOWN,
@@ -71,18 +72,12 @@ from mlo_mae import (
     State,
     Step,
     adamw_pullback,
-    build,
-    copied,
     directional_errors,
-    fresh_level,
-    joined,
     labelled_of,
-    level1_loss,
     level1_step,
     load_data,
     mask_updates,
     masking_probability,
-    modules_of,
     outer_iteration,
     params_only,
     patch_errors,
@@ -288,47 +283,22 @@ def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
     "calls" of a whole run (T does not wait), "seconds" of one call (median), "seconds_q1", "seconds_q3", "operations" (a
     multiplication and an addition are two), "peak_bytes"}."""
     device, updates = torch.device("cpu"), mask_updates(cfg, splits)
-    net, (theta, psi, head, labelled, steps) = bench.problem(
-        cfg, splits.image_size, device, count=min(cfg.mask_batches, cfg.level1_steps)
-    )
-    step, many, split = steps[-1], joined(steps), net.encoder_size
-    rates, known = Rates(0.0, step.rates.decay), torch.ones(len(step.images), net.patches, device=device)
-    start, end = window(cfg, updates)
-    scratch, encoder_params = copied(theta), theta.params[:split].detach().requires_grad_()
-
-    def level1():
-        return level1_step(net, scratch, psi, step.images, rates, 0, known=known, in_place=True)
+    net, problem = bench.problem(cfg, splits.image_size, device, count=min(cfg.mask_batches, cfg.level1_steps))
+    parts, (_, psi, _, _, (*_, step)) = bench.parts_of(net, problem), problem
 
     def weights():
         with torch.no_grad():
-            return masking_probability(net, psi, step.images, theta.params[:split])
+            return masking_probability(net, psi, step.images, step.eyes)
 
-    def levels_2_and_3():
-        return torch.autograd.grad(upper_levels(net, encoder_params, head, labelled)[0], encoder_params)[0]
-
-    a = levels_2_and_3()
-
-    def pullback():
-        cotangent = params_only(a)
-        return adamw_pullback(step.theta, step.gradient, step.rates, cfg.update_jacobian, cotangent, whole=False)[1]
-
-    c = pullback()
-    d = directional_errors(net, many, c)
-
-    def of_t():
-        leaf = psi.detach().requires_grad_()
-        prob = masking_probability(net, leaf, many.images, many.eyes)
-        return torch.autograd.grad(level1_loss(prob, many.mask, d), leaf)[0]
-
-    looks, batch = end - start, len(step.images)
-    asked = looks * cfg.level1_steps + math.ceil(len(splits.train) / batch)  # while T learns, and once for every image
+    start, end = window(cfg, updates)
+    looks, batches = end - start, math.ceil(len(splits.train) / len(step.images))
     pieces = {
-        "level 1: a step, p known": (updates * cfg.level1_steps, level1),
-        "p of a batch, by T": (asked, weights),
-        "levels 2 and 3, and a (7)": (looks, levels_2_and_3),
-        "c (8)": (looks, pullback),
-        "d (9)": (looks, lambda: directional_errors(net, many, c)),
-        "dL3/dpsi (10)": (looks, of_t),
+        "level 1: a step, p known": (updates * cfg.level1_steps, parts["plain MAE step"]),
+        "p of a batch, by T": (looks * cfg.level1_steps + batches, weights),  # while T learns, and once for every image
+        "levels 2 and 3, and a (7)": (looks, parts["levels 2 and 3: encoder"]),
+        "c (8)": (looks, parts["AdamW's Jacobian"]),
+        "d (9)": (looks, parts["jvp of the autoencoder"]),
+        "dL3/dpsi (10)": (looks, parts["T: backward and step"]),
     }
     times = interleaved(lambda: {name: call for name, (_, call) in pieces.items()}, repeats, device)
     rows = []
@@ -418,10 +388,8 @@ class Told(NamedTuple):
 
 def told_over_a_run(cfg: Config) -> tuple[list[Told], Tensor, Splits]:
     """What is Told at EARLY_AND_LATE points of the MAE of this configuration; objects [B, N] bool of the images; the data."""
-    device, splits = torch.device("cpu"), load_data(cfg, torch.device("cpu"))
-    net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    state = State(0, *(fresh_level(level, device) for level in params))
-    decay, total = [weight_decays(some, cfg.weight_decay) for some in modules_of(net).values()], mask_updates(cfg, splits)
+    splits = load_data(cfg, torch.device("cpu"))
+    net, state, decay, total = begun(cfg, splits)
     seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
     batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(())]
     images, objects = splits.watched(TOLD)
@@ -463,17 +431,13 @@ def learned(grid: Grid, picture: Path) -> tuple[list[str], list[dict]]:
     seed."""
     maps, tolds = {}, []
     for seed in grid.numbers:
-        other = grid.first + (seed + 1 - grid.first) % grid.seeds
-        folders = [
-            folder_of(grid.out, Cell("shapes", name, "steps", number))
-            for name, number in (("MLO-MAE", seed), ("MAE", seed), ("MLO-MAE", other))
-        ]
-        found, inside = maps_of_a_seed(*folders)
+        ours, mae, given = (Cell("shapes", name, "steps", seed) for name in ("MLO-MAE", "MAE", "MLO-MAE, T given"))
+        found, inside = maps_of_a_seed(*(folder_of(grid.out, cell) for cell in (ours, mae, lender_of(given, grid)[1])))
         for name, values in found.items():
             row = maps.setdefault(name, {"auc": [], "with p": []})
             row["auc"].append(area_under_roc(values[inside], values[~inside]))
             row["with p"].append(alike(values, found["p of T"]))
-        points, inside, splits = told_over_a_run(settings(Cell("shapes", "MAE", "steps", seed), grid)[0])
+        points, inside, splits = told_over_a_run(settings(mae, grid)[0])
         tolds.append([(each, area_under_roc(each.maps[inside], each.maps[~inside])) for each in points])
         if seed == grid.first:
             draw_told(points, splits, picture)
@@ -516,14 +480,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(prog="mlo_mae.py questions", description=__doc__.splitlines()[0])
     words = "; ".join(f"{name}: {question.words}" for name, question in QUESTIONS.items())
     parser.add_argument("question", choices=list(QUESTIONS), help=words)
-    parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, 2 or more (default 3)")
-    parser.add_argument("--first-seed", type=int, default=40, help="(default 40: those below have served to choose settings)")
-    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
-    parser.add_argument("--table", action="store_true", help="run nothing of the grid (cost and learned still measure)")
-    parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
+    add_grid_flags(parser, 3, "run nothing of the grid (cost and learned still measure)")
     options = parser.parse_args(argv)
     if options.first_seed < 0 or options.seeds < 2:
         raise UserError("--first-seed must be at least 0, and --seeds at least 2: a T is given to another seed")

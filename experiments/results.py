@@ -190,7 +190,7 @@ def read_cell(out: Path, cell: Cell) -> dict | None:
 
 def is_finished(cell: Cell, grid: Grid) -> bool:
     """Whether nothing is left to do for a cell."""
-    found, lender = read_cell(grid.out, cell), lender_of(cell, grid)
+    found, lender = read_cell(grid.out, cell), None if cell.rule in DENSE else lender_of(cell, grid)
     if found and lender:  # the last seed's lender is the first, so that it depends on how many there are
         given = Path(json.loads((folder_of(grid.out, cell) / "config.json").read_text())[lender[0]]).name
         if given != (wanted := folder_of(grid.out, lender[1]).name):
@@ -548,26 +548,31 @@ DENSE_NOTE = (
 )
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line. Raises UserError."""
-    parser = cli.Parser(prog="mlo_mae.py results", description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=list(DATA), help="default shapes")
+def add_grid_flags(parser: argparse.ArgumentParser, seeds: int, table: str) -> None:
+    """The flags of every command on the grid; seeds: how many by default; table: what --table does."""
     parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
-    parser.add_argument("--clutter", type=Path, default=Path("runs/clutter.npz"), help="clutter's file (default %(default)s)")
-    rows = f"rows (default: {', '.join(MAIN)})"
-    parser.add_argument("--methods", nargs="+", choices=ROWS, help=rows)
-    parser.add_argument("--seeds", type=int, default=5, help="how many (default 5)")
+    parser.add_argument("--seeds", type=int, default=seeds, help="how many (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=40, help="(default 40: those below have served to choose settings)")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
     parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
+    parser.add_argument("--table", action="store_true", help=table)
+    parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Raises UserError."""
+    parser = cli.Parser(prog="mlo_mae.py results", description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=list(DATA), help="default shapes")
+    parser.add_argument("--clutter", type=Path, default=Path("runs/clutter.npz"), help="clutter's file (default %(default)s)")
+    rows = f"rows (default: {', '.join(MAIN)})"
+    parser.add_argument("--methods", nargs="+", choices=ROWS, help=rows)
+    add_grid_flags(parser, 5, "only write the table of what is finished")
     tuned = "leave fine-tuning out; a later call without this flag fills it in"
     parser.add_argument("--no-finetune", dest="tuned", action="store_false", help=tuned)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dense", action="store_true", help="segmentation and detection, at equal steps alone")
     what.add_argument("--transfer", action="store_true", help="T of one run used by another, on shapes and on clutter")
-    parser.add_argument("--table", action="store_true", help="only write the table of what is finished")
-    parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
     options = parser.parse_args(argv)
     if options.transfer and (options.data or options.methods):
         raise UserError("--transfer has its own rows, on shapes and on clutter; leave out --data and --methods")

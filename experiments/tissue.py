@@ -9,7 +9,6 @@ class is its texture alone: grain, rings, streaks or blotches, as dark and as va
 patients' images, and say nothing of how well anything does on those.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from experiments.clutter import COUNTS, arrays_of
-from harness import UserError, cli
-from harness.files import write_whole
+from harness import cli
+from harness.files import check_free, write_whole
 from harness.randomness import DRAW, numpy_generator
 from harness.readers import Parts
 
@@ -116,9 +115,8 @@ def run_command(argv: list[str] | None) -> dict:
     parser = cli.Parser(prog="mlo_mae.py tissue", description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path, metavar="FILE.npz", help="file to write")
     parser.add_argument("--seed", type=int, default=0, help="of the images (default 0)")
-    flags: argparse.Namespace = parser.parse_args(argv)
-    if flags.file.exists():
-        raise UserError(f"{flags.file} exists already; remove it, or choose another name")
+    flags = parser.parse_args(argv)
+    check_free(flags.file)
     write(flags.file, flags.seed)
     return {"command": "tissue", "file": str(flags.file), "seed": flags.seed, **COUNTS}
 

@@ -289,11 +289,11 @@ def curves(path: Path, runs: dict[str, Sequence[dict[str, float]]], labels_unit:
     for group in GROUPS:
         unit, found = labels_unit if "level2_loss" in group.words else "", []
         chances = [row[group.chance_in] for rows in runs.values() for row in rows if group.chance_in in row]
-        chances = chances if chances and max(chances) <= 1.01 * min(chances) else []  # runs may differ in it
+        chance = chances[0] if chances and max(chances) <= 1.01 * min(chances) else None  # runs may differ in it
         for word in group.words:
             points = {name: [(row["epoch"], row[word]) for row in rows if word in row] for name, rows in runs.items()}
             if lines := {name: tuple(zip(*some)) for name, some in points.items() if some}:
-                found.append(panel_of(word, lines, unit, *(chances[:1] if word == "level3_loss" or len(runs) == 1 else [])))
+                found.append(panel_of(word, lines, unit, chance if word == "level3_loss" or len(runs) == 1 else None))
         if found and len(runs) == 1:
             lines = {panel.title: line for panel in found for line in panel.lines.values()}
             found = [found[0]._replace(title=group.title, lines=lines)]

@@ -145,6 +145,12 @@ def test_a_cell_that_was_given_another_t_is_not_taken(tmp_path):
     config = {"masking_from": "elsewhere/shapes/MLO-MAE-steps-0"}
     (results.folder_of(tmp_path, given) / "config.json").write_text(json.dumps(config))
     assert results.is_finished(given, at(tmp_path, 3))
+    dense = given._replace(rule="segment")  # on the encoder of that cell
+    folder = results.folder_of(tmp_path, dense)
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps({"test_miou": 0.5}))
+    (folder / "config.json").write_text(json.dumps({"recipe": {}, "config": config}))
+    assert results.is_finished(dense, at(tmp_path, 3))
     with pytest.raises(
         UserError, match="was given MLO-MAE-steps-0, not MLO-MAE-steps-3; give another --out, or as many --seeds"
     ):
