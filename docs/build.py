@@ -70,7 +70,7 @@ def draw(toy: dict) -> Figure:
     figure = Figure((8, 3.2), layout="constrained")
     torch, lr = toy["torch"], toy["lr"]
     theta, mu, nu, t = usual = toy["start"]
-    titles = "a gradient against the remembered ones", "a gradient with the remembered ones, 8 times as large"
+    titles = "a gradient against the remembered ones", "a gradient with the remembered ones,\n8 times as large"
     for axes, title, memory, where in zip(figure.subplots(1, 2), titles, (1.0, 0.3), (0.5, 3.0)):
         toy["start"] = theta, memory * mu, memory**2 * nu, t
         psi, line = torch.tensor(where), torch.linspace(-3, 5, 161)
