@@ -35,6 +35,8 @@ def side_by_side() -> list[list[str]]:
 def announce(out: Path, net: Networks, state: State, splits: Splits, total: int, decay: list[Tensor]) -> None:
     """Say what a run is going to be; as `mlo_mae.train` calls it. Raises DryRun where that is all that is asked for."""
     cfg, device, (start, end) = net.cfg, state.theta.params.device, mlo_mae.window(net.cfg, total, state.waited)
+    # by its fields, since a program that is run has a Config of its own
+    plain = len(dataclasses.fields(cfg)) == len(dataclasses.fields(Config))
     encoder, decoder, masking = (f"{size_of(module):,}" for module in (net.encoder, net.decoder, net.masking))
     model = f"encoder of {encoder} weights (width {cfg.width}, depth {cfg.depth}), decoder of {decoder}"
     patches = f"{net.patches - net.visible} of {net.patches} patches ({cfg.patch_size} x {cfg.patch_size} pixels) hidden"
@@ -48,11 +50,11 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
         later = ", or later if it has to wait" if cfg.mask_wait and cfg.mask_until < 1 else ""
         method += f"; T learns from mask update {start + 1} to {end}{later}, by dL3/dT {cfg.hypergradient}"
     else:
-        method += f"; {'MAE: all patches count alike' if type(cfg) is Config else type(cfg).__doc__.splitlines()[0]}"
+        method += f"; {'MAE: all patches count alike' if plain else type(cfg).__doc__.splitlines()[0]}"
     machine = f"{cli.described(device)}, {cfg.precision}" + (f", {world()} processes" if world() > 1 else "")
     time = cli.ENDED
     if state.iteration < total:
-        besides = "" if type(cfg) is Config else ", and what this command does besides"
+        besides = "" if plain else ", and what this command does besides"
         time = foretold(net, state, splits, total, decay) + besides
     cli.announce({"model": model, "method": method, "machine": machine, "time": time, "files": str(out)})
 

@@ -4,9 +4,11 @@ import dataclasses
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
-from helpers import SMALL, arguments, checkpoint_of, same, weights
+from helpers import SCRIPT, SMALL, arguments, checkpoint_of, same, weights
 
 import mlo_mae
 from experiments import presets
@@ -84,6 +86,15 @@ def test_each_kind_of_run(sides, whole_run, tmp_path, capsys, more, words):
     assert mlo_mae.main(arguments(sides, tmp_path / "run", "--epochs", 8, "--dry-run", *more)) == 0
     said = announced(capsys.readouterr().err)
     assert words in said["method"] and said["time"].startswith("about ") and not (tmp_path / "run").exists()
+
+
+def test_a_program_that_is_run_says_the_same(sides, tmp_path):
+    """Its own Config is another class than the one that experiments import."""
+    words = map(str, arguments(sides, tmp_path / "run", "--masking", "random", "--dry-run"))
+    found = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True, cwd=tmp_path)
+    said = announced(found.stderr)
+    assert found.returncode == 0 and said["method"].endswith("; MAE: all patches count alike")
+    assert re.fullmatch(r"about \d+ seconds?", said["time"])
 
 
 def test_a_baseline_says_what_it_is(sides, tmp_path, capsys):
