@@ -871,7 +871,9 @@ def test_a_t_that_learned_from_a_head_no_better_than_chance_is_said(monkeypatch,
     """What the classes' shares alone give. A later line, of a T that stays as it is, has no L3."""
     labels = torch.tensor([0] * 6 + [1] * 2 + [3] * 2)  # 1 - 0.44, and their entropy 0.950
     cfg = Config(level2=level2)
-    splits = types.SimpleNamespace(class_names="abcd", train=range(1000), val=types.SimpleNamespace(labels=labels))
+    splits = types.SimpleNamespace(
+        class_names="abcd", train=range(1000), labelled=(None, types.SimpleNamespace(labels=labels))
+    )
     monkeypatch.setattr(mlo_mae, "train", lambda *arguments, announce: (None, None, splits))
     monkeypatch.setattr(mlo_mae, "read_metrics", lambda path: [{"level3_loss": 9.0}, {"level3_loss": loss}, {"epoch": 1}])
     quiet = types.SimpleNamespace(after_training=lambda *arguments: [], announce=None)
