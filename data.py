@@ -515,8 +515,8 @@ def load(
 ) -> Splits:
     """The data set `name`, split; what was found is said in a line on stderr.
 
-    name          "shapes" or "shapes-stripes" (drawn here), "cifar10", "cifar100", a MedMNIST-style .npz, or a folder of
-                  train/<class>/*.jpg ...
+    name          "shapes" or "shapes-stripes" (drawn here), "cifar10", "cifar100", "cifar100-coarse" (its 20 classes), a
+                  MedMNIST-style .npz, or a folder of train/<class>/*.jpg ...
     data_dir      where CIFAR is, or is downloaded to
     image_size    pixels to resize to; 0: as the data has them, 224 for folders
     limit         images of the training pool to use, at random and from all classes alike; 0: all

@@ -125,7 +125,9 @@ class Config:
     preset: Literal["shapes", "cifar10", "cifar100", "imagenet", "imagenet-large"] = flag("shapes", "settings to start from")
 
     data: str = flag(
-        "shapes", "shapes, shapes-stripes, cifar10, cifar100, a .npz file or a folder with train/<class>/*.jpg", group="data"
+        "shapes",
+        "shapes, shapes-stripes, cifar10, cifar100, cifar100-coarse, a .npz file or a folder with train/<class>/*.jpg",
+        group="data",
     )
     data_dir: str = flag("data", "where cifar10 and cifar100 lie, or are downloaded to")
     images: int = flag(0, "use only this many training images (0: all)", least=0)

@@ -150,10 +150,15 @@ SEEN = {
     "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4}),
     "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64}),
 }
-GIVEN = {f"T of {name}": Method(Config, given=name) for name in ("shapes", "clutter-1", "shapes-stripes", "tissue")}
+LENDERS = ("shapes", "clutter-1", "shapes-stripes", "tissue", "cifar100", "cifar100-coarse")
+GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
 ALL = METHODS | SEEN | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
+SETS = DATA | {
+    "shapes-stripes": ({"data": "shapes-stripes"}, {}),
+    "cifar100-coarse": (DATA["cifar100"][0] | {"data": "cifar100-coarse"}, {}),
+}
 WHOLE = ["MLO-MAE", "T of clutter-1", "MAE"]
 
 
@@ -190,6 +195,10 @@ AGAINST_NOTE = (
     '"Against MAE" is against the MAE that differs in T alone: of the same mask ratio, or with the same labels to probe with. '
     "clutter-1 (`clutter FILE --seed 1`): other objects of the kinds of shapes, on photographs."
 )
+TRANSFER_NOTE = (
+    "cifar100: 5,000 images, 512 + 512 labelled ones a look, penalty 3; cifar100-coarse: the same, but for its labels: the 20 "
+    "classes that the 100 are of."
+)
 COST_NOTE = (
     "Parts: of the default run, each alone, by the clock on the wall, median [quartiles]; operations are those of matrix "
     "products. Levels 2 and 3 see 512 whole images, d four batches of level 1. p is asked of each batch while T learns, then "
@@ -222,11 +231,13 @@ QUESTIONS = {
         "T of one data set, used on another",
         [
             *paired("shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of clutter-1", "T of shapes-stripes", "T of tissue"),
-            *paired("clutter-1", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes"),
+            *paired("clutter-1", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of cifar100"),
             *paired("shapes-stripes", "MAE", "MLO-MAE", "T of shapes"),
             *paired("tissue", "MAE", "MLO-MAE", "T of shapes"),
-            *paired("cifar100", "MAE", "T of clutter-1"),
+            *paired("cifar100", "MAE", "MLO-MAE", "T of cifar100-coarse", "T of clutter-1"),
+            *paired("cifar100-coarse", "MAE", "MLO-MAE", "T of cifar100"),
         ],
+        [TRANSFER_NOTE],
     ),
     "medical": Question(
         "lesions in tissue", paired("tissue", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of clutter-1")
@@ -494,10 +505,8 @@ def run_command(argv: list[str]) -> dict:
     options = parse(argv)
     name, out = options.question, options.out
     question, files = QUESTIONS[name], {name: out / f"{name}.npz" for name in ("tissue", "clutter-1")}
-    own = {"shapes-stripes": ({"data": "shapes-stripes"}, {})} | {
-        name: ({"data": str(path)}, {}) for name, path in files.items()
-    }
-    how = {"tuned": False, "first": options.first_seed, "methods": ALL, "sets": DATA | own}
+    sets = SETS | {name: ({"data": str(path)}, {}) for name, path in files.items()}
+    how = {"tuned": False, "first": options.first_seed, "methods": ALL, "sets": sets}
     grid = Grid(out, options.data_dir, files["clutter-1"], options.seeds, options.threads, **how)
     rules = ("steps", "time") if name == "cost" else ("steps",)
     if not options.table:

@@ -600,7 +600,9 @@ class Layout(NamedTuple):
     test: str
     meta: str  # file of class names
     names: str  # key of the class names in it, where it is a pickle
-    labels: str | int  # key of the labels; or how many bytes of label stand before each image, of which the last counts
+    labels: str | int  # key of the labels, where files are pickles; else which of the bytes before an image is its label
+    classes: int
+    before: int = 0  # bytes before an image, where files are records
 
     @property
     def files(self) -> list[str]:
@@ -620,6 +622,7 @@ CIFAR = {
             meta="batches.meta",
             names="label_names",
             labels="labels",
+            classes=10,
         ),
         Layout(
             folder="cifar-10-batches-bin",
@@ -629,7 +632,9 @@ CIFAR = {
             test="test_batch.bin",
             meta="batches.meta.txt",
             names="",
-            labels=1,
+            labels=0,
+            classes=10,
+            before=1,
         ),
     ],
     "cifar100": [
@@ -642,6 +647,7 @@ CIFAR = {
             meta="meta",
             names="fine_label_names",
             labels="fine_labels",
+            classes=100,
         ),
         Layout(
             folder="cifar-100-binary",
@@ -651,10 +657,17 @@ CIFAR = {
             test="test.bin",
             meta="fine_label_names.txt",
             names="",
-            labels=2,
+            labels=1,
+            classes=100,
+            before=2,
         ),
     ],
 }
+COARSE = [  # the 20 classes that CIFAR-100's are of
+    {"names": "coarse_label_names", "labels": "coarse_labels", "classes": 20},
+    {"meta": "coarse_label_names.txt", "labels": 0, "classes": 20},
+]
+CIFAR["cifar100-coarse"] = [layout._replace(**changes) for layout, changes in zip(CIFAR["cifar100"], COARSE)]
 
 
 def read_cifar(name: str, data_dir: Path) -> tuple[Parts, list[str]]:
@@ -663,7 +676,6 @@ def read_cifar(name: str, data_dir: Path) -> tuple[Parts, list[str]]:
     From data_dir/<folder of one of the layouts>, or data_dir itself; else from an archive there, else from a download.
     Raises UserError.
     """
-    classes = 10 if name == "cifar10" else 100
     with blaming(data_dir, "make it a readable folder"):
         here = [
             (folder, layout)
@@ -678,38 +690,38 @@ def read_cifar(name: str, data_dir: Path) -> tuple[Parts, list[str]]:
             unpack(data_dir / layout.archive, layout)
             here = [(data_dir / layout.folder, layout)]
     folder, layout = here[0]
-    train = [cifar_file(folder / file, layout, classes) for file in layout.train]
-    parts = {"train": tuple(map(np.concatenate, zip(*train))), "test": cifar_file(folder / layout.test, layout, classes)}
-    return parts, cifar_names(folder / layout.meta, layout, classes)
+    train = [cifar_file(folder / file, layout) for file in layout.train]
+    parts = {"train": tuple(map(np.concatenate, zip(*train))), "test": cifar_file(folder / layout.test, layout)}
+    return parts, cifar_names(folder / layout.meta, layout)
 
 
-def cifar_file(path: Path, layout: Layout, classes: int) -> tuple[np.ndarray, np.ndarray]:
+def cifar_file(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """images [N, 3, 32, 32] uint8, labels [N] int64 of one file, checked by structure. Raises UserError."""
     with blaming(path, f"put the one from {URL}{layout.archive} in its place"):
         raw = read_file(path, MAX_FILE)
         if isinstance(layout.labels, int):
-            records = np.frombuffer(raw, np.uint8).reshape(-1, layout.labels + 3072)
-            pixels, labels = records[:, layout.labels :], records[:, layout.labels - 1].astype(np.int64)
+            records = np.frombuffer(raw, np.uint8).reshape(-1, layout.before + 3072)
+            pixels, labels = records[:, layout.before :], records[:, layout.labels].astype(np.int64)
         else:
             content = unpickle(raw)
             pixels, labels = pickled_pixels(content["data"]), content[layout.labels]
-            if not (isinstance(labels, list) and all(type(label) is int and 0 <= label < classes for label in labels)):
-                raise ValueError(f"the labels are not numbers from 0 to {classes - 1}")
+            if not (isinstance(labels, list) and all(type(k) is int and 0 <= k < layout.classes for k in labels)):
+                raise ValueError(f"the labels are not numbers from 0 to {layout.classes - 1}")
             labels = np.array(labels, np.int64)
-        if len(labels) == 0 or len(labels) != len(pixels) or labels.max() >= classes:
+        if len(labels) == 0 or len(labels) != len(pixels) or labels.max() >= layout.classes:
             raise ValueError(f"{len(pixels)} images, {len(labels)} labels, the largest {labels.max(initial=-1)}")
         return pixels.reshape(-1, 3, 32, 32), labels
 
 
-def cifar_names(path: Path, layout: Layout, classes: int) -> list[str]:
+def cifar_names(path: Path, layout: Layout) -> list[str]:
     """The class names; numbers where the file is absent. Raises UserError."""
     with blaming(path, f"put the one from {URL}{layout.archive} in its place"):
         if not path.exists():
-            return [str(i) for i in range(classes)]
+            return [str(i) for i in range(layout.classes)]
         raw = read_file(path, MAX_FILE)
         names = [as_text(name) for name in unpickle(raw)[layout.names]] if layout.names else raw.decode("latin-1").split()
-        if len(names) != classes or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"not {classes} names")
+        if len(names) != layout.classes or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"not {layout.classes} names")
         return names
 
 
@@ -744,7 +756,8 @@ def download(url: str, path: Path, md5: str) -> None:
 
 
 def unpack(archive: Path, layout: Layout) -> None:
-    """Unpack the files that are expected, and no others, into archive's folder / layout.folder: all of them or none.
+    """Unpack the files that are expected, of all layouts of this folder, and no others, into archive's folder /
+    layout.folder: all of them or none.
 
     Raises UserError."""
     with blaming(archive, f"put the one from {URL}{layout.archive} in its place, or move it away so that it is downloaded"):
@@ -752,7 +765,11 @@ def unpack(archive: Path, layout: Layout) -> None:
         md5 = hashlib.md5(raw, usedforsecurity=False).hexdigest()
         if md5 != layout.md5:
             raise ValueError(f"md5 {md5}, not {layout.md5}")
-    wanted, folder = {f"{layout.folder}/{file}": file for file in layout.files}, archive.parent / layout.folder
+    layouts = [each for some in CIFAR.values() for each in some if each.folder == layout.folder]
+    wanted, folder = (
+        {f"{layout.folder}/{file}": file for each in layouts for file in each.files},
+        archive.parent / layout.folder,
+    )
     with blaming(folder, f"make it writable with 200 MB to spare, or unpack {archive} by hand"):
         part = tempfile.mkdtemp(dir=archive.parent, prefix=layout.folder + ".part-")
         try:

@@ -108,8 +108,8 @@ def questions_probe(net, state, splits):
 
 
 def grid_at(out, seeds=2, sets=None):
-    own = {name: ({"data": name}, {}) for name in ("shapes-stripes", "tissue", "clutter-1")}
-    return Grid(out, "there", Path("file.npz"), seeds, tuned=False, methods=ALL, sets=sets or results.DATA | own)
+    own = {name: ({"data": name}, {}) for name in ("tissue", "clutter-1")}
+    return Grid(out, "there", Path("file.npz"), seeds, tuned=False, methods=ALL, sets=sets or questions.SETS | own)
 
 
 def test_every_row_can_run_and_has_its_rival(tmp_path):
@@ -280,8 +280,8 @@ def small_tissue():
 def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     """All on the images of clutter's small file, and in this process. What one question has finished, the next ones find."""
     small = (TINY | {"data": str(files / "clutter.npz")}, {})
-    for name in ("shapes", "cifar100"):
-        monkeypatch.setitem(results.DATA, name, small)
+    for name in ("shapes", "cifar100", "cifar100-coarse"):
+        monkeypatch.setitem(questions.SETS, name, small)
     for name, changes in {"SemMAE": {"parts_steps": 2}, "MLO-MAE, 64 steps": {"level1_steps": 3}}.items():
         monkeypatch.setitem(ALL, name, ALL[name]._replace(changes=changes))
     monkeypatch.setattr(tissue, "write", lambda path: path.write_bytes((files / "tissue.npz").read_bytes()))
