@@ -7,7 +7,6 @@ import importlib
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from helpers import SCRIPT
@@ -140,20 +139,39 @@ def test_a_program_has_help_and_one_line_for_a_wrong_flag(name, capsys):
     assert printed.err.startswith("mlo_mae: ") and printed.err.count("\n") == 1 and not printed.out
 
 
+STARTED = """
+import os, runpy, sys
+import torch  # once: it takes most of the time that a program needs to start
+folder, script, *names = sys.argv[1:]
+for name in names:
+    for way in ("module", "command"):
+        if (child := os.fork()) == 0:
+            for number in (1, 2):
+                os.dup2(os.open(f"{folder}/{name}-{way}-{number}", os.O_CREAT | os.O_WRONLY), number)
+            if way == "module":
+                sys.argv = ["", "--help"]
+                runpy.run_module(f"experiments.{name}", run_name="__main__", alter_sys=True)
+            else:
+                sys.argv = [script, name, "--help"]
+                runpy.run_path(script, run_name="__main__")
+            raise AssertionError("it did not end")
+        if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit(f"{name} as a {way}: {status}")
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that have imported torch already")
 def test_a_program_runs_as_a_module_and_as_a_command(tmp_path):
     """From another folder too, where the project is on the path."""
-    ways = {name: [("-m", f"experiments.{name}", "--help"), (SCRIPT, name, "--help")] for name in PROGRAMS}
-    with ThreadPoolExecutor(2) as pool:
-        pairs = {
-            name: [pool.submit(python, *argv, cwd=tmp_path, PYTHONPATH=str(ROOT)) for argv in two]
-            for name, two in ways.items()
-        }
-        for name, (module, command) in pairs.items():
-            module, command = module.result(), command.result()
-            assert module.returncode == command.returncode == 0, module.stderr + command.stderr
-            assert module.stdout == command.stdout and module.stdout.startswith("usage: "), name
-    assert not list(tmp_path.iterdir())
+    (printed := tmp_path / "printed").mkdir()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    ended = python("-c", STARTED, printed, SCRIPT, *PROGRAMS, cwd=elsewhere, PYTHONPATH=str(ROOT))
+    said = {path.name: path.read_text() for path in printed.iterdir()}
+    assert ended.returncode == 0 and not any(text for name, text in said.items() if name.endswith("2")), (ended, said)
+    for name in PROGRAMS:
+        assert said[f"{name}-module-1"] == said[f"{name}-command-1"] and said[f"{name}-module-1"].startswith("usage: "), name
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.slow

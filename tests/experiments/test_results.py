@@ -281,9 +281,11 @@ def test_a_figure_of_data_without_objects_shows_how_p_spreads(tmp_path, shown):
 
 
 @pytest.mark.slow
-def test_a_grid_of_tiny_runs_and_its_rules(tiny, tmp_path, monkeypatch, capsys):
+def test_a_grid_of_tiny_runs_and_its_rules(tiny, clutter_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(results.DATA, "shapes", results.DATA["clutter"])  # drawing shapes takes seconds a cell
     methods = ["MLO-MAE", "MLO-MAE, T given", "MAE", "no pretraining", "SemMAE"]
-    arguments = ["--seeds", "2", "--first-seed", "0", "--workers", "1", "--out", str(tmp_path / "grid"), "--methods", *methods]
+    arguments = ["--seeds", "2", "--first-seed", "0", "--workers", "1", "--out", str(tmp_path / "grid")]
+    arguments += ["--clutter", str(clutter_file), "--methods", *methods]
     assert results.main([*arguments, "--no-finetune"]) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     before = {(row["rule"], row["method"]): row for row in report["rows"]}
