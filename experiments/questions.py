@@ -2,6 +2,7 @@
 
     python mlo_mae.py questions labels       # few labels, wrong labels: does T still find the objects?
     python mlo_mae.py questions ratio        # how much is hidden
+    python mlo_mae.py questions choices      # the defaults, each one alone changed towards what is published
     python mlo_mae.py questions unrolling    # how much of levels 1 and 2 the derivative sees
     python mlo_mae.py questions transfer     # T of one data set, used on another
     python mlo_mae.py questions medical      # lesions in tissue (tissue makes the images)
@@ -150,9 +151,11 @@ SEEN = {
     "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4}),
     "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64}),
 }
+CHOICES = [f"MLO-MAE, {name}" for name in ("head steps", "CLS", "T on pixels", "drawn by p", "identity")]
+TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
 LENDERS = ("shapes", "clutter-1", "shapes-stripes", "tissue", "cifar100", "cifar100-coarse")
 GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
-ALL = METHODS | SEEN | GIVEN
+ALL = METHODS | SEEN | TOGETHER | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
 SETS = DATA | {
@@ -184,6 +187,11 @@ UNROLLING_NOTE = (
     "MLO-MAE itself: 16 level-1 steps a mask update, of which the last is differentiated, for 4 batches at once. 1 batch: for "
     "one. Unrolled: all 16 are, for their own batch each. 4 and 64 steps: as many a mask update, so more and fewer of these. "
     "Head steps: level 2 is 10 AdamW steps, not solved. A run has 3,600 level-1 steps; with 64 a mask update, 3,648."
+)
+CHOICES_NOTE = (
+    "Head steps: level 2 is 10 AdamW steps on cross-entropy a look. CLS: features are the CLS token. T on pixels: a small "
+    "network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: dU/dg = -1. First-order: the "
+    "head is held constant."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
@@ -226,6 +234,11 @@ QUESTIONS = {
         "how much of levels 1 and 2 the derivative sees",
         paired("shapes", "MLO-MAE", *SEEN, "MLO-MAE, head steps", "MAE"),
         [UNROLLING_NOTE],
+    ),
+    "choices": Question(
+        "the defaults, each one alone changed towards what is published",
+        paired("shapes", "MLO-MAE", *CHOICES, *TOGETHER, "MLO-MAE, first-order", "MAE"),
+        [CHOICES_NOTE],
     ),
     "transfer": Question(
         "T of one data set, used on another",

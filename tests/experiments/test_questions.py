@@ -133,6 +133,7 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
         "MAE, two in five labels of level 3 wrong": {"label_noise", "noisy", "masking"},
         "MLO-MAE, unrolled": {"mask_batches", "unroll"},
         "MLO-MAE, 64 steps": {"level1_steps"},
+        "MLO-MAE, these five": {"level2", "pooling", "masking_network", "mask_choice", "update_jacobian"},
     }.items():
         found = vars(results.settings(Cell("shapes", name, "steps", 0), grid)[0])
         new = {"label_fraction": 1.0, "label_noise": 0.0, "noisy": "both"}
@@ -320,7 +321,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         drawn = question.along is not None or name == "learned"
         assert (tmp_path / f"questions-{name}.png").exists() == drawn
     assert len(ran) == len(set(ran))
-    for name in ("labels", "ratio", "unrolling", "transfer", "medical"):
+    for name in ("labels", "ratio", "unrolling", "choices", "transfer", "medical"):
         assert len(rows[name]) == len(QUESTIONS[name].pairs) and all(len(row["probe"]) == 2 for row in rows[name])
     few = {row["method"]: row for row in rows["labels"]}
     assert few["MAE, a tenth of the labels"]["seconds"] == few["MAE"]["seconds"]  # the same runs, probed with fewer
