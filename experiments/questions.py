@@ -302,11 +302,30 @@ def sweep(question: Question, grid: Grid, path: Path) -> bool:
 # -------------------------------------------------------------------------------------------------------------- cost
 
 
+def calls_of_a_run(cfg: Config, splits: Splits) -> dict[str, np.ndarray]:
+    """How often a run on these data does each of its pieces in each of its mask updates, {piece: [updates]}, if T does not
+    wait."""
+    updates, batches = mask_updates(cfg, splits), math.ceil(len(splits.train) / cfg.batch_size)
+    start, end = window(cfg, updates)
+    looks = np.zeros(updates, int)
+    looks[start:end] = 1
+    weights = cfg.level1_steps * looks  # asked for at each step while T learns,
+    weights[min(end, updates - 1)] += batches  # then once for every image
+    return {
+        "level 1: a step, p known": np.full(updates, cfg.level1_steps),
+        "p of a batch, by T": weights,
+        "levels 2 and 3, and a (7)": looks,
+        "c (8)": looks,
+        "d (9)": looks,
+        "dL3/dpsi (10)": looks,
+    }
+
+
 def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
     """What each piece of a run on these data takes, in the order in which it does them, on random images, by CPU: {"part",
-    "calls" of a whole run (T does not wait), "seconds" of one call (median), "seconds_q1", "seconds_q3", "operations" (a
-    multiplication and an addition are two), "peak_bytes"}."""
-    device, updates = torch.device("cpu"), mask_updates(cfg, splits)
+    "calls" of a whole run, "seconds" of one call (median), "seconds_q1", "seconds_q3", "operations" (a multiplication and an
+    addition are two), "peak_bytes"}."""
+    device, calls = torch.device("cpu"), calls_of_a_run(cfg, splits)
     net, problem = bench.problem(cfg, splits.image_size, device, count=min(cfg.mask_batches, cfg.level1_steps))
     parts, (_, psi, _, _, (*_, step)) = bench.parts_of(net, problem), problem
 
@@ -314,22 +333,32 @@ def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
         with torch.no_grad():
             return masking_probability(net, psi, step.images, step.eyes)
 
-    start, end = window(cfg, updates)
-    looks, batches = end - start, math.ceil(len(splits.train) / len(step.images))
-    pieces = {
-        "level 1: a step, p known": (updates * cfg.level1_steps, parts["plain MAE step"]),
-        "p of a batch, by T": (looks * cfg.level1_steps + batches, weights),  # while T learns, and once for every image
-        "levels 2 and 3, and a (7)": (looks, parts["levels 2 and 3: encoder"]),
-        "c (8)": (looks, parts["AdamW's Jacobian"]),
-        "d (9)": (looks, parts["jvp of the autoencoder"]),
-        "dL3/dpsi (10)": (looks, parts["T: backward and step"]),
-    }
-    times = interleaved(lambda: {name: call for name, (_, call) in pieces.items()}, repeats, device)
+    names = "levels 2 and 3: encoder", "AdamW's Jacobian", "jvp of the autoencoder", "T: backward and step"
+    pieces = dict(zip(calls, [parts["plain MAE step"], weights, *(parts[name] for name in names)]))
+    times = interleaved(lambda: pieces, repeats, device)
     rows = []
-    for name, (calls, call) in pieces.items():
+    for name, call in pieces.items():
         about = {"operations": operations(call), "peak_bytes": peak_memory(call, device)[1]}
-        rows.append({"part": name, "calls": calls} | quartiles(times[name]) | about)
+        rows.append({"part": name, "calls": int(calls[name].sum())} | quartiles(times[name]) | about)
     return rows
+
+
+def draw_cost(rows: list[dict], cfg: Config, splits: Splits, path: Path) -> None:
+    """A picture of `parts_of_a_run` over a run."""
+    calls = calls_of_a_run(cfg, splits)
+    updates = mask_updates(cfg, splits)
+    epochs = cfg.epochs * np.arange(1, 1 + updates) / updates
+    shown = []
+    for name, title, unit, scale in (
+        ("seconds", "Time so far", "seconds", 1),
+        ("operations", "Operations so far", "10^12 operations", 1e12),
+    ):
+        sums = {row["part"]: (calls[row["part"]] * row[name]).cumsum() / scale for row in rows}
+        shown.append(Panel(title, unit, {part: (epochs, values) for part, values in sums.items()}))
+    memory = {row["part"]: np.where(calls[row["part"]] > 0, row["peak_bytes"] / 2**20, np.nan) for row in rows}
+    shown.append(Panel("Memory while at work", "MiB", {name: (epochs, values) for name, values in memory.items()}))
+    text = "From the medians of each piece. T learns between the two kinks; p of every image is computed once at the second."
+    panels(path, shown, text)
 
 
 def cost_lines(rows: list[dict]) -> list[str]:
@@ -549,8 +578,10 @@ def run_command(argv: list[str]) -> dict:
         if not rows:
             raise UserError(f"{out} holds no finished rows; run without --table")
         cfg, _ = settings(Cell("shapes", "MLO-MAE", "steps", grid.first), grid)
-        parts = parts_of_a_run(cfg, load_data(cfg, torch.device("cpu")))
-        lines, rows, drawn = [*lines, "", *cost_lines(parts)], rows + parts, False
+        splits = load_data(cfg, torch.device("cpu"))
+        parts = parts_of_a_run(cfg, splits)
+        draw_cost(parts, cfg, splits, figure)
+        lines, rows, drawn = [*lines, "", *cost_lines(parts)], rows + parts, True
         notes += [SEMMAE_NOTE, COST_NOTE]
     else:
         found, rows = rows_by_data(grid, question.pairs, sees=True)

@@ -318,7 +318,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         text, report = capsys.readouterr().out.rsplit("\n", 2)[:2]
         rows[name] = json.loads(report)["rows"]
         assert (tmp_path / f"questions-{name}.md").read_text() == text + "\n"
-        drawn = question.along is not None or name == "learned"
+        drawn = question.along is not None or name in ("learned", "cost")
         assert (tmp_path / f"questions-{name}.png").exists() == drawn
     assert len(ran) == len(set(ran))
     for name in ("labels", "ratio", "unrolling", "choices", "transfer", "medical"):
