@@ -766,10 +766,8 @@ def unpack(archive: Path, layout: Layout) -> None:
         if md5 != layout.md5:
             raise ValueError(f"md5 {md5}, not {layout.md5}")
     layouts = [each for some in CIFAR.values() for each in some if each.folder == layout.folder]
-    wanted, folder = (
-        {f"{layout.folder}/{file}": file for each in layouts for file in each.files},
-        archive.parent / layout.folder,
-    )
+    wanted = {f"{layout.folder}/{file}": file for each in layouts for file in each.files}
+    folder = archive.parent / layout.folder
     with blaming(folder, f"make it writable with 200 MB to spare, or unpack {archive} by hand"):
         part = tempfile.mkdtemp(dir=archive.parent, prefix=layout.folder + ".part-")
         try:
