@@ -194,7 +194,8 @@ UNROLLING_NOTE = (
 CHOICES_NOTE = (
     "Head steps: level 2 is 10 AdamW steps on cross-entropy a look. CLS: features are the CLS token. T on pixels: a small "
     "network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: dU/dg = -1. First-order: the "
-    "head is held constant. T at rest: all patches alike throughout, and what else MLO-MAE does (its learning rate starts again)."
+    "head is held constant. T at rest: all patches alike throughout, and what else MLO-MAE does (its learning rate starts "
+    "again)."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
@@ -203,9 +204,9 @@ LEARNED_NOTE = (
     "says: weigh more."
 )
 AGAINST_NOTE = (
-    '"Against MAE" is against the MAE of the same data, mask ratio and labels to probe with. Where T learns, the learning rate '
-    "of level 1 starts again once T stays as it is; MAE's does not (`questions choices` has T at rest). clutter-1 (`clutter FILE "
-    "--seed 1`): other objects of the kinds of shapes, on photographs."
+    '"Against MAE" is against the MAE of the same data, mask ratio and labels to probe with. Where T learns, the learning '
+    "rate of level 1 starts again once T stays as it is; MAE's does not (`questions choices` has T at rest). clutter-1 "
+    "(`clutter FILE --seed 1`): other objects of the kinds of shapes, on photographs."
 )
 TRANSFER_NOTE = (
     "cifar100: 5,000 images, 512 + 512 labelled ones a look, penalty 3; cifar100-coarse: 5,000 (others) with the 20 classes "

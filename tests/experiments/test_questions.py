@@ -133,6 +133,7 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
         "MAE, two in five labels of level 3 wrong": {"label_noise", "noisy", "masking"},
         "MLO-MAE, unrolled": {"mask_batches", "unroll"},
         "MLO-MAE, 64 steps": {"level1_steps"},
+        "MLO-MAE, T at rest": {"mask_lr"},
         "MLO-MAE, these five": {"level2", "pooling", "masking_network", "mask_choice", "update_jacobian"},
     }.items():
         found = vars(results.settings(Cell("shapes", name, "steps", 0), grid)[0])
