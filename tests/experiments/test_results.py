@@ -362,17 +362,18 @@ def test_a_t_is_used_by_runs_of_another_seed_width_and_data(tiny, clutter_file, 
 
 
 @pytest.mark.slow
-def test_dense_tasks_on_the_encoders_of_a_grid(tiny, clutter_file, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("images", ["shapes", "clutter"])
+def test_dense_tasks_on_the_encoders_of_a_grid(tiny, clutter_file, tmp_path, monkeypatch, capsys, images):
     for task, dense in results.DENSE.items():
         monkeypatch.setitem(results.DENSE, task, dense._replace(recipe={"epochs": 1, "warmup_epochs": 0.0}))
     out, methods = tmp_path / "grid", ["MLO-MAE", "MAE", "no pretraining"]
-    given = ["--data", "clutter", "--clutter", clutter_file, "--no-finetune", "--methods", *methods]
+    given = ["--data", images, "--clutter", clutter_file, "--no-finetune", "--methods", *methods]
     assert results.main([*map(str, ["--seeds", 1, "--first-seed", 0, "--workers", 1, "--out", out, "--dense", *given])]) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = {row["method"]: row for row in json.loads(printed[-1])["rows"]}
-    assert list(rows) == methods and not (out / "clutter/MAE-time-0").exists()
+    assert list(rows) == methods and not (out / images / "MAE-time-0").exists()
     for method, row in rows.items():
-        folder = results.folder_of(out, Cell("clutter", method, "steps", 0))
+        folder = results.folder_of(out, Cell(images, method, "steps", 0))
         assert (folder / "cell.json").exists() == (method != "no pretraining")
         for task, measure in (("segment", "test_miou"), ("detect", "test_ap")):
             result = json.loads((folder / task / "result.json").read_text())
