@@ -215,9 +215,9 @@ class Images:
         return split
 
     def accompanied(self, maps: Tensor) -> "Images":
-        """Maps [N, h, w] of these images as a split whose streams move them as this split's move the images; around a map
-        is 0. They are kept in float16, with as many pixels as the images."""
-        maps, scale = maps[:, None].half(), self.images.shape[-1] // maps.shape[-1]
+        """Maps [N, h, w] (or several of each, [N, n, h, w]) of these images as a split whose streams move them as this split's
+        move the images; around a map is 0. They are kept in float16, with as many pixels as the images."""
+        maps, scale = maps.reshape(len(maps), -1, *maps.shape[-2:]).half(), self.images.shape[-1] // maps.shape[-1]
         maps = maps.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         split = Images(maps, self.labels, (0.0,), (1 / 255,), device=maps.device)
         split.flip, split.crop = self.flip, self.crop

@@ -275,16 +275,18 @@ def check(cfg: Config) -> None:
 class Networks:
     """The four architectures (parameters on the meta device) and what depends on them alone.
 
-    score(images, generator, progress) -> [B, N] and penalty(CLS tokens [B, D]) -> scalar are for baselines: another way
-    to choose the masks (the highest are hidden, with p = 1), and a term added to L1. sight: of a T of another run.
-    replay: `in_one_launch`, for steps that are made in place."""
+    For baselines: score(images, known, generator, progress) -> [B, N], another way to choose the masks (the highest are
+    hidden, with p = 1), where known [B, n] is of maps(training images), maps of which there is one for each image, or None;
+    penalty(CLS tokens [B, D]) -> scalar, a term added to L1. sight: of a T of another run. replay: `in_one_launch`, for steps
+    that are made in place."""
 
     cfg: Config
     encoder: nn.Module
     decoder: nn.Module
     head: nn.Module
     masking: nn.Module
-    score: Callable[[Tensor, torch.Generator, float], Tensor] | None = None
+    score: Callable[[Tensor, Tensor | None, torch.Generator, float], Tensor] | None = None
+    maps: Callable[[data.Images], data.Images] | None = None
     penalty: Callable[[Tensor], Tensor] | None = None
     sight: "Sight | None" = None
     replay: "Callable[[Step, Tensor], Update] | None" = None
@@ -366,13 +368,14 @@ def draw_masks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p [B, N], and the choice (1): visible ids [B, K], restore ids [B, N], mask [B, N].
 
-    `keys` seed the draw; `progress` is the share of the run that is done; `known` is p, where T need not be asked."""
+    `keys` seed the draw; `progress` is the share of the run that is done; `known` is p, where T need not be asked
+    (a baseline's: see `Networks`)."""
     cfg, weighs = net.cfg, weighed_by(net.cfg, progress) and not net.score
     prob = torch.ones(len(images), net.patches, device=images.device)
     if weighs:
         prob = masking_probability(net, psi, images, eyes) if known is None else known
     if net.score:
-        score = net.score(images, torch_generator(*keys), progress)
+        score = net.score(images, known, torch_generator(*keys), progress)
     elif weighs and cfg.mask_choice == "highest":
         score = prob
     else:
@@ -919,7 +922,7 @@ def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images
 
 
 def moved_weights(maps: Iterator[data.Batch], patch_size: int) -> Iterator[Tensor]:
-    """p [B, N] of each batch of maps that have been cropped and flipped."""
+    """Each batch of maps that have been cropped and flipped, by patch: of p, [B, N]."""
     return (F.avg_pool2d(batch.images, patch_size).flatten(1) for batch in maps)
 
 
@@ -1322,10 +1325,10 @@ def train(
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_masks(net, state, total)
-            settled = stays(cfg, state.iteration, total, state.waited)
-            if settled and len(batches) == 3 and isinstance(splits.train, data.Images):
+            known = net.maps or stays(cfg, state.iteration, total, state.waited)
+            if known and len(batches) == 3 and isinstance(splits.train, data.Images):
                 with run.at_once():
-                    maps = weight_maps(net, state, splits.train)
+                    maps = net.maps(splits.train) if net.maps else weight_maps(net, state, splits.train)
                 maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
                 batches.append(moved_weights(maps, cfg.patch_size))
             made = state.psi.t

@@ -13,7 +13,8 @@ SemMAE (arXiv 2206.10207) hides patches by the part of the image that they belon
     into N part tokens; a part token multiplied with the patch tokens gives the part's attention map; the maps are
     blurred; a small decoder, modulated by the class token (AdaIN), draws the image from the maps alone; a diversity
     loss keeps the maps apart. A patch belongs to the part whose map is highest there.
-(B) Masks (`semantic_scores`) move, over the run, from a share of the patches inside every part to whole parts.
+(B) Masks (`semantic_scores`) move, over the run, from a share of the patches inside every part to whole parts. Of images in
+    memory parts are found once (`part_maps`), as MLO-MAE does with p.
 
 The authors' code for (A) is not public. What the description leaves open is chosen here: each map is a softmax over
 patches, as in attention (with a softmax over parts, one or two parts take every image; with this one, most of them have
@@ -25,6 +26,7 @@ A run is one of mlo_mae.py's, with masks that T has no part in. In this order: t
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mlo_mae
-from data import Splits
+from data import Images, Splits
 from harness import UserError, cli
 from harness.checkpoints import fitting, read_saved
 from harness.cli import flag
@@ -199,6 +201,20 @@ def part_ids(net: Networks, parts: Parts, images: Tensor) -> Tensor:
     return parts.learner.maps(frozen_tokens(net, parts.encoder, images)).argmax(1)
 
 
+def part_maps(net: Networks, parts: Parts, images: Images) -> Images:
+    """Where each part of each whole image lies, as maps that its crops and flips move with it: so the frozen encoder looks at
+    each image once. What lies beside an image is no part's."""
+    ids = torch.cat([part_ids(net, parts, batch.images) for batch in images.ordered(256)])
+    return images.accompanied(on_grid(F.one_hot(ids, parts.learner.parts).mT))
+
+
+def moved_ids(shares: Tensor, parts: int) -> Tensor:
+    """What most of each patch belongs to, [B, L] int64, of the shares of `parts` parts [B, N*L], after one another; `parts`
+    is beside the image."""
+    shares = shares.unflatten(1, (parts, -1))
+    return torch.cat([shares, 1 - shares.sum(1, keepdim=True)], 1).argmax(1)
+
+
 @torch.no_grad()
 def frozen_tokens(net: Networks, encoder: Encoder, images: Tensor) -> Tensor:
     """Tokens [B, 1+L, D] of whole images, CLS first."""
@@ -206,12 +222,13 @@ def frozen_tokens(net: Networks, encoder: Encoder, images: Tensor) -> Tensor:
         return encoder(images).float()
 
 
-def semantic_masks(net: Networks, parts: Parts) -> Callable[[Tensor, torch.Generator, float], Tensor]:
+def semantic_masks(net: Networks, parts: Parts) -> Callable[[Tensor, Tensor | None, torch.Generator, float], Tensor]:
     """SemMAE's way to choose masks, for `Networks.score`."""
+    count = parts.learner.parts
 
-    def score(images, generator, progress):
-        ids, hidden = part_ids(net, parts, images), net.patches - net.visible
-        return semantic_scores(ids, parts.learner.parts, progress, hidden, generator)
+    def score(images, known, generator, progress):
+        ids, hidden = part_ids(net, parts, images) if known is None else moved_ids(known, count), net.patches - net.visible
+        return semantic_scores(ids, count + 1, progress, hidden, generator)
 
     return score
 
@@ -352,7 +369,7 @@ def prepare(net: Networks, splits: Splits, device: torch.device, run: Run) -> No
             run.beside["parts.pt"] = lambda file: torch.save(content_of(parts), file)
         else:
             parts = read_parts(cfg, splits, run.out / "parts.pt", device)
-        net.score = semantic_masks(net, parts)
+        net.score, net.maps = semantic_masks(net, parts), functools.partial(part_maps, net, parts)
 
 
 def run_command(argv: list[str] | None) -> dict | None:

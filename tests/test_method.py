@@ -382,7 +382,7 @@ def test_a_score_of_a_baseline_hides_the_highest_and_p_is_one():
     net, (_, _, psi) = build(Config(patch_size=8, mask_ratio=0.5, mask_start=0.0), 16, 3, 8)
     scores, seen = torch.tensor([[0.1, 0.9, 0.5, 0.6], [0.51, 0.5, 0.49, 0.52]]), []
 
-    def score(images, generator, progress):
+    def score(images, known, generator, progress):
         seen.append((images, torch.rand(3, generator=generator), progress))
         return scores
 

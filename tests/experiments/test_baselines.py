@@ -12,6 +12,7 @@ import torch
 from helpers import SMALL, bare, refused, same
 
 import mlo_mae
+from data import Images
 from experiments import baselines, open_run
 from experiments.baselines import (
     PARTS_FORMAT,
@@ -20,7 +21,9 @@ from experiments.baselines import (
     SemMAE,
     blur,
     learn_parts,
+    moved_ids,
     overlap,
+    part_maps,
     prepare,
     read_parts,
     semantic_masks,
@@ -31,7 +34,7 @@ from experiments.baselines import (
 from harness import UserError
 from harness.run import read_metrics
 from harness.vectors import call
-from kernels import select_patches
+from kernels import gather_patches, select_patches
 from mlo_mae import build, fresh_level, level1_step, main
 
 # ------------------------------------------------------------------------------------------------------- U-MAE
@@ -333,6 +336,61 @@ def test_masks_go_to_whole_parts_and_follow_step_and_image(folder):
     assert ((taken == 0) | (taken == n)).sum(1).min() >= 2
     again, other = (mlo_mae.draw_masks(net, None, images, None, 0, 0, key)[3] for key in (7, 8))
     assert torch.equal(mask, again) and not torch.equal(mask, other)
+
+
+class ByBrightness:
+    """The part of a patch is how bright it is: 0, 1, 2."""
+
+    parts = 3
+
+    def maps(self, tokens):
+        return torch.nn.functional.one_hot(tokens.long(), 3).float().mT
+
+
+def test_parts_move_with_the_crops_and_flips_of_their_images(folder, monkeypatch):
+    """Each patch belongs to what covers most of it; beside the image that is part number 3."""
+    net, _, splits = open_run(folder / "semantic", "cpu")
+    parts = read_parts(net.cfg, splits, folder / "semantic" / "parts.pt", torch.device("cpu"))
+    parts = parts._replace(learner=ByBrightness())
+    monkeypatch.setattr(baselines, "frozen_tokens", lambda net, encoder, images: images[:, 0, ::4, ::4].flatten(1))
+    cells = torch.randint(0, 3, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = Images(cells.repeat_interleave(4, 2).repeat_interleave(4, 3), np.zeros(40), (0.0,), (1 / 255,))
+    maps, seen = part_maps(net, parts, images), set()
+    assert len(maps) == 40 and maps.images.shape == (40, 3, 16, 16)
+    shares = mlo_mae.moved_weights(maps.stream(10, 5), 4)
+    images.images += 1  # black, which is around, is now none of them
+    for batch, known, _ in zip(images.stream(10, 5), shares, range(8)):
+        patches = gather_patches(batch.images, None, 4).long()  # [B, L, 16]
+        covered = torch.stack([(patches == one).sum(2) for one in (1, 2, 3, 0)], 2)
+        most = covered.sort(2).values
+        clear = most[..., 3] > most[..., 2]
+        ids = moved_ids(known, 3)
+        assert torch.equal(ids[clear], covered.argmax(2)[clear]) and clear.float().mean() > 0.4
+        seen |= set(ids.unique().tolist())
+    assert seen == {0, 1, 2, 3}
+
+
+@pytest.mark.slow
+def test_the_frozen_encoder_looks_at_each_image_once(folder, monkeypatch):
+    """Of images as they are, these are the masks that it would give looking at each batch."""
+    looks, ready, found = baselines.frozen_tokens, baselines.prepare, []
+    monkeypatch.setattr(baselines, "frozen_tokens", lambda *given: calls.append(len(given[2])) or looks(*given))
+    for name in "once", "anew":
+        calls = []
+        assert main(arguments(folder, name, *semmae(folder), "--no-crop", "--no-flip")) == 0
+        found.append((tensors(folder / name), sum(calls)))
+
+        def without_maps(net, *given):
+            ready(net, *given)
+            net.maps = None
+
+        monkeypatch.setattr(baselines, "prepare", without_maps)
+    (once, seen), (anew, seen_anew) = found
+    assert same(once, anew)
+    _, _, splits = open_run(folder / "once", "cpu")
+    cfg = json.loads((folder / "once" / "config.json").read_text())
+    updates = math.ceil(cfg["epochs"] * len(splits.train) / (cfg["batch_size"] * cfg["level1_steps"]))
+    assert seen_anew - seen == updates * cfg["level1_steps"] * cfg["batch_size"] - len(splits.train)
 
 
 class KnownParts:
