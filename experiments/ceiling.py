@@ -123,7 +123,7 @@ def run_command(argv: list[str]) -> dict:
     device = cli.choose_device(cfg.device)
     supervised, found = measure(cfg, device, options.seeds, options.classifier_epochs)
     rivals = found["all alike (MAE)"]
-    rows = [[way, *compared(cells, rivals, PROBES)] for way, cells in found.items()]
+    rows = [[way, *compared(cells, PROBES, rivals)] for way, cells in found.items()]
     titles = ["weights", *(title for heading in PROBES.values() for title in (heading, "against"))]
     facts = machine(device) | {"seeds": options.seeds, "classifier, test": f"{supervised:.1%}"}
     text = table_page(["ceiling", *argv], facts, markdown(titles, rows), [NOTE])

@@ -175,6 +175,7 @@ class Question(NamedTuple):
     pairs: list[tuple[str, str]]  # data sets and methods
     notes: Sequence[str] = ()
     along: tuple[str, dict[float, list[str]]] | None = None  # of a figure: what is varied, {value: methods as in WHOLE}
+    also: str = ""  # a method that rows are set against besides MAE
 
 
 def paired(data: str, *methods: str) -> list[tuple[str, str]]:
@@ -239,11 +240,13 @@ QUESTIONS = {
         "how much of levels 1 and 2 the derivative sees",
         paired("shapes", "MLO-MAE", *SEEN, "MLO-MAE, head steps", "MAE"),
         [UNROLLING_NOTE],
+        also="MLO-MAE",
     ),
     "choices": Question(
         "the defaults, each one alone changed",
         paired("shapes", "MLO-MAE", *CHOICES, "MLO-MAE, first-order", *BESIDE, "MAE"),
         [CHOICES_NOTE],
+        also="MLO-MAE",
     ),
     "transfer": Question(
         "T of one data set, used on another",
@@ -590,8 +593,9 @@ def run_command(argv: list[str]) -> dict:
         lines, rows, drawn = [*lines, "", *cost_lines(parts)], rows + parts, True
         notes += [SEMMAE_NOTE, COST_NOTE]
     else:
-        found, rows = rows_by_data(grid, question.pairs, sees=True)
-        against = [title for heading in PROBES.values() for title in (heading, "against MAE")]
+        found, rows = rows_by_data(grid, question.pairs, sees=True, also=question.also)
+        rivals = [f"against {some}" for some in ("MAE", question.also) if some]
+        against = [title for heading in PROBES.values() for title in (heading, *rivals)]
         lines = markdown(["data", "method", "seconds", *against, *(some.replace("_", " ") for some in OBJECTS)], found, left=2)
         notes += [AGAINST_NOTE] + [GIVEN_NOTE] * any(grid.methods[method].given for _, method in question.pairs)
         drawn = question.along is not None and sweep(question, grid, figure)

@@ -392,13 +392,16 @@ def numbers(grid: Grid, data: str, method: str, rule: str) -> list[dict]:
     return found if all(found) else []
 
 
-def compared(cells: list[dict], rivals: list[dict], measures: Iterable[str]) -> list[str]:
-    """Of each measure, the values over seeds and their difference to the rivals'; nothing where one is missing."""
+def compared(cells: list[dict], measures: Iterable[str], *rivals: list[dict]) -> list[str]:
+    """Of each measure, the values over seeds and their difference to those of each rival; nothing where one is missing."""
     columns = []
     for measure in measures:
-        ours, theirs = ([cell.get(measure) for cell in some] for some in (cells, rivals))
+        ours = [cell.get(measure) for cell in cells]
         columns.append("" if None in ours else spread(ours))
-        columns.append("" if None in ours + theirs or cells == rivals else difference(ours, theirs))
+        for some in rivals:
+            theirs = [cell.get(measure) for cell in some]
+            missing = not theirs or None in ours + theirs
+            columns.append("" if missing or cells == some else difference(ours, theirs))
     return columns
 
 
@@ -429,7 +432,7 @@ def table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[di
                 continue
             epochs = f"{np.mean([cell['epochs'] for cell in cells]):.0f}"
             shown.append(
-                [f"equal {rule}", method, epochs, seconds_of(grid.methods[method], cells), *compared(cells, rivals, MEASURES)]
+                [f"equal {rule}", method, epochs, seconds_of(grid.methods[method], cells), *compared(cells, MEASURES, rivals)]
             )
             rows.append({"rule": rule, "method": method, **in_columns(cells)})
     against = [title for heading in MEASURES.values() for title in (heading, "against MAE")]
@@ -461,9 +464,11 @@ def transfer_table(grid: Grid) -> tuple[list[str], list[dict]]:
     return markdown(titles, lines, left=2), rows
 
 
-def rows_by_data(grid: Grid, pairs: Iterable[tuple[str, str]], sees: bool = False) -> tuple[list[list[str]], list[dict]]:
+def rows_by_data(
+    grid: Grid, pairs: Iterable[tuple[str, str]], sees: bool = False, also: str = ""
+) -> tuple[list[list[str]], list[dict]]:
     """A row of a table for each (data set, method) whose seeds are all there, and the same for JSON: probes beside those of
-    the method's rival and, where `sees`, how T saw the objects."""
+    the method's rival, those of the method `also` and, where `sees`, how T saw the objects."""
     lines, rows = [], []
     for data, name in pairs:
         method = grid.methods[name]
@@ -472,7 +477,8 @@ def rows_by_data(grid: Grid, pairs: Iterable[tuple[str, str]], sees: bool = Fals
             name = name.replace("the other data", OTHER.get(data, ""))
             seen = (sight(cells, method) or [""] * len(OBJECTS)) if sees else []
             seconds = seconds_of(grid.methods.get(method.encoder, method), cells)
-            lines.append([data, name, seconds, *compared(cells, rivals, PROBES), *seen])
+            others = [rivals, numbers(grid, data, also, "steps")] if also else [rivals]
+            lines.append([data, name, seconds, *compared(cells, PROBES, *others), *seen])
             rows.append({"data": data, "method": name, **in_columns(cells)})
     return lines, rows
 
@@ -486,7 +492,7 @@ def dense_table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], l
             cells, rivals = (numbers(grid, data, name, task) for name in (method, "MAE"))
             if cells and rivals:
                 found[task] = [cell[dense.measure] for cell in cells]
-                row += compared(cells, rivals, [dense.measure])
+                row += compared(cells, [dense.measure], rivals)
         if len(found) == len(DENSE):
             shown.append(row)
             rows.append({"method": method, **found})

@@ -324,6 +324,11 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     assert len(ran) == len(set(ran))
     for name in ("labels", "ratio", "unrolling", "choices", "transfer", "medical"):
         assert len(rows[name]) == len(QUESTIONS[name].pairs) and all(len(row["probe"]) == 2 for row in rows[name])
+    lines = (tmp_path / "questions-choices.md").read_text().splitlines()
+    columns = {line.split(" | ")[1]: line.split(" | ")[3:9] for line in lines if line.startswith("| shapes |")}
+    assert any("| against MAE | against MLO-MAE | probe, CLS % |" in line for line in lines)
+    assert [bool(value) for value in columns["MLO-MAE"]] == [True, True, False] * 2
+    assert [bool(value) for value in columns["MAE"]] == [True, False, True] * 2
     few = {row["method"]: row for row in rows["labels"]}
     assert few["MAE, a tenth of the labels"]["seconds"] == few["MAE"]["seconds"]  # the same runs, probed with fewer
     folder = tmp_path / "grid/shapes/MLO-MAE-a-hundredth-of-the-labels-steps-0"

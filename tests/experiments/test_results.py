@@ -171,6 +171,13 @@ def test_without_fine_tuning_there_is_nothing_to_do_without_pretraining(tmp_path
     assert [results.is_finished(each, bare) for each in cells] == [True, True, False]
 
 
+def test_a_row_is_set_against_each_rival():
+    ours, mae, other = ([{"probe": value} for value in values] for values in ((0.5, 0.7), (0.4, 0.5), (0.6, 0.8)))
+    found = results.compared(ours, ["probe", "probe_cls"], mae, other, ours, [])
+    assert found[0] == "60.0 ± 14.1" and found[1].startswith("+15.0 ±") and found[2].startswith("-10.0 ± 0.0 (0:2)")
+    assert found[3:] == [""] * 7  # against itself, what is not there, and a measure that is missing
+
+
 # --------------------------------------------------------------------------------------------------------- seconds
 
 
