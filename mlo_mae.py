@@ -50,7 +50,8 @@ H = d2L1/dtheta2.                                                               
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that is no better than chance on the
 validation images has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later by as much as
 T has waited), T and the encoder it reads stay as they are, p of each image (of those in memory) is computed once, and E and D,
-which have far to go under these weights, get a learning rate that starts again (--mask-restart).
+which have far to go under these weights, get a learning rate that starts again (--mask-restart; MAE, --masking random, gains
+by that, too, and has it).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the
 loop; then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a
@@ -157,7 +158,7 @@ class Config:
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
     mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
     mask_wait: float = flag(0.1, "share of the run that T may wait for a head better than chance (0: none)", least=0, most=1)
-    mask_restart: bool = flag(True, "once T stays, the learning rate of encoder and decoder starts again")
+    mask_restart: bool = flag(True, "at --mask-until the learning rate of level 1 starts again, with any masks")
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
 
@@ -183,7 +184,7 @@ class Config:
     level1_steps: int = flag(16, "encoder and decoder steps a mask update", least=1, most=65536)
     mask_batches: int = flag(4, "latest batches of level 1, at most --level1-steps, for (9)", least=1, most=65536)
     head_steps: int = flag(10, "head steps a mask update, on one batch (steps)", least=1, most=65536)
-    lr: float = flag(2e-3, "level 1: peak learning rate of encoder and decoder", least=0)
+    lr: float = flag(3e-3, "level 1: peak learning rate of encoder and decoder", least=0)
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head (steps)", least=0)
     mask_lr: float = flag(2.0, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)", least=0)
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
@@ -812,8 +813,7 @@ def joined(steps: list[Step]) -> Step:
 
 def within(cfg: Config, iteration: int, total: int, waited: int) -> tuple[int, int]:
     """First outer iteration and length of the part of a run that the learning rate of level 1 follows."""
-    own = cfg.masking == "learned" and not cfg.masking_from  # the T of another run has weighed from the first step on
-    restart = window(cfg, total, waited)[1] if own and cfg.mask_restart else total
+    restart = window(cfg, total, waited)[1] if cfg.mask_restart else total
     return (0, total) if iteration < restart else (restart, total - restart)  # T learns from an encoder that still moves
 
 

@@ -128,12 +128,12 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
     grid, plain = grid_at(tmp_path), vars(Config())
     for name, changes in {
         "MLO-MAE, mask ratio 0.9": {"mask_ratio"},
-        "MAE, mask ratio 0.9": {"mask_ratio", "masking"},
+        "MAE, mask ratio 0.9": {"mask_ratio", "masking", "lr"},
         "MLO-MAE, a tenth of the labels": {"label_fraction"},
-        "MAE, two in five labels of level 3 wrong": {"label_noise", "noisy", "masking"},
+        "MAE, two in five labels of level 3 wrong": {"label_noise", "noisy", "masking", "lr"},
         "MLO-MAE, unrolled": {"mask_batches", "unroll"},
         "MLO-MAE, 64 steps": {"level1_steps"},
-        "MLO-MAE, T at rest": {"mask_lr"},
+        "MAE, no restart": {"mask_restart", "masking", "lr"},
         "MLO-MAE, these five": {"level2", "pooling", "masking_network", "mask_choice", "update_jacobian"},
     }.items():
         found = vars(results.settings(Cell("shapes", name, "steps", 0), grid)[0])

@@ -120,7 +120,10 @@ def test_methods_differ_in_their_settings_alone(tmp_path):
     given = {"masking_from"}
     settings = ["mask_restart", "level2", "pooling", "masking_network", "mask_choice", "hypergradient", "update_jacobian"]
     assert [changed[name] for name in names] == [given, *({name} for name in settings)]
-    assert changed["MAE, width 96"] == {"masking", "width"} and changed["T of width 64, width 96"] == given | {"width"}
+    assert changed["MAE, width 96"] == {"masking", "width", "lr"} and changed["T of width 64, width 96"] == given | {"width"}
+    alike = {"MAE", "MAE, no restart", "MAE, width 96", "SemMAE", "U-MAE"}  # at a learning rate of their own
+    assert {name for name, cfg in found.items() if cfg.lr != plain.lr} == alike
+    assert {results.settings(Cell("cifar100", name, "steps", 3), at(tmp_path, 4))[0].lr for name in results.ROWS} == {2e-3}
     assert [name for name, (_, recipe) in both.items() if recipe.from_scratch] == ["no pretraining"]
     assert results.settings(Cell("clutter", "MLO-MAE", "steps", 3), at(tmp_path, 4))[0].data == "file.npz"
 
