@@ -1236,7 +1236,7 @@ def build(
 
 # -------------------------------------------------------------------------------------------------------- a whole run
 
-FORMAT = "mlo-mae checkpoint 4"
+FORMAT = "mlo-mae checkpoint 5"
 SHOWN = 8  # images in pictures, and those whose p is recorded over training
 
 
