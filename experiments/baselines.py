@@ -227,8 +227,8 @@ def semantic_masks(net: Networks, parts: Parts) -> Callable[[Tensor, Tensor | No
     count = parts.learner.parts
 
     def score(images, known, generator, progress):
-        ids, hidden = part_ids(net, parts, images) if known is None else moved_ids(known, count), net.patches - net.visible
-        return semantic_scores(ids, count + 1, progress, hidden, generator)
+        ids = part_ids(net, parts, images) if known is None else moved_ids(known, count)
+        return semantic_scores(ids, count + 1, progress, net.patches - net.visible, generator)
 
     return score
 

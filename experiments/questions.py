@@ -38,6 +38,7 @@ from experiments.results import (
     METHODS,
     OBJECTS,
     PROBES,
+    RATES_NOTE,
     SEMMAE_NOTE,
     SPREAD_NOTE,
     TIMED,
@@ -153,13 +154,10 @@ SEEN = {
     "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64}),
 }
 CHOICES = [f"MLO-MAE, {name}" for name in ("head steps", "CLS", "T on pixels", "drawn by p", "identity")]
-NO_RESTART = ["MLO-MAE, no restart", "MAE, no restart"]
-BESIDE = {
-    "MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()}),
-}
+TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
 LENDERS = ("shapes", "clutter-1", "shapes-stripes", "tissue", "cifar100", "cifar100-coarse")
 GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
-ALL = METHODS | SEEN | BESIDE | GIVEN
+ALL = METHODS | SEEN | TOGETHER | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
 SETS = DATA | {
@@ -205,8 +203,8 @@ LEARNED_NOTE = (
     "says: weigh more."
 )
 AGAINST_NOTE = (
-    '"Against MAE" is against the MAE of the same data, mask ratio and labels to probe with, at the learning rate that suits '
-    "it (`results.ALIKE`). clutter-1 (`clutter FILE --seed 1`): other objects of the kinds of shapes, on photographs."
+    '"Against MAE" is against the MAE of the same data, mask ratio and labels to probe with. clutter-1 (`clutter FILE --seed '
+    "1`): other objects of the kinds of shapes, on photographs."
 )
 TRANSFER_NOTE = (
     "cifar100: 5,000 images, 512 + 512 labelled ones a look, penalty 3; cifar100-coarse: 5,000 (others) with the 20 classes "
@@ -243,7 +241,11 @@ QUESTIONS = {
     ),
     "choices": Question(
         "the defaults, each one alone changed",
-        paired("shapes", "MLO-MAE", *CHOICES, "MLO-MAE, first-order", *BESIDE, *NO_RESTART, "MAE"),
+        paired(
+            "shapes",
+            *("MLO-MAE", *CHOICES, "MLO-MAE, first-order", *TOGETHER),
+            *("MLO-MAE, no restart", "MAE, no restart", "MAE"),
+        ),
         [CHOICES_NOTE],
         also="MLO-MAE",
     ),
@@ -576,7 +578,7 @@ def run_command(argv: list[str]) -> dict:
             clutter.write(files["clutter-1"], options.data_dir, seed=1)
         run_grid(cells, grid, options.workers)
     torch.set_num_threads(options.threads)
-    notes, figure = [SPREAD_NOTE, CLOCKS[clock_of(grid.threads)], *question.notes], out / f"{name}.png"
+    notes, figure = [SPREAD_NOTE, RATES_NOTE, CLOCKS[clock_of(grid.threads)], *question.notes], out / f"{name}.png"
     if name == "learned":
         if not all(numbers(grid, *pair, "steps") for pair in question.pairs):
             raise UserError(f"{out} lacks runs of these seeds; run without --table")

@@ -536,6 +536,10 @@ def figure(data: str, methods: list[str], grid: Grid, path: Path) -> bool:
 SPREAD_NOTE = """\
 Mean ± standard deviation over seeds, on the test split; "against MAE" is the mean paired difference in points with its
 95 % confidence interval (Student's t), and in how many seeds the method is better : worse."""
+RATES_NOTE = (
+    f"Learning rates, each the one that suits it: {ALIKE['lr']:g} where all patches count alike (MAE, SemMAE, U-MAE), "
+    f"{Config.lr:g} where T weighs them; on CIFAR-100 {DATA['cifar100'][0]['lr']:g} for all."
+)
 NOTE = 'Epochs and seconds are pretraining\'s; "no pretraining" fine-tunes for as long instead.'
 CLOCKS = {
     time.process_time: "Seconds: the loop's, with all that T costs, as CPU time of a process with one thread, which what else "
@@ -613,7 +617,7 @@ def run_command(argv: list[str]) -> dict:
         rules = ("steps",) if options.transfer else ("steps", *DENSE) if options.dense else ("steps", "time")
         cells = [cell for name in (OTHER if options.transfer else [data]) for cell in grid.cells(name, rules, methods)]
         run_grid(cells, grid, options.workers)
-    notes = [SPREAD_NOTE]
+    notes = [SPREAD_NOTE, RATES_NOTE]
     if options.transfer:
         (lines, rows), name = transfer_table(grid), "transfer"
         notes += [CLOCKS[clock_of(grid.threads)], GIVEN_NOTE, TRANSFER_NOTE]
