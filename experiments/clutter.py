@@ -15,7 +15,7 @@ import numpy as np
 
 from data import OBJECT_AREA, shapes
 from harness import UserError, cli
-from harness.files import write_whole
+from harness.files import check_free, write_whole
 from harness.randomness import DRAW, numpy_generator
 from harness.readers import Parts, read_cifar
 
@@ -61,8 +61,7 @@ def run_command(argv: list[str] | None) -> dict:
     parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to (default data)")
     parser.add_argument("--seed", type=int, default=0, help="of photographs and objects (default 0)")
     flags = parser.parse_args(argv)
-    if flags.file.exists():
-        raise UserError(f"{flags.file} exists already; remove it, or choose another name")
+    check_free(flags.file)
     write(flags.file, flags.data_dir, flags.seed)
     return {"command": "clutter", "file": str(flags.file), "seed": flags.seed, **COUNTS}
 

@@ -94,20 +94,26 @@ def read_saved(path: Path, *formats: str) -> dict:
         raise UserError(
             f"{path} cannot be read ({reason_of(error)}): it is damaged, or no file of the kind '{wanted}'"
         ) from None
-    if not isinstance(content, dict) or content.get("format") not in formats:
-        raise UserError(f"{path} is no file of the kind '{wanted}'")
-    return content
+    found = content.get("format") if isinstance(content, dict) else None
+    if found in formats:
+        return content
+    if isinstance(found, str) and found.rpartition(" ")[0] in [name.rpartition(" ")[0] for name in formats]:
+        about = f"it is '{printable(found, 100)}', and this version of the program reads '{wanted}'"
+        raise UserError(f"{path} is of another version: {about}; make it again, or use that version")
+    raise UserError(f"{path} is no file of the kind '{wanted}'")
 
 
 def newest(out: Path, *formats: str) -> dict:
-    """The content of a run's checkpoint or, where that is absent or damaged, of the one before it, saying so on stderr."""
+    """The content of a run's checkpoint or, where that is absent or damaged, of the one before it, saying so on stderr.
+    Raises UserError, about the former, where neither can be read."""
     previous = out / "checkpoint.previous.pt"
     try:
         return read_saved(out / "checkpoint.pt", *formats)
     except UserError as error:
-        if not previous.exists():
-            raise
-        content = read_saved(previous, *formats)
+        try:
+            content = read_saved(previous, *formats)
+        except UserError:
+            raise error from None
         place = f"mask update {content['iteration']}" if "iteration" in content else f"step {content.get('step')}"
         print(f"mlo_mae: {error}; going on from {previous}, {place}", file=sys.stderr)
         return content

@@ -72,7 +72,7 @@ def test_what_cannot_be_made_ends_in_one_line(photographs, tmp_path, capsys):
     (tmp_path / "there.npz").write_bytes(b"mine")
     refused(["clutter", tmp_path / "there.npz"], capsys, tmp_path / "there.npz", "exists already")
     assert (tmp_path / "there.npz").read_bytes() == b"mine"
-    refused(["clutter", tmp_path / "nothing" / "a.npz"], capsys, tmp_path / "nothing", "cannot be written", "try again")
+    refused(["clutter", tmp_path / "nothing" / "a.npz"], capsys, tmp_path / "nothing", "is no folder", "make it")
     refused(["clutter"], capsys, "FILE.npz")
     refused(["clutter", tmp_path / "a.npz", "--seed", "x"], capsys, "--seed")
     photographs["test"] = tuple(array[:1999] for array in photographs["test"])

@@ -166,6 +166,17 @@ def test_a_file_of_another_format_is_one_line(tmp_path, content):
     assert f"is no file of the kind '{FORMAT}'" in refused(read_saved, tmp_path / "file", FORMAT)
 
 
+@pytest.mark.parametrize("found", ["0", "0\x1b[31m", ""])
+def test_a_file_of_another_version_is_to_be_made_again(tmp_path, found):
+    """Both checkpoints of a run are: the line is about the newer."""
+    kind = FORMAT.rpartition(" ")[0]
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        torch.save({"format": f"{kind} {found}"}, tmp_path / name)
+    line = refused(newest, tmp_path, FORMAT)
+    assert line.startswith(f"{tmp_path / 'checkpoint.pt'} is of another version: it is '{kind} ") and "make it again" in line
+    assert line.isprintable()
+
+
 def test_a_malicious_file_is_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for content in (Explosive(), {"format": FORMAT, "model": Explosive()}):
@@ -230,4 +241,4 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     path.unlink()
     assert newest(tmp_path, FORMAT)["iteration"] == 4
     (tmp_path / "checkpoint.previous.pt").write_bytes(b"")
-    assert refused(newest, tmp_path, FORMAT).startswith(str(tmp_path / "checkpoint.previous.pt"))
+    assert refused(newest, tmp_path, FORMAT).startswith(f"{path} does not exist")

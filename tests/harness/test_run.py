@@ -699,7 +699,7 @@ def test_checkpoints_of_the_version_before_are_refused(whole_run, tmp_path, caps
     name, version = mlo_mae.FORMAT.rsplit(" ", 1)
     torch.save(checkpoint_of(run) | {"format": f"{name} {int(version) - 1}"}, run / "checkpoint.pt")
     for argv in (["probe", run], ["pretrain", "--out", run, "--resume"]):
-        refused(argv, capsys, f"checkpoint.pt is no file of the kind '{mlo_mae.FORMAT}'")
+        refused(argv, capsys, f"checkpoint.pt is of another version: it is '{name} ", f"reads '{mlo_mae.FORMAT}'; make it")
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(whole_run, tmp_path, capsys):
