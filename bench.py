@@ -174,8 +174,8 @@ def rates_of(net: Networks, device: torch.device) -> tuple[list[Tensor], Tensor]
 def problem(cfg: Config, size: int, device: torch.device | str, count: int = 2, warm: int = 4) -> tuple[Networks, Problem]:
     """Networks, and what a form of the hypergradient takes after them as training makes it, in float32.
 
-    `warm` outer iterations are really made, so that weights, moments and the head (solved: what it remembers of earlier
-    batches) are not initial ones; then `count` level-1 steps, which the hypergradient is to explain."""
+    `warm` outer iterations are really made, so that weights and moments are not initial ones; then `count` level-1 steps,
+    which the hypergradient is to explain."""
     cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0, mask_wait=0.0)  # T learns and weighs from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))

@@ -22,11 +22,10 @@ holds constant. One outer iteration computes
     L3(phi', z3) = |C(z3; phi') - y3|^2,   z3 = E'(x3)                      (validation images)                   (6)
 
 and then moves psi along dL3/dpsi, the hypergradient: the derivative through (3) and (5). (5) is the paper's own argmin,
-not a step towards it; y is one-hot, and what (5) needs of the images are means and covariances of (z2, y2), so earlier
-batches can be remembered in them. --level2 steps is what is published: cross-entropy in (4) and (6), and
-phi' = U(phi, dL2/dphi). What the derivative holds fixed: the masks m, which are a hard choice, every step before, and
-remembered moments. Then p in (2) is all that links T to E, and three observations give it exactly, without a Hessian and
-without a double backward through the autoencoder:
+not a step towards it; y is one-hot, and what (5) needs of the images are means and covariances of (z2, y2).
+--level2 steps is what is published: cross-entropy in (4) and (6), and phi' = U(phi, dL2/dphi). What the derivative holds
+fixed: the masks m, which are a hard choice, and every step before. Then p in (2) is all that links T to E, and three
+observations give it exactly, without a Hessian and without a double backward through the autoencoder:
 
     a = dL3/dtheta'.  phi' depends on theta' through the features z2 alone, so the derivative of (5) stays inside
         the head, and a is one ordinary backward pass through the encoder.                                        (7)
@@ -169,7 +168,6 @@ class Config:
     )
     pooling: Literal["mean", "cls"] = flag("mean", "features: mean of the patches' tokens, or CLS token as published")
     ridge: float = flag(0.3, "penalty of the ridge regression, on standardised features", above=0)
-    level2_memory: float = flag(0.0, "most that earlier batches weigh in its moments", least=0, below=1)
     head_norm: Literal["batch", "layer"] = flag("batch", "of the head's input (steps); layer as published")
 
     hypergradient: Literal["exact", "unrolled", "first-order"] = flag("exact", "form of dL3/dpsi")
@@ -466,19 +464,12 @@ def chance_loss(cfg: Config, labels: Tensor) -> float:
 
 
 def solved_head(net: Networks, head: "Level", features: Tensor, labels: Tensor) -> "Level":
-    """phi' of (5), differentiable in the features: the means and covariances of (z2, y2) that give the solution.
-
-    The moments of earlier batches, constant, weigh head.t / (head.t + 1), and at most --level2-memory."""
+    """phi' of (5), differentiable in the features: the means and covariances of (z2, y2) that give the solution."""
     rows, columns = net.head.moments.shape  # 1+D, D+classes
     both = torch.cat([features, F.one_hot(labels, columns - rows + 1).to(features)], dim=1)  # [B, D+classes]
     mean = both.mean(0)
     covariance = (features - mean[: rows - 1]).mT @ (both - mean) / len(both)
-    old = head.params.detach().view(rows, columns)
-    kept = min(net.cfg.level2_memory, head.t / (head.t + 1))
-    apart = mean - old[0]  # covariances of a mixture: the mean of theirs, and what their means differ by
-    covariance = kept * old[1:] + (1 - kept) * covariance + kept * (1 - kept) * torch.outer(apart[: rows - 1], apart)
-    moments = torch.cat([(kept * old[0] + (1 - kept) * mean)[None], covariance])
-    return head._replace(params=moments.flatten(), t=head.t + 1)
+    return head._replace(params=torch.cat([mean[None], covariance]).flatten(), t=head.t + 1)
 
 
 # ------------------------------------------------------------------------------------ the AdamW step and its pullback
@@ -1236,7 +1227,7 @@ def build(
 
 # -------------------------------------------------------------------------------------------------------- a whole run
 
-FORMAT = "mlo-mae checkpoint 5"
+FORMAT = "mlo-mae checkpoint 6"
 SHOWN = 8  # images in pictures, and those whose p is recorded over training
 
 

@@ -232,17 +232,6 @@ def noise_batches(cfg: mlo_mae.Config, dtype: torch.dtype = torch.float32, seed:
     return [stream(size, seed) for seed, size in enumerate((cfg.batch_size, *2 * [cfg.labelled_batch_size]))]
 
 
-def remembered(net: mlo_mae.Networks, encoder_params: Tensor, count: int = 2) -> mlo_mae.Level:
-    """A ridge head after so many batches of 12 images: second moments of real features."""
-    random, dtype = torch.Generator().manual_seed(9), encoder_params.dtype
-    head = mlo_mae.fresh_level(torch.zeros(net.head.moments.numel(), dtype=dtype), "cpu")
-    for _ in range(count):
-        images = torch.randn(12, 3, 16, 16, generator=random, dtype=torch.float64).to(dtype)
-        features = mlo_mae.encode(net, encoder_params, images).detach()
-        head = mlo_mae.solved_head(net, head, features, torch.arange(12) % 5)
-    return head
-
-
 @functools.cache
 def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
     """All parameters and moments after two of ten outer iterations from moments as training leaves them, the losses, T's
@@ -261,7 +250,6 @@ def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
     if cfg.masking_network == "tokens":  # its weights start at 0, and all p are equal then
         psi = psi._replace(params=0.3 * torch.randn(len(psi.params), generator=random, dtype=torch.float64).to(dtype))
     psi = psi._replace(mu=torch.zeros_like(psi.mu))  # so that after one step it is T's gradient
-    head = remembered(net, theta.params[: net.encoder_size]) if cfg.level2 == "ridge" else head
     state, batches, rows, gradient = mlo_mae.State(0, theta, head, psi), noise_batches(cfg, dtype), [], None
     decay = [weight_decays(modules, cfg.weight_decay).to(dtype) for modules in mlo_mae.modules_of(net).values()]
     for _ in range(2):
@@ -308,8 +296,6 @@ def hypergradient_problem(
         return mlo_mae.Level(moved, mu, nu, t if warm else 0)
 
     theta, head, psi = (level(vector, t) for vector, t in zip(params, (7, 4, 3)))
-    if cfg.level2 == "ridge":
-        head = remembered(net, theta.params[: net.encoder_size], 2 if warm else 0)
     kept = None
     if eyes:
         read = net.sight.encoder if net.sight else net.encoder

@@ -52,7 +52,7 @@ def test_exact_equals_unrolled_over_several_steps(jacobian, warm, count, masking
 
 
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
-@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])  # with remembered moments, and without
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("masking_network", ["tokens", "shared", "mlp"])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -169,48 +169,38 @@ def test_hypergradient_predicts_the_change_of_level_3(settings):
 # ------------------------------------------------------------------------------------- level 2 solved, by other means
 
 
-def ridge_by_hand(features, labels, penalty, weights=None):
-    """Mean and deviation of features [B, D], and W [D, C], b [C] of sum_i w_i |W' s_i + b - y_i|^2 + penalty |W|^2 at its
-    least, with s = (z - mean) / deviation and weights w of the images that sum to 1 (None: equal): numpy, from the definition,
-    with b as one more unknown."""
+def ridge_by_hand(features, labels, penalty):
+    """Mean and deviation of features [B, D], and W [D, C], b [C] of mean_i |W' s_i + b - y_i|^2 + penalty |W|^2 at its least,
+    with s = (z - mean) / deviation: numpy, from the definition, with b as one more unknown."""
     features, labels = np.asarray(features.detach()), np.asarray(F.one_hot(labels, 5).double())
-    weights = np.full(len(features), 1 / len(features)) if weights is None else np.asarray(weights)
-    mean = weights @ features
-    deviation = np.sqrt(weights @ (features - mean) ** 2 + 1e-6)
-    standard = np.concatenate([(features - mean) / deviation, np.ones((len(features), 1))], axis=1)
+    mean, count = features.mean(0), len(features)
+    deviation = np.sqrt(((features - mean) ** 2).mean(0) + 1e-6)
+    standard = np.concatenate([(features - mean) / deviation, np.ones((count, 1))], axis=1)
     penalties = np.diag([penalty] * features.shape[1] + [0.0])  # the bias has none
-    solution = np.linalg.solve(
-        standard.T @ (weights[:, None] * standard) + penalties, standard.T @ (weights[:, None] * labels)
-    )
+    solution = np.linalg.solve(standard.T @ standard / count + penalties, standard.T @ labels / count)
     return mean, deviation, solution[:-1], solution[-1]
 
 
-def solved(memory=0.8, penalty=0.3, batches=3):
-    """Networks, features [12, D] and labels of some batches, the head after them, and the weight that each image has."""
-    cfg = dataclasses.replace(TINY, level2_memory=memory, ridge=penalty, **DEFAULT)
+def solved(penalty=0.3, count=36):
+    """Networks, features [count, D], labels, and the head of these, after one of others."""
+    cfg = dataclasses.replace(TINY, ridge=penalty, **DEFAULT)
     net, (_, phi, _) = build(cfg, 16, 3, 5)
     random = torch.Generator().manual_seed(3)
     scale = torch.logspace(-3, 2, cfg.width, dtype=torch.float64)  # features of very different sizes, far from 0
-    drawn = [scale * (torch.randn(12, cfg.width, generator=random).double() + 5) for _ in range(batches)]
-    labels = [torch.randint(0, 5, (12,), generator=random) for _ in range(batches)]
     head = mlo_mae.fresh_level(phi.double(), "cpu")
-    for pair in zip(drawn, labels):
-        head = mlo_mae.solved_head(net, head, *pair)
-    weights = [1.0]
-    for number in range(1, batches):
-        kept = min(memory, number / (number + 1))
-        weights = [kept * weight for weight in weights] + [1 - kept]
-    return net, drawn, labels, head, torch.tensor(weights, dtype=torch.float64).repeat_interleave(12) / 12
+    for _ in range(2):
+        features = scale * (torch.randn(count, cfg.width, generator=random).double() + 5)
+        labels = torch.randint(0, 5, (count,), generator=random)
+        head = mlo_mae.solved_head(net, head, features, labels)
+    return net, features, labels, head
 
 
-@pytest.mark.parametrize("memory, batches", [(0.8, 1), (0.0, 3), (0.8, 3), (0.8, 7), (0.4, 3)])
-def test_the_solved_head_is_ridge_regression(memory, batches):
+@pytest.mark.parametrize("count", [12, 36, 84])
+def test_the_solved_head_is_ridge_regression(count):
     """The numbers of phi' are moments; what they mean is C, here by normal equations on the images themselves."""
-    net, drawn, labels, head, weights = solved(memory, batches=batches)
-    assert head.t == batches and weights.sum().item() == pytest.approx(1)
-    assert memory != 0.8 or (weights.std() < 1e-12) == (batches <= 5)  # up to so many, each batch counts the same
-    features, answers = torch.cat(drawn), torch.cat(labels)
-    mean, deviation, matrix, bias = ridge_by_hand(features, answers, 0.3, weights)
+    net, features, answers, head = solved(count=count)
+    assert head.t == 2
+    mean, deviation, matrix, bias = ridge_by_hand(features, answers, 0.3)
     fresh = 50 + 30 * torch.randn(9, 16, dtype=torch.float64)
     expected = torch.from_numpy((np.asarray(fresh) - mean) / deviation @ matrix + bias)
     assert relative_error(mlo_mae.call(net.head, head.params, fresh), expected) < 1e-9
@@ -220,26 +210,25 @@ def test_the_solved_head_is_ridge_regression(memory, batches):
 
 
 def test_the_solved_head_is_where_the_gradient_of_level_2_is_0():
-    net, drawn, labels, head, weights = solved()
-    features, answers = torch.cat(drawn), torch.cat(labels)
-    mean = weights @ features
-    standard = (features - mean) / (weights @ (features - mean).square() + 1e-6).sqrt()
+    net, features, answers, head = solved()
+    mean = features.mean(0)
+    deviation = ((features - mean).square().mean(0) + 1e-6).sqrt()
+    standard = (features - mean) / deviation
     # What C computes is affine: its matrix and bias are read off at the standardised unit vectors and at 0.
     points = torch.cat([torch.eye(16), torch.zeros(1, 16)]).double()
-    found = mlo_mae.call(net.head, head.params, points * (weights @ (features - mean).square() + 1e-6).sqrt() + mean)
+    found = mlo_mae.call(net.head, head.params, points * deviation + mean)
     matrix, bias = (found[:-1] - found[-1]).requires_grad_(), found[-1].clone().requires_grad_()
     errors = (standard @ matrix + bias - F.one_hot(answers, 5)).square().sum(1)
-    gradients = torch.autograd.grad((weights * errors).sum() + 0.3 * matrix.square().sum(), (matrix, bias))
+    gradients = torch.autograd.grad(errors.mean() + 0.3 * matrix.square().sum(), (matrix, bias))
     assert all(gradient.abs().max() < 1e-10 for gradient in gradients) and matrix.abs().max() > 1e-2
-    assert relative_error(bias, torch.stack([weights[answers == label].sum() for label in range(5)])) < 1e-9
+    assert relative_error(bias, answers.bincount(minlength=5).double() / len(answers)) < 1e-9
 
 
-@pytest.mark.parametrize("batches", [2, 3, 5])
-def test_batches_of_one_weight_are_as_one_batch(batches):
-    net, drawn, labels, head, _ = solved(batches=batches)
-    fresh = mlo_mae.fresh_level(torch.zeros_like(head.params), "cpu")
-    together = mlo_mae.solved_head(net, fresh, torch.cat(drawn), torch.cat(labels))
-    assert relative_error(head.params, together.params) < 1e-12 and (head.t, together.t) == (batches, 1)
+def test_a_solved_head_knows_its_own_batch_alone():
+    net, features, labels, head = solved()
+    fresh = mlo_mae.solved_head(net, mlo_mae.fresh_level(torch.zeros_like(head.params), "cpu"), features, labels)
+    assert torch.equal(head.params, fresh.params) and (head.t, fresh.t) == (2, 1)
+    assert mlo_mae.solved_head(net, head, features.requires_grad_(), labels).params.requires_grad
 
 
 def test_features_that_hardly_differ_between_images_do_no_harm():
@@ -259,7 +248,7 @@ def test_features_that_hardly_differ_between_images_do_no_harm():
 
 
 def test_level_2_and_3_are_of_the_solved_head():
-    """phi', L2 and L3 of a Result, from the features of the images and of those that were remembered."""
+    """phi', L2 and L3 of a Result, from the features of the images."""
     net, (theta, psi, head, labelled, steps) = hypergradient_problem(warm=False, ridge=0.2, **DEFAULT)
     encoder = theta.params[: net.encoder_size]
     tokens = [mlo_mae.call(net.encoder, encoder, images) for images in (labelled.images2, labelled.images3)]
@@ -273,13 +262,6 @@ def test_level_2_and_3_are_of_the_solved_head():
     ):
         errors = (np.asarray(features) - mean) / deviation @ matrix + bias - np.eye(5)[np.asarray(labels)]
         assert loss.item() == pytest.approx((errors**2).sum(1).mean(), rel=1e-10)
-
-
-def test_remembered_moments_are_constant_and_new_ones_are_not():
-    net, drawn, labels, head, _ = solved()
-    head = head._replace(params=head.params.requires_grad_())
-    assert not mlo_mae.solved_head(net, head, drawn[0], labels[0]).params.requires_grad
-    assert mlo_mae.solved_head(net, head, drawn[0].requires_grad_(), labels[0]).params.requires_grad
 
 
 @pytest.mark.parametrize("settings", [DEFAULT, DEFAULT | {"level2": "steps"}], ids=str)

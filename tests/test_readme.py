@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import remembered
 
 import mlo_mae
 from harness.randomness import draw_dropout
@@ -30,7 +29,6 @@ def test_the_ten_lines_of_exact_are_exact():
         return Level(vector.double() + 0.2 * normal(len(vector)), mu, mu.square() * (1 + normal(len(vector)).square()), 7)
 
     theta, head, psi = map(level, vectors)
-    head = remembered(net, theta.params[: net.encoder_size])
     decay = [weight_decays(modules, 0.05).double() for modules in mlo_mae.modules_of(net).values()]
     images = [normal(6, 3, 16, 16) for _ in range(3)]
     theta, step, _, _ = mlo_mae.level1_step(net, theta, psi.params, images[0], Rates(1e-2, decay[0]), 0)

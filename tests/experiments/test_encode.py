@@ -426,7 +426,7 @@ def test_seeds_are_whole_numbers(model, seed):
 
 def test_a_runs_checkpoint_is_not_taken_for_public_weights(whole_run):
     """It would be, with the mean and deviation of ImageNet in place of its own."""
-    with pytest.raises(UserError, match="checkpoint 5 of a run, which knows more; give the folder"):
+    with pytest.raises(UserError, match="checkpoint 6 of a run, which knows more; give the folder"):
         mlo_mae.load(whole_run[0] / "checkpoint.pt", "cpu")
 
 

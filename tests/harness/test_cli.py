@@ -329,7 +329,7 @@ def test_kernels_that_there_are_not_are_one_line():
         (["--masking-from", "RUN", "--masking-network", "mlp"], ["--masking-from", "tokens"]),
         (["--masking-from", "no/such"], ["no/such", "does not exist"]),
         (["--ridge", "0"], ["--ridge 0.0: must be above 0"]),
-        (["--level2-memory", "1"], ["--level2-memory 1.0: must be at least 0 and below 1"]),
+        (["--warmup", "1"], ["--warmup 1.0: must be at least 0 and below 1"]),
         (["--level2", "exact"], ["--level2", "ridge", "steps"]),
         (["--pooling", "max"], ["--pooling", "mean", "cls"]),
         (["--masking-blocks", "-1"], ["--masking-blocks -1: must be at least 0"]),
