@@ -22,7 +22,8 @@ holds constant. One outer iteration computes
     L3(phi', z3) = |C(z3; phi') - y3|^2,   z3 = E'(x3)                      (validation images)                   (6)
 
 and then moves psi along dL3/dpsi, the hypergradient: the derivative through (3) and (5). (5) is the paper's own argmin,
-not a step towards it; y is one-hot, and what (5) needs of the images are means and covariances of (z2, y2).
+not a step towards it; y is one-hot, the penalty is on weights of standardised features, and what (5) needs of the images are
+means and covariances of (z2, y2), which phi is kept as.
 --level2 steps is what is published: cross-entropy in (4) and (6), and phi' = U(phi, dL2/dphi). What the derivative holds
 fixed: the masks m, which are a hard choice, and every step before. Then p in (2) is all that links T to E, and three
 observations give it exactly, without a Hessian and without a double backward through the autoencoder:
@@ -33,6 +34,8 @@ observations give it exactly, without a Hessian and without a double backward th
     <c, g1> = L1(p, d),  d_ij = <c, dl_ij/dtheta>: the errors' derivatives along c, which ONE forward-mode pass
         (jvp) gives all at once.  So dL3/dp_ij = m_ij d_ij / sum(m).                                              (9)
     dL3/dpsi = dL1(p(psi), d)/dpsi: the loss (2) with d in place of l, and one backward pass through T.          (10)
+
+By default (9) and (10) are taken over the last four batches of level 1, with theta and c of the last (--mask-batches).
 
 U is AdamW's step number t, with moments mu and nu:
 
@@ -186,7 +189,7 @@ class Config:
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head (steps)", least=0)
     mask_lr: float = flag(2.0, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)", least=0)
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
-    warmup: float = flag(0.05, "share of the run in which learning rates rise, before their cosine to 0", least=0, below=1)
+    warmup: float = flag(0.05, "share of a part of the run in which its rate rises, then a cosine to 0", least=0, below=1)
     dropout: float = flag(0.1, "in the head (steps)", least=0, below=1)
 
     seed: int = flag(0, "of weights, batches, masks and dropout", least=0, below=2**63, group="machine and files")
@@ -240,22 +243,22 @@ def check(cfg: Config) -> None:
                 f"--{name.replace('_', '-')} {width} is not a multiple of its {heads} heads and of 4, which "
                 "sin-cos positions need (a multiple of 4)"
             )
-    if cfg.masking == "learned" and cfg.masking_network != "mlp" and cfg.mask_choice == "highest":
+    if trains(cfg) and not cfg.masking_from and cfg.masking_network != "mlp" and cfg.mask_choice == "highest":
         raise UserError("--mask-choice highest needs --masking-network mlp: the others start with all p equal")
-    if cfg.masking == "learned" and cfg.mask_start >= cfg.mask_until:
+    if trains(cfg) and cfg.mask_start >= cfg.mask_until:
         raise UserError(f"--mask-start {cfg.mask_start} must be below --mask-until {cfg.mask_until}: T learns in between")
-    if cfg.masking == "learned" and cfg.mask_batches > 1 and cfg.unroll == "full":
+    if trains(cfg) and cfg.mask_batches > 1 and cfg.unroll == "full":
         raise UserError(f"--unroll full goes with --mask-batches 1, not {cfg.mask_batches}: it takes each step's batch")
     by_deviation = cfg.level2 == "ridge" or cfg.head_norm == "batch"
-    if cfg.masking == "learned" and by_deviation and cfg.labelled_batch_size < 2:
+    if trains(cfg) and by_deviation and cfg.labelled_batch_size < 2:
         raise UserError("--labelled-batch-size 1 has no deviation, by which the head's input is divided; give 2 or more")
     if cfg.masking_from and (cfg.masking, cfg.masking_network) != ("learned", "tokens"):
         raise UserError("--masking-from goes with --masking learned and --masking-network tokens")
     if cfg.masking_learns and not cfg.masking_from:
         raise UserError("--masking-learns trains the T of another run; name it with --masking-from")
-    if cfg.hypergradient == "unrolled" and world() * cfg.accumulate > 1:
+    if trains(cfg) and cfg.hypergradient == "unrolled" and world() * cfg.accumulate > 1:
         raise UserError("--hypergradient unrolled goes with one process and --accumulate 1")
-    if cfg.checkpoint_activations and (cfg.hypergradient == "unrolled" or cfg.unroll == "full"):
+    if trains(cfg) and cfg.checkpoint_activations and (cfg.hypergradient == "unrolled" or cfg.unroll == "full"):
         raise UserError("--checkpoint-activations goes with --hypergradient exact or first-order, and --unroll last")
     parts = world() * cfg.accumulate
     if cfg.batch_size % parts or cfg.labelled_batch_size % world():
@@ -395,6 +398,11 @@ def is_given(cfg: Config) -> bool:
     return bool(cfg.masking_from) and not cfg.masking_learns
 
 
+def trains(cfg: Config) -> bool:
+    """Whether this run trains a T, and so has levels 2 and 3."""
+    return cfg.masking == "learned" and not is_given(cfg)
+
+
 def autocast(net: Networks, device: torch.device):
     """bfloat16 for encoder and decoder where asked for; T, the head and every loss stay in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=net.cfg.precision == "bf16")
@@ -463,13 +471,13 @@ def chance_loss(cfg: Config, labels: Tensor) -> float:
     return float(-(shares * shares.log()).sum() if cfg.level2 == "steps" else 1 - shares.square().sum())
 
 
-def solved_head(net: Networks, head: "Level", features: Tensor, labels: Tensor) -> "Level":
-    """phi' of (5), differentiable in the features: the means and covariances of (z2, y2) that give the solution."""
+def solved_head(net: Networks, features: Tensor, labels: Tensor) -> Tensor:
+    """phi' of (5), differentiable in the features: the means and covariances of (z2, y2) that give the solution, a vector."""
     rows, columns = net.head.moments.shape  # 1+D, D+classes
     both = torch.cat([features, F.one_hot(labels, columns - rows + 1).to(features)], dim=1)  # [B, D+classes]
     mean = both.mean(0)
     covariance = (features - mean[: rows - 1]).mT @ (both - mean) / len(both)
-    return head._replace(params=torch.cat([mean[None], covariance]).flatten(), t=head.t + 1)
+    return torch.cat([mean[None], covariance]).flatten()
 
 
 # ------------------------------------------------------------------------------------ the AdamW step and its pullback
@@ -545,13 +553,13 @@ def adamw_pullback(
 ) -> tuple[Cotangent | None, Tensor]:
     """Carry the cotangent A of (theta', mu', nu') back to (theta, mu, nu) and to g: (8), (12), (13).
 
-    Each element is on its own, so `cotangent` may cover the leading n parameters only.
+    Each element is on its own, so `cotangent` may cover the leading n parameters only. rates.lr is one number.
     Returns ((a_theta, a_mu, a_nu), c), each [n]; without `whole`, (None, c), at half the price."""
     n = len(cotangent[0])
     *before, g = (vector[:n].detach() for vector in (*level[:3], gradient))
     wanted = [vector.requires_grad_() for vector in ([*before, g] if whole else [g])]
     with torch.enable_grad():
-        after = adamw(Level(*before, level.t), g, Rates(rates.lr, rates.decay[:n]), jacobian)
+        after = adamw(Level(*before, level.t), g, rates._replace(decay=rates.decay[:n]), jacobian)
         pairs = [(x, part) for x, part in zip(after, cotangent) if part is not None and x.requires_grad]
         outputs, parts = zip(*pairs)
         *back, c = torch.autograd.grad(outputs, wanted, parts, materialize_grads=True)
@@ -586,7 +594,8 @@ class Result(NamedTuple):
 
 
 def upper_levels(net: Networks, encoder_params: Tensor, head: Level, labelled: Labelled, through_head: bool = True):
-    """Levels 2 and 3 as one function of E', with phi' differentiable: L3, phi' (Level), and L2 (of steps: the first).
+    """Levels 2 and 3 as one function of E', with phi' differentiable: L3, phi' (Level), and L2 (solved: without
+    its penalty; of steps: before the first).
 
     through_head=False holds phi' constant: L3 then sees E' through its own features alone."""
     images = torch.cat([labelled.images2, labelled.images3])
@@ -594,7 +603,7 @@ def upper_levels(net: Networks, encoder_params: Tensor, head: Level, labelled: L
     features2, features3 = map(gather, features)  # the head is small: every process has it see the whole batch
     features2 = features2 if through_head else features2.detach()
     if net.cfg.level2 == "ridge":
-        head = solved_head(net, head, features2, labelled.labels2)  # (4), (5)
+        head = head._replace(params=solved_head(net, features2, labelled.labels2), t=head.t + 1)  # (4), (5)
         first_loss = head_loss(net, head.params, features2, labelled.labels2)
     else:
         head, losses = head._replace(params=head.params.detach().requires_grad_()), []
@@ -641,8 +650,8 @@ def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Label
 
 
 def directional_errors(net: Networks, step: Step, direction: Tensor) -> Tensor:
-    """d of (9), [B, N]: the derivative of each patch's error along `direction` [n], which covers the leading n
-    parameters of theta; the rest, if any, is constant."""
+    """d of (9), [B, N]: the derivative of each patch's error along `direction` [n], of E alone (D is then constant) or of
+    theta."""
     params, split, n = step.theta.params, net.encoder_size, len(direction)
 
     with torch.no_grad(), fwAD.dual_level():
@@ -703,7 +712,7 @@ HYPERGRADIENTS = {"exact": exact, "unrolled": unrolled, "first-order": first_ord
 
 
 class State(NamedTuple):
-    """Everything that changes in a run; a checkpoint holds just this."""
+    """Everything that changes in a run, and that its checkpoint is for."""
 
     iteration: int  # outer iterations (mask updates) made
     theta: Level
@@ -809,9 +818,10 @@ def within(cfg: Config, iteration: int, total: int, waited: int) -> tuple[int, i
 
 
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
-    """The outer iteration in which T learns first, and the one after its last (one later at least), which waiting puts off."""
+    """The outer iteration in which T learns first, and the one after its last (one later at least), which waiting puts off.
+    Where no T learns: shares of the run."""
     start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.7 x 10 is above 7
-    return start, min(max(end, start + 1) + waited, total)
+    return start, min(max(end, start + 1) + waited if trains(cfg) else end, total)
 
 
 def level1_rate(cfg: Config, iteration: int, step: int, total: int, waited: int) -> float:
@@ -822,7 +832,8 @@ def level1_rate(cfg: Config, iteration: int, step: int, total: int, waited: int)
 
 
 def upper_schedules(cfg: Config, iteration: int, total: int, waited: int) -> tuple[float, float]:
-    """The head's and T's shares of their peak learning rates in this outer iteration, of T's part of the run."""
+    """The head's and T's shares of their peak learning rates in this outer iteration, of T's part of the run. While T waits
+    its own schedule stands still, and the head's, which goes on, is stretched."""
     start, end = window(cfg, total)
     look, looks, warm = iteration - start, end - start, cfg.warmup * (end - start)
     return schedule(look, looks + waited, warm), schedule(look - waited, looks, warm)  # T alone waits
@@ -831,7 +842,7 @@ def upper_schedules(cfg: Config, iteration: int, total: int, waited: int) -> tup
 def learns_at(cfg: Config, iteration: int, total: int, waited: int) -> bool:
     """Whether T is to be trained in this outer iteration."""
     start, end = window(cfg, total, waited)
-    return cfg.masking == "learned" and start <= iteration < end and not is_given(cfg)
+    return trains(cfg) and start <= iteration < end
 
 
 def stays(cfg: Config, iteration: int, total: int, waited: int) -> bool:
@@ -856,14 +867,14 @@ def outer_iteration(
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, head, psi, waited, steps = net.cfg, state.head, state.psi, state.waited, []
     progress, learns, all_steps = state.iteration / total, learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
-    in_place = 0 if all_steps else cfg.level1_steps - learns  # steps; not those that are differentiated
-    theta = copied(state.theta) if in_place else state.theta  # the caller has its state still
+    unwatched = 0 if all_steps else cfg.level1_steps - learns  # so many steps nothing differentiates: they are made in place
+    theta = copied(state.theta) if unwatched else state.theta  # the caller has its state still
 
     for n in range(cfg.level1_steps):
         lr = level1_rate(cfg, state.iteration, n, total, waited)
         images, keys = next(batches[0]).images, (cfg.seed, MASKS, state.iteration * cfg.level1_steps + n)
         how = {"progress": progress, "eyes": state.eyes, "known": next(batches[3]) if batches[3:] else None}
-        how["in_place"] = n < in_place
+        how["in_place"] = n < unwatched
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
         if not all_steps:  # of earlier steps the images and masks alone are looked at
             steps = [earlier._replace(theta=None, gradient=None) for earlier in steps]
@@ -886,7 +897,7 @@ def outer_iteration(
         else:  # its scale follows the levels below it; eps must stay below any of its elements
             psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))
             losses["hypergradient_norm"] = result.hypergradient.norm()
-    theta = copied(theta) if net.replay and in_place else theta  # the next replay works in the same memory
+    theta = copied(theta) if net.replay and unwatched else theta  # the next replay works in the same memory
     return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
 
 
@@ -1277,7 +1288,7 @@ def train(
     if cfg.graphs == "auto" and device.type == "cuda" and world() * cfg.accumulate == 1 and not cfg.checkpoint_activations:
         net.replay = in_one_launch(net, decay[0])
     start, end = window(cfg, total)
-    if cfg.masking == "learned" and start == end and not is_given(cfg):
+    if trains(cfg) and start == end:
         raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or lower --mask-start")
     if announce:
         announce(out, net, state, splits, total, decay)
@@ -1353,7 +1364,7 @@ def foresee_memory(net: Networks, theta: Tensor, size: tuple[int, int, int]) -> 
         return math.ceil(images / processes / net.cfg.accumulate)
 
     foresee(level1, at_a_time(net.cfg.batch_size), "level 1", theta.device, cli.LESS_MEMORY)
-    if net.cfg.masking == "learned" and not is_given(net.cfg):
+    if trains(net.cfg):
         pairs = at_a_time(2 * net.cfg.labelled_batch_size)
         foresee(levels_2_and_3, pairs, "levels 2 and 3", theta.device, cli.LESS_MEMORY)
 
@@ -1367,8 +1378,9 @@ def load_data(cfg: Config, device: torch.device) -> data.Splits:
     """The run's data, split. Raises UserError."""
     names = "image_size", "val_fraction", "seed", "skip_corrupt", "workers", "flip", "crop"
     same = {name: getattr(cfg, name) for name in names}
-    classes = cfg.masking == "learned" and not is_given(cfg)  # which levels 2 and 3 need
-    return data.load(cfg.data, cfg.data_dir, limit=cfg.images, classes=classes, device=device, **same)
+    return data.load(
+        cfg.data, cfg.data_dir, limit=cfg.images, classes=trains(cfg), device=device, **same
+    )  # for levels 2 and 3
 
 
 @torch.no_grad()
@@ -1447,7 +1459,7 @@ def load(path: str | Path, device: str = "auto", **how):
 
 def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> dict | None:
     """`train`, then probe and pictures: what to report, in the first of several processes."""
-    processes, first = world(), share(world()).start == 0
+    processes, first = world(), rank() == 0
     net, state, splits = train(cfg, out, resume, announce=cli.command("presets").announce, **baseline)
     if not first:
         return None

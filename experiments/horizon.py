@@ -98,7 +98,7 @@ def begin(seed: int, number: int, total: int) -> Training:
     start = Training(asked, heads, masked, splits, decay, total, 0, mlo_mae.fresh_level(theta, "cpu"))
     theta, _ = go_on(start, "all alike", number)
     for question, net in asked.items():
-        for look in range(HEAD_LOOKS):
+        for look in range(HEAD_LOOKS if net.cfg.level2 == "steps" else 0):  # a solved head does not depend on those before
             batches = labelled(start, question, look)
             _, head, _ = mlo_mae.upper_levels(net, theta.params[: net.encoder_size], heads[question], batches)
             heads[question] = mlo_mae.detached(head)

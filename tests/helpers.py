@@ -319,7 +319,7 @@ def error_of_form(form: Callable[..., mlo_mae.Result], **settings: object) -> fl
     assert judge.hypergradient.norm() > 1e-9  # a zero would agree with anything
     assert all(piece.any() for piece in unflatten(net.masking, judge.hypergradient).values())  # in any layer of T
     assert relative_error(found.head.params, judge.head.params) < 1e-13
-    # Second moments become covariances by a difference, which costs digits where images have almost the same features.
+    # A system of equations is solved, which costs digits where images have almost the same features.
     assert relative_error(found.level3_loss, judge.level3_loss) < (1e-13 if net.cfg.level2 == "steps" else 1e-11)
     return relative_error(found.hypergradient, judge.hypergradient)
 

@@ -95,7 +95,7 @@ def test_t_learns_from_the_first_and_the_head_is_a_warm_one():
         cfg.mask_start > 0 and mlo_mae.learns_at(net.cfg, 0, 1000, 0) and mlo_mae.weighed_by(net.cfg, 0.0) and len(steps) == 2
     )
     assert psi.any() and not mlo_mae.build(cfg, PIXELS, 3, 10)[1][2].any()  # its weights start at 0
-    shares = head.params.view(net.head.moments.shape)[0, cfg.width :]  # of the classes, in three batches
+    shares = head.params.view(net.head.moments.shape)[0, cfg.width :]  # of the classes, in the last batch
     assert head.t == 3 and shares.sum() == pytest.approx(1)
     cfg = mlo_mae.Config(**bench.SIZES["tiny"][1] | {"head_steps": 2})
     _, (_, psi, head, _, _) = bench.problem(cfg, PIXELS, CPU, warm=3)

@@ -232,9 +232,11 @@ def test_when_t_weighs_and_when_it_learns(masking_from, learns):
 @pytest.mark.parametrize("total", [1, 2, 7, 10, 100, 1130])
 @pytest.mark.parametrize("until", [0.07, 0.25, 0.3, 0.57, 0.9, 1.0])
 def test_the_learning_rate_follows_a_part_of_the_run(total, until):
+    plain = Config(masking="random", mask_start=0.95, mask_until=until)  # whose T would have learned late, had it one
+    restart = math.ceil(round(until * total, 6))
+    assert [mlo_mae.within(plain, n, total, 0)[0] for n in range(total)] == [0] * restart + [restart] * (total - restart)
     cfg = Config(mask_start=0.0, mask_until=until)
     parts = [mlo_mae.within(cfg, iteration, total, 0) for iteration in range(total)]
-    restart = math.ceil(round(until * total, 6))
     assert parts == [(0, total)] * restart + [(restart, total - restart)] * (total - restart)
     for other in ({"masking": "random"}, {"masking_from": "a run"}):  # all methods have the same schedule
         assert parts == [mlo_mae.within(dataclasses.replace(cfg, **other), iteration, total, 0) for iteration in range(total)]
@@ -790,15 +792,16 @@ def test_ts_learning_rate_has_its_own_part_of_the_run():
         assert torch.allclose(level.params - before.params, wanted, rtol=1e-2, atol=1e-5)
 
 
-def test_a_solved_head_is_told_of_the_batches_that_level_2_saw():
-    net, state, rest = fresh_state(**DEFAULT | {"mask_batches": 2})
+def test_a_solved_head_is_that_of_the_batch_that_level_2_saw_last():
+    net, state, rest = fresh_state(**DEFAULT)
+    state = state._replace(head=state.head._replace(params=torch.randn(len(state.head.params))))  # of which nothing is left
     after, losses = mlo_mae.outer_iteration(net, state, *rest)
     level2 = next(noise_batches(net.cfg)[1])
     features = mlo_mae.encode(net, after.theta.params[: net.encoder_size], level2.images)
-    expected = mlo_mae.solved_head(net, state.head, features, level2.labels)
-    assert torch.allclose(after.head.params, expected.params, atol=1e-6) and after.head.t == 1
+    expected = mlo_mae.solved_head(net, features, level2.labels)
+    assert torch.allclose(after.head.params, expected, atol=1e-6) and after.head.t == 1
     assert not after.head.mu.any() and not after.head.nu.any()
-    loss = mlo_mae.head_loss(net, expected.params, features, level2.labels)
+    loss = mlo_mae.head_loss(net, expected, features, level2.labels)
     assert losses["level2_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 

@@ -351,6 +351,22 @@ def test_bad_flags_end_in_one_line(sides, tmp_path, capsys, flags, words):
     assert not (tmp_path / "bad").exists()  # so the mended command finds nothing in its way
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"masking": "random", "hypergradient": "unrolled", "accumulate": 2},
+        {"masking": "random", "checkpoint_activations": True, "unroll": "full"},
+        {"masking": "random", "mask_until": 0.1},
+        {"masking_from": "a run", "mask_until": 0.1},
+        {"masking_from": "a run", "mask_choice": "highest"},
+        {"masking_from": "a run", "labelled_batch_size": 1},
+    ],
+    ids=str,
+)
+def test_what_a_run_without_levels_2_and_3_does_not_use_is_not_refused(settings):
+    mlo_mae.check(mlo_mae.Config(**settings))
+
+
 def test_every_field_has_a_flag(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:
