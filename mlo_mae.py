@@ -1198,10 +1198,11 @@ def check_size(cfg: Config, image_size: int, channels: int) -> None:
     if not 0 < int(patches * (1 - cfg.mask_ratio)) < patches:
         raise UserError(f"--mask-ratio {cfg.mask_ratio} of {patches} patches leaves none visible or none hidden")
     _, _, inputs = read_by_masking(cfg, patches, channels)
+    hidden = 0 if cfg.masking_network == "tokens" else cfg.masking_width
     weights = (
         12 * (cfg.depth * cfg.width**2 + cfg.decoder_depth * cfg.decoder_width**2)
-        + inputs * cfg.masking_width
-        + (patches + channels * cfg.patch_size**2) * (cfg.width + cfg.decoder_width + cfg.masking_width)
+        + inputs * hidden
+        + (patches + channels * cfg.patch_size**2) * (cfg.width + cfg.decoder_width + hidden)
     )
     if weights > MAX_WEIGHTS:
         raise UserError(f"a model of {weights:.1e} weights is too large; lower --width, --depth or --masking-width")

@@ -229,6 +229,15 @@ def test_when_t_weighs_and_when_it_learns(masking_from, learns):
     assert mlo_mae.learns_at(Config(mask_start=0.0, mask_until=1.0), 999, 1000, 0)
 
 
+def test_a_t_on_tokens_has_no_hidden_units_that_could_make_a_model_too_large():
+    sizes = {"image_size": 3584, "patch_size": 64, "masking_network": "tokens"}
+    mlo_mae.check_size(Config(**sizes), 3584, 3)
+    with pytest.raises(UserError, match="too large; lower --width, --depth or --masking-width"):
+        mlo_mae.check_size(Config(**sizes | {"masking_network": "mlp"}), 3584, 3)
+    with pytest.raises(UserError, match="too large"):
+        mlo_mae.check_size(Config(**sizes | {"patch_size": 1792, "width": 1024}), 3584, 3)
+
+
 @pytest.mark.parametrize("total", [1, 2, 7, 10, 100, 1130])
 @pytest.mark.parametrize("until", [0.07, 0.25, 0.3, 0.57, 0.9, 1.0])
 def test_the_learning_rate_follows_a_part_of_the_run(total, until):
