@@ -220,6 +220,18 @@ def test_the_solved_head_is_where_the_gradient_of_level_2_is_0():
     assert relative_error(bias, answers.bincount(minlength=5).double() / len(answers)) < 1e-9
 
 
+def test_the_solved_heads_derivative_is_that_of_its_values():
+    """By central differences of L3 in the features of level 2: the judge takes this derivative as the other forms do."""
+    net, features, labels, _ = solved(count=24)
+    features = (features / features.std(0)).requires_grad_()  # of one size, as differences of one size want it
+    fresh, answered = 1.1 * features.detach().flip(0), labels.roll(3)
+
+    def loss3(features):
+        return mlo_mae.head_loss(net, mlo_mae.solved_head(net, features, labels), fresh, answered)
+
+    assert torch.autograd.gradcheck(loss3, features, eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
 def test_features_that_hardly_differ_between_images_do_no_harm():
     """In float32: some are the same for all images, some almost, and all far from 0."""
     net, *_ = solved(penalty=1.0)
