@@ -220,6 +220,30 @@ def test_the_solved_head_is_where_the_gradient_of_level_2_is_0():
     assert relative_error(bias, answers.bincount(minlength=5).double() / len(answers)) < 1e-9
 
 
+@pytest.mark.parametrize(
+    "settings", [DEFAULT, DEFAULT | {"pooling": "cls"}, {"head_steps": 3}, {"masking_network": "mlp"}], ids=str
+)
+def test_the_judge_is_the_derivative_of_l3_itself(settings):
+    """By central differences of L3 along directions of psi, each with a level-1 step and levels 2 and 3 of its own: forms that
+    agree with each other could all be wrong."""
+    net, (theta, psi, head, labelled, (step,)) = hypergradient_problem(**settings)
+    split = net.encoder_size
+
+    def loss3(psi):
+        prob = mlo_mae.masking_probability(net, psi, step.images, step.eyes)
+        params = step.theta.params.detach().requires_grad_()
+        errors = mlo_mae.patch_errors(net, params[:split], params[split:], step)
+        gradient = torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, errors), params)[0]
+        after = adamw(step.theta, gradient, step.rates).params.detach()
+        return mlo_mae.upper_levels(net, after[:split], head, labelled)[0].item()
+
+    judge = mlo_mae.unrolled(net, theta, psi, head, labelled, [step]).hypergradient
+    for seed in range(4):
+        direction = torch.randn(len(psi), generator=torch.Generator().manual_seed(seed)).double()
+        found = (loss3(psi + 1e-4 * direction) - loss3(psi - 1e-4 * direction)) / 2e-4
+        assert abs(found - (judge @ direction).item()) < 1e-5 * judge.norm().item()
+
+
 def test_the_solved_heads_derivative_is_that_of_its_values():
     """By central differences of L3 in the features of level 2: the judge takes this derivative as the other forms do."""
     net, features, labels, _ = solved(count=24)
