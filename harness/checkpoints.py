@@ -113,7 +113,8 @@ def newest(out: Path, *formats: str) -> dict:
         try:
             content = read_saved(previous, *formats)
         except UserError:
-            raise error from None
+            also = f" ({previous.name} cannot be read either)" if previous.exists() else ""
+            raise UserError(f"{error}{also}") from None
         place = f"mask update {content['iteration']}" if "iteration" in content else f"step {content.get('step')}"
         print(f"mlo_mae: {error}; going on from {previous}, {place}", file=sys.stderr)
         return content
