@@ -23,10 +23,10 @@ holds constant. One outer iteration computes
 
 and then moves psi along dL3/dpsi, the hypergradient: the derivative through (3) and (5). (5) is the paper's own argmin,
 not a step towards it; y is one-hot, the penalty is on weights of standardised features, and what (5) needs of the images are
-means and covariances of (z2, y2), which phi is kept as. --level2 steps is what is published: cross-entropy in (4) and (6), and
-phi' = U(phi, dL2/dphi). What the derivative holds fixed: the masks m, which are a hard choice, and every step before. Then p in
-(2) is all that links T to E, and three observations give it exactly, without a Hessian and without a double backward through
-the autoencoder:
+means and covariances of (z2, y2), which phi is kept as. --level2 steps is what is published: cross-entropy in (4) and (6),
+and phi' = U(phi, dL2/dphi). What the derivative holds fixed: the masks m, which are a hard choice, and every step before. Then
+p in (2) is all that links T to E, and three observations give it exactly, without a Hessian and without a double backward
+through the autoencoder:
 
     a = dL3/dtheta'.  phi' depends on theta' through the features z2 alone, so the derivative of (5) stays inside
         the head, and a is one ordinary backward pass through the encoder.                                        (7)
