@@ -45,7 +45,7 @@ from harness import cli, measure, printable
 from harness.files import append_line, read_rows
 from harness.measure import Page, interleaved, operations, operators, peak_memory, product_rate, quartiles, relative_error
 from harness.pictures import Panel, caption, draw_panels, save_figure
-from harness.randomness import DROPOUT, REDRAWN, draw_dropout
+from harness.randomness import REDRAWN, draw_dropout
 from harness.vectors import decays, inverse_fan_in, weight_decays
 from kernels.race import COMPILED, DTYPES, GEOMETRY, KERNELS, SDPA, cases, race
 from mlo_mae import Config, Labelled, Level, Networks, Rates, Result, Step
@@ -189,9 +189,7 @@ def problem(cfg: Config, size: int, device: torch.device | str, count: int = 2, 
         images = next(batches[0]).images
         theta, step, _, _ = mlo_mae.level1_step(net, theta, state.psi.params, images, rates, 0, number)
         steps.append(step)
-    shape = (cfg.head_steps, cfg.labelled_batch_size, cfg.width)
-    dropout = draw_dropout(cfg.dropout, shape, 0, DROPOUT).to(device)
-    labelled = Labelled(*next(batches[1]), *next(batches[2]), dropout, Rates(cfg.head_lr, decay[1]))
+    labelled = mlo_mae.labelled_of(cfg, next(batches[1]), next(batches[2]), Rates(cfg.head_lr, decay[1]), 0)
     return net, (theta, state.psi.params, state.head, labelled, steps)
 
 

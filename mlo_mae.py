@@ -811,12 +811,6 @@ def joined(steps: list[Step]) -> Step:
     return steps[-1]._replace(images=images, keep=keep, restore=restore, mask=mask)
 
 
-def within(cfg: Config, iteration: int, total: int, waited: int) -> tuple[int, int]:
-    """First outer iteration and length of the part of a run that the learning rate of level 1 follows."""
-    restart = window(cfg, total, waited)[1] if cfg.mask_restart else total
-    return (0, total) if iteration < restart else (restart, total - restart)  # T learns from an encoder that still moves
-
-
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
     """The outer iteration in which T learns first, and the one after its last (one later at least), which waiting puts off.
     Where no T learns: shares of the run."""
@@ -824,10 +818,16 @@ def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
     return start, min(max(end, start + 1) + waited if trains(cfg) else end, total)
 
 
+def began(cfg: Config, iteration: int, total: int, waited: int) -> int:
+    """The outer iteration in which the schedule of level 1's learning rate began."""
+    restart = window(cfg, total, waited)[1] if cfg.mask_restart else total
+    return 0 if iteration < restart else restart  # T learns from an encoder that still moves
+
+
 def level1_rate(cfg: Config, iteration: int, step: int, total: int, waited: int) -> float:
     """The learning rate of encoder and decoder in this step of this outer iteration."""
-    first, length = within(cfg, iteration, total, waited)
-    done, steps = (iteration - first) * cfg.level1_steps + step, length * cfg.level1_steps
+    first = began(cfg, iteration, total, waited)
+    done, steps = (iteration - first) * cfg.level1_steps + step, (total - first) * cfg.level1_steps
     return cfg.lr * schedule(done, steps, cfg.warmup * steps)
 
 
@@ -1264,8 +1264,8 @@ def train(
     source = (out if run.checkpoint else Path(cfg.masking_from)) / "checkpoint.pt"  # a run keeps what it needs of another's T
     learned = (run.checkpoint or newest(source.parent, FORMAT)) if cfg.masking_from and rank() == 0 else None
     with fitting(source):
-        seen = told({"eyes": {"facts": learned["eyes"]["facts"]}, "config": learned["config"]} if learned else None)
-        sight = sight_of(seen, splits.facts(), device) if seen else None
+        about = told({"eyes": {"facts": learned["eyes"]["facts"]}, "config": learned["config"]} if learned else None)
+        sight = sight_of(about, splits.facts(), device) if about else None
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names), sight)
     if cfg.init and run.writer and run.checkpoint is None:
         heads = {"heads": cfg.heads, "decoder_heads": cfg.decoder_heads}
@@ -1278,8 +1278,7 @@ def train(
     if run.checkpoint is not None:
         with fitting(out / "checkpoint.pt"):
             state = restored(net, run.checkpoint, device)
-    (kept,) = agree(state.eyes is not None)
-    if kept and state.eyes is None:
+    if agree(state.eyes is not None)[0] and state.eyes is None:
         state = state._replace(eyes=torch.zeros(size_of(net.seer), device=device))
     state = as_first(state)
     foresee_memory(net, state.theta.params, (splits.channels, splits.image_size, splits.image_size))
@@ -1309,21 +1308,21 @@ def train(
     (watched, objects), previous = splits.watched(256), None  # their masks at the last line of metrics
     chance = chance_loss(cfg, splits.labelled[1].labels)
 
-    def metrics():
+    def metrics(epoch, moved):  # moved: whether T was, by the outer iteration just made
         nonlocal previous
         prob, _, _, mask = (tensor.cpu() for tensor in masks_now(net, state, watched, state.iteration / total))
         row, previous = mask_statistics(prob, mask, previous, objects, cfg.patch_size), mask
         last, waited = state.iteration - 1, state.waited
         row["learning_rate"] = level1_rate(cfg, last, cfg.level1_steps - 1, total, waited)
-        if state.psi.t > made:
+        if moved:
             row["mask_learning_rate"] = cfg.mask_lr * upper_schedules(cfg, last, total, waited)[1]
         if learns_at(cfg, last, total, waited):
             row["level3_chance"] = chance
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
-    seen = cfg.level1_steps * cfg.batch_size  # images of a mask update
-    if run.writer and (epochs := total * seen / len(splits.train)) > 1.05 * cfg.epochs:
-        why = f"a mask update takes {seen} images (--batch-size times --level1-steps)"
+    at_once = cfg.level1_steps * cfg.batch_size  # images of a mask update
+    if run.writer and (epochs := total * at_once / len(splits.train)) > 1.05 * cfg.epochs:
+        why = f"a mask update takes {at_once} images (--batch-size times --level1-steps)"
         print(f"data are seen {epochs:.1f} times, not {cfg.epochs}: {why}", file=sys.stderr)
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
@@ -1334,14 +1333,14 @@ def train(
                     maps = net.maps(splits.train) if net.maps else weight_maps(net, state, splits.train)
                 maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
                 batches.append(moved_weights(maps, cfg.patch_size))
-            made = state.psi.t
+            moves = state.psi.t
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
-            epoch = round(state.iteration * cfg.batch_size * cfg.level1_steps / len(splits.train), 3)
-            if state.psi.t > made and run.is_tenth(state.psi.t, end - start):
+            epoch, moved = round(state.iteration * at_once / len(splits.train), 3), state.psi.t > moves
+            if moved and run.is_tenth(state.psi.t, end - start):
                 with torch.no_grad():
                     p = masking_probability(net, state.psi.params, watched[:SHOWN], eyes_of(net, state))
                 run.record_masks(state.iteration, epoch, p)
-            run.after(state.iteration, losses, cfg, metrics, lambda: content(net, state, splits))
+            run.after(state.iteration, losses, cfg, lambda: metrics(epoch, moved), lambda: content(net, state, splits))
     leave()
     run.leave_if_stopped(state.iteration, "update")
     return net, state, splits
@@ -1425,12 +1424,12 @@ def sight_of(content: dict, here: dict, device: torch.device) -> Sight:
     if facts["channels"] != here["channels"]:
         raise UserError(f"its T sees images of {facts['channels']} channels, and these have {here['channels']}")
     names = "image_size", "patch_size", "width", "depth", "heads", "masking_blocks"
-    seen = Config(**{name: facts[name] for name in names}, decoder_width=4, decoder_heads=1, masking_width=1)
-    seen = dataclasses.replace(seen, batch_size=world(), labelled_batch_size=2 * world())
-    check(seen)
-    check_size(seen, seen.image_size, here["channels"])
+    small = {"decoder_width": 4, "decoder_heads": 1, "batch_size": world(), "labelled_batch_size": 2 * world()}
+    its = Config(**{name: facts[name] for name in names}, **small)
+    check(its)
+    check_size(its, its.image_size, here["channels"])
     with torch.device("meta"):
-        encoder = Encoder(seen.image_size, seen.patch_size, here["channels"], seen.width, seen.depth, seen.heads)
+        encoder = Encoder(its.image_size, its.patch_size, here["channels"], its.width, its.depth, its.heads)
     pairs = [[torch.tensor(each[name])[:, None, None].to(device) for name in ("mean", "std")] for each in (here, facts)]
     (mean, std), (its_mean, its_std) = pairs
     scale, shift = std / its_std, (mean - its_mean) / its_std

@@ -33,7 +33,6 @@ from harness.dense import IGNORED, Masked, load_dense
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine, table_page
 from harness.probe import lbfgs_probes
-from harness.randomness import draw_dropout
 from harness.schedule import schedule
 from harness.vectors import weight_decays
 from mlo_mae import Config, Labelled, Level, Networks, Rates, Step
@@ -125,8 +124,7 @@ def labelled(training: Training, question: str, look: int) -> Labelled:
     net, splits = training.asked[question], training.splits
     cfg, size, seed = net.cfg, net.cfg.labelled_batch_size, 1000 * look + net.cfg.seed
     batch2, batch3 = (next(iter(split.stream(size, seed))) for split in (splits.train, splits.val))
-    dropout = draw_dropout(cfg.dropout, (cfg.head_steps, size, cfg.width), cfg.seed, look)
-    return Labelled(*batch2, *batch3, dropout, Rates(cfg.head_lr, weight_decays([net.head], cfg.weight_decay)))
+    return mlo_mae.labelled_of(cfg, batch2, batch3, Rates(cfg.head_lr, weight_decays([net.head], cfg.weight_decay)), look)
 
 
 def fitted_loss3(training: Training) -> float:

@@ -243,14 +243,18 @@ def test_a_t_on_tokens_has_no_hidden_units_that_could_make_a_model_too_large():
 def test_the_learning_rate_follows_a_part_of_the_run(total, until):
     plain = Config(masking="random", mask_start=0.95, mask_until=until)  # whose T would have learned late, had it one
     restart = math.ceil(round(until * total, 6))
-    assert [mlo_mae.within(plain, n, total, 0)[0] for n in range(total)] == [0] * restart + [restart] * (total - restart)
+    begun = [0] * restart + [restart] * (total - restart)
+    assert [mlo_mae.began(plain, n, total, 0) for n in range(total)] == begun
     cfg = Config(mask_start=0.0, mask_until=until)
-    parts = [mlo_mae.within(cfg, iteration, total, 0) for iteration in range(total)]
-    assert parts == [(0, total)] * restart + [(restart, total - restart)] * (total - restart)
+    assert [mlo_mae.began(cfg, n, total, 0) for n in range(total)] == begun
     for other in ({"masking": "random"}, {"masking_from": "a run"}):  # all methods have the same schedule
-        assert parts == [mlo_mae.within(dataclasses.replace(cfg, **other), iteration, total, 0) for iteration in range(total)]
+        assert [mlo_mae.began(dataclasses.replace(cfg, **other), n, total, 0) for n in range(total)] == begun
     whole = dataclasses.replace(cfg, mask_restart=False)
-    assert all(mlo_mae.within(whole, iteration, total, 0) == (0, total) for iteration in range(total))
+    assert not any(mlo_mae.began(whole, n, total, 0) for n in range(total))
+    for some, starts in ((cfg, begun), (whole, [0] * total)):  # each to the end of the run
+        steps = [(cfg.level1_steps * (n - first), cfg.level1_steps * (total - first)) for n, first in enumerate(starts)]
+        expected = [cfg.lr * schedule(done, all_, cfg.warmup * all_) for done, all_ in steps]
+        assert [mlo_mae.level1_rate(some, n, 0, total, 0) for n in range(total)] == pytest.approx(expected)
 
 
 def test_t_learns_in_the_window_that_its_learning_rate_follows():
