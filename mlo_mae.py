@@ -151,7 +151,7 @@ class Config:
     init: str = flag("", "weights that encoder and decoder start from: a run, or a public .pth or .safetensors")
 
     masking: Literal["learned", "random"] = flag("learned", "by T, or random as in MAE", group="masks")
-    mask_ratio: float = flag(0.75, "share of the patches that is hidden", above=0, below=1)
+    mask_ratio: float = flag(0.5, "share of the patches that is hidden", above=0, below=1)
     mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, drawn by p, highest p")
     masking_network: Literal["tokens", "shared", "mlp"] = flag("tokens", "T: linear on tokens, a small net, or the paper's")
     masking_blocks: int = flag(4, "blocks of E before the tokens that T reads, or all that E has", least=0, most=1000)
@@ -185,7 +185,7 @@ class Config:
     level1_steps: int = flag(16, "encoder and decoder steps a mask update", least=1, most=65536)
     mask_batches: int = flag(4, "latest batches of level 1, at most --level1-steps, for (9)", least=1, most=65536)
     head_steps: int = flag(10, "head steps a mask update, on one batch (steps)", least=1, most=65536)
-    lr: float = flag(3e-3, "level 1: peak learning rate of encoder and decoder", least=0)
+    lr: float = flag(4e-3, "level 1: peak learning rate of encoder and decoder", least=0)
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head (steps)", least=0)
     mask_lr: float = flag(2.0, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)", least=0)
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
@@ -210,7 +210,7 @@ PUBLISHED = (
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
 CIFAR = (
     PUBLISHED
-    | {"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12}
+    | {"image_size": 32, "patch_size": 2, "mask_ratio": 0.75, "width": 768, "depth": 12, "heads": 12}
     | {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
     | {"epochs": 200, "batch_size": 128, "labelled_batch_size": 128}
     | {"lr": 1e-4, "head_lr": 1e-3, "mask_lr": 0.05, "weight_decay": 0.01, "warmup": 0.0, "precision": "auto"}

@@ -140,7 +140,7 @@ def knowing(name: str, changes: dict) -> dict[str, Method]:
     }
 
 
-RATIOS = (0.4, 0.6, 0.75, 0.9)
+RATIOS = (0.4, 0.5, 0.6, 0.75, 0.9)
 FRACTIONS = {0.1: "a tenth of the labels", 0.01: "a hundredth of the labels"}
 NOISE = 0.4
 WRONG = {"both": "labels wrong", "train": "labels of level 2 wrong", "val": "labels of level 3 wrong"}

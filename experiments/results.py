@@ -61,7 +61,7 @@ class Method(NamedTuple):
 
 
 WIDE = {"width": 96}
-ALIKE = {"lr": 4e-3}  # what suits methods whose patches count alike; learned weights do best at the default
+ALIKE = {"lr": 6e-3}  # what suits methods whose patches count alike; learned weights do best at the default
 MAE = {"masking": "random"} | ALIKE
 METHODS = {
     "MLO-MAE": Method(Config),
@@ -104,10 +104,11 @@ DENSE = {
     "segment": Dense("test_miou", "segmentation, mIoU %", {"epochs": 5}),
     "detect": Dense("test_ap", "detection, AP %", {"epochs": 10}),
 }
+OLDER = {"lr": 2e-3, "mask_ratio": 0.75}  # where neither was chosen anew
 DATA = {  # the configuration, and how to fine-tune; {clutter} is the file
     "shapes": ({}, {"epochs": 3}),
     "clutter": ({"data": "{clutter}"}, {"epochs": 3}),
-    "cifar100": ({"data": "cifar100", "images": 5000, "labelled_batch_size": 512, "ridge": 3.0, "lr": 2e-3}, {"epochs": 6}),
+    "cifar100": ({"data": "cifar100", "images": 5000, "labelled_batch_size": 512, "ridge": 3.0} | OLDER, {"epochs": 6}),
 }
 OTHER = {"shapes": "clutter", "clutter": "shapes"}  # data sets whose objects are known
 

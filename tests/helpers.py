@@ -202,7 +202,7 @@ SMALL = {  # flags of a run that takes a second, and in which T learns throughou
     **{"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "masking_blocks": 1},
     **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 8},
     **{"batch_size": 16, "labelled_batch_size": 8, "level1_steps": 2, "mask_batches": 2, "head_steps": 1},
-    **{"mask_start": 0, "mask_until": 1, "mask_wait": 0, "mask_lr": 1, "log_every": 2, "device": "cpu"},
+    **{"mask_ratio": 0.75, "mask_start": 0, "mask_until": 1, "mask_wait": 0, "mask_lr": 1, "log_every": 2, "device": "cpu"},
 }
 AS_STEPS = {"level2": "steps", "pooling": "cls", "mask_batches": 1}  # levels 2 and 3, and (9), as published
 
@@ -212,7 +212,7 @@ TINY = mlo_mae.Config(  # for the method without a run, with a head that makes s
     **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 12},
     **{"batch_size": 12, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
     **{"head_norm": "layer", "dropout": 0.3, "mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_lr": 1.0},
-    **{"lr": 2e-3, "mask_restart": False},
+    **{"lr": 2e-3, "mask_ratio": 0.75, "mask_restart": False},
     **{"masking_network": "shared", "mask_choice": "odds"} | AS_STEPS,
 )
 # The method as it is by default, where `changes` of TINY are asked for.

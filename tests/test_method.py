@@ -87,7 +87,7 @@ def test_forward_equals_the_published_equations():
     cfg = Config(
         **{"patch_size": 4, "width": 24, "depth": 2, "heads": 3},
         **{"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2},
-        **{"masking_network": "mlp", "mask_choice": "highest"},
+        **{"mask_ratio": 0.75, "masking_network": "mlp", "mask_choice": "highest"},
     )
     net, (theta, _, psi) = build(cfg, 20, 3, 7)
     torch.manual_seed(1)
@@ -178,7 +178,7 @@ def test_positions_are_sin_cos_of_column_then_row():
 
 
 def test_random_masks_are_uniform_and_p_is_one():
-    net, (theta, _, psi) = build(Config(masking="random"), 32, 3, 8)
+    net, (theta, _, psi) = build(Config(masking="random", mask_ratio=0.75), 32, 3, 8)
     prob, keep, restore, mask = mlo_mae.draw_masks(net, psi, torch.zeros(2000, 3, 32, 32), None, 0, 1)
     assert torch.equal(prob, torch.ones(2000, 64)) and torch.equal(mask.sum(1), torch.full((2000,), 48.0))
     assert (mask.mean(0) - 0.75).abs().max() < 5 * math.sqrt(0.75 * 0.25 / 2000)

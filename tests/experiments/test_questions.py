@@ -171,7 +171,7 @@ def test_a_sweep_has_a_line_for_each_method_and_a_point_for_each_value(tmp_path,
     (((mean, cls), text),) = given
     assert (mean.title, cls.title, mean.along) == ("clutter-1: probe, mean", "clutter-1: probe, CLS", "mask ratio")
     x, *values = mean.lines["MLO-MAE"]
-    assert x == [0.4, 0.6, 0.75, 0.9] and list(mean.lines) == ["MLO-MAE", "MAE"]
+    assert x == [0.4, 0.5, 0.6, 0.75, 0.9] and list(mean.lines) == ["MLO-MAE", "MAE"]
     expected = 100 * (0.5 + np.array(x) / 10)
     for found, above in zip(values, (1, 0, 2)):  # mean, lowest, highest
         np.testing.assert_allclose(found, expected + above)
