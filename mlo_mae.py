@@ -201,16 +201,16 @@ class Config:
     checkpoint_minutes: float = flag(5.0, "minutes between checkpoints (0: after every mask update)", least=0)
 
 
-# T, head and steps as published.
+# Masks, T, head and steps as published.
 PUBLISHED = (
-    {"masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_batches": 1}
+    {"mask_ratio": 0.75, "masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_batches": 1}
     | {"mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_restart": False}
     | {"level2": "steps", "pooling": "cls", "head_norm": "layer", "level1_steps": 2, "head_steps": 1}
 )
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
 CIFAR = (
     PUBLISHED
-    | {"image_size": 32, "patch_size": 2, "mask_ratio": 0.75, "width": 768, "depth": 12, "heads": 12}
+    | {"image_size": 32, "patch_size": 2, "width": 768, "depth": 12, "heads": 12}
     | {"decoder_width": 512, "decoder_depth": 8, "decoder_heads": 16}
     | {"epochs": 200, "batch_size": 128, "labelled_batch_size": 128}
     | {"lr": 1e-4, "head_lr": 1e-3, "mask_lr": 0.05, "weight_decay": 0.01, "warmup": 0.0, "precision": "auto"}
@@ -1182,7 +1182,9 @@ def sincos_positions(width: int, grid: int) -> Tensor:
 
 
 def read_by_masking(cfg: Config, patches: int, channels: int) -> tuple[int, int, int]:
-    """What shared and mlp read: its channels, the pixels of a patch along a side, and how many values a hidden unit sees."""
+    """What T reads: its channels, the pixels of a patch along a side, and how many values a unit of its first layer sees."""
+    if cfg.masking_network == "tokens":
+        return cfg.width, 1, cfg.width
     seen, cell = (channels, cfg.patch_size) if cfg.masking_input == "pixels" else (cfg.width, 1)
     return seen, cell, seen * cell**2 * (9 if cfg.masking_network == "shared" else patches)
 

@@ -38,7 +38,7 @@ def parameters(cfg: Settings) -> dict[str, int]:
     """Lengths of the vectors: encoder, decoder, head (solved: its moments), T."""
     D, W, hidden, (_, whole, values) = cfg.width, cfg.decoder_width, cfg.masking_width, tokens_of(cfg)
     inputs = mlo_mae.read_by_masking(cfg, whole - 1, CHANNELS)[2]
-    of_t = {"tokens": D, "shared": (inputs + 2) * hidden, "mlp": (inputs + 1) * hidden + (hidden + 1) * (whole - 1)}
+    of_t = {"tokens": inputs, "shared": (inputs + 2) * hidden, "mlp": (inputs + 1) * hidden + (hidden + 1) * (whole - 1)}
     blocks, of_decoder = (depth * (12 * w**2 + 13 * w) for depth, w in ((cfg.depth, D), (cfg.decoder_depth, W)))
     head = (D + 1) * cfg.classes + 2 * D * (cfg.head_norm == "layer")
     return {
@@ -65,7 +65,7 @@ def operations(cfg: Settings) -> dict[str, tuple[int, int]]:
     moved = cfg.depth * block(seen, D, 3, 3) + 2 * embedding  # by the jvp: weights of E, not those of D
     read = (by_tokens or cfg.masking_input == "embeddings") * embedding_whole
     read += by_tokens * min(cfg.masking_blocks, cfg.depth) * block(whole, D)
-    inputs = D if by_tokens else mlo_mae.read_by_masking(cfg, whole - 1, CHANNELS)[2]
+    inputs = mlo_mae.read_by_masking(cfg, whole - 1, CHANNELS)[2]
     first = 2 * inputs * (1 if by_tokens else hidden) * (1 if cfg.masking_network == "mlp" else whole - 1)  # T's layers
     second = 0 if by_tokens else 2 * hidden * (whole - 1)
     labelled, classes, steps, layer = cfg.labelled_batch_size, cfg.classes, cfg.head_steps, cfg.head_norm == "layer"
