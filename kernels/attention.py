@@ -520,8 +520,8 @@ def shared_tiles(qkv, direction):
     elif N <= 32:
         ROWS, KEYS, warps = 32, 32, 2 if direction == "forward" else 4
     elif N <= 64 or N <= 80 and direction != "backward":
-        small = N > 64 and D <= 32 and direction == "forward"
-        narrow = chip == "cuda:90" and direction == "backward" or chip == "cuda:100" and small
+        narrow = chip == "cuda:90" and (direction == "backward" or direction == "jvp" and D <= 32)
+        narrow |= chip == "cuda:100" and direction == "forward" and N > 64 and D <= 32
         ROWS, KEYS, warps = 64, 32 if narrow else 64, 4
     elif chip == "cuda:90" and D <= 32:
         ROWS, KEYS, warps = {"forward": (64, 32, 2), "jvp": (32, 32, 2), "backward": (128, 32, 4)}[direction]

@@ -58,7 +58,7 @@ def model_calls():
             derive(lambda *x: scatter_tokens(*x, restore), tokens, mask_token, pos)
             derive(lambda x: patch_loss(x, images, mask), empty(B, L, 3 * patch**2, dtype=dtype))
     encoder, decoder = (64, (17, 50, 65, 197, 257)), (32, (197, 257))  # head dim, lengths: kept patches or all, + class
-    small = (16, (17, 65))  # the default model, on the built-in images
+    small = (16, (33, 65))  # the default model, on the built-in images
     for dtype, (d, lengths) in ((bf16, encoder), (fp32, encoder), (bf16, decoder), (bf16, small), (fp32, small)):
         for N in lengths:
             derive(attention, empty(B, N, 3, 12, d, dtype=dtype))

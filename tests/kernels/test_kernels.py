@@ -319,6 +319,7 @@ ATTENTION = [  # B, N, H, d: every length and head dim, whole rows and several t
     (3, 17, 2, 24),
     (1, 17, 1, 80),
     (1, 50, 1, 80),
+    (3, 33, 1, 16),
     (3, 50, 1, 16),
     (1, 50, 1, 64),
     (1, 65, 1, 24),
@@ -596,7 +597,7 @@ def test_results_are_the_same_every_time():
 @needs_triton
 @pytest.mark.skipif(DEVICE == "cpu", reason="races show where many programs run at once, on a GPU")
 @pytest.mark.parametrize(
-    "d, lengths", [(64, (17, 50, 65, 129, 197, 257, 1025)), (16, (17, 65)), (32, (197, 257)), (80, (257,))]
+    "d, lengths", [(64, (17, 50, 65, 129, 197, 257, 1025)), (16, (17, 33, 65)), (32, (197, 257)), (80, (257,))]
 )
 def test_attention_is_right_and_the_same_every_time_on_a_full_gpu(d, lengths):
     for N in lengths:
