@@ -160,6 +160,7 @@ def test_every_preset_is_a_configuration_that_runs(preset):
     cfg = Config(**{"preset": preset} | PRESETS[preset])
     mlo_mae.check(cfg)
     published = {"mask_choice": "highest", "mask_start": 0, "mask_until": 1, "mask_restart": False, "masking_network": "mlp"}
+    published |= {"mask_ratio": 0.75}
     published |= {"level2": "steps", "pooling": "cls", "mask_batches": 1, "head_norm": "layer", "head_steps": 1}
     assert preset == "shapes" or dataclasses.asdict(cfg).items() >= published.items()
 
