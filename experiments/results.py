@@ -539,7 +539,8 @@ Mean ± standard deviation over seeds, on the test split; "against MAE" is the m
 95 % confidence interval (Student's t), and in how many seeds the method is better : worse."""
 RATES_NOTE = (
     f"Learning rates, each the one that suits it: {ALIKE['lr']:g} where all patches count alike (MAE, SemMAE, U-MAE), "
-    f"{Config.lr:g} where T weighs them; on CIFAR-100 {DATA['cifar100'][0]['lr']:g} for all."
+    f"{Config.lr:g} where T weighs them. Mask ratio {Config.mask_ratio:g}, unless a row says otherwise. On CIFAR-100 "
+    f"{OLDER['lr']:g} for all, and {OLDER['mask_ratio']:g}."
 )
 NOTE = 'Epochs and seconds are pretraining\'s; "no pretraining" fine-tunes for as long instead.'
 CLOCKS = {
