@@ -21,7 +21,7 @@ holds constant. One outer iteration computes
     phi' = argmin_phi L2(phi, z2)                                           (solved: ridge regression)            (5)
     L3(phi', z3) = |C(z3; phi') - y3|^2,   z3 = E'(x3)                      (validation images)                   (6)
 
-and then moves psi along dL3/dpsi, the hypergradient: the derivative through (3) and (5). (5) is the paper's own argmin,
+and then moves psi against dL3/dpsi, the hypergradient: the derivative through (3) and (5). (5) is the paper's own argmin,
 not a step towards it; y is one-hot, the penalty is on weights of standardised features, and what (5) needs of the images are
 means and covariances of (z2, y2), which phi is kept as. --level2 steps is what is published: cross-entropy in (4) and (6),
 and phi' = U(phi, dL2/dphi). What the derivative holds fixed: the masks m, which are a hard choice, and every step before. Then
