@@ -11,10 +11,12 @@ nested in the next:
 
 Let i run over images and j over patches. T gives each patch p_ij = sigmoid(T(x_i; psi))_j; l_ij is its reconstruction
 error, and m_ij is 1 where it is hidden. By default T is one linear layer on E's own tokens of the whole image, which it
-holds constant. One outer iteration computes
+holds constant. One outer iteration makes --level1-steps steps, (1) to (3); where T learns, it then computes (4) to (6) of the
+last theta'. Losses are means over images:
 
     m_ij = 1 for a fixed share of each image's patches: at random by default, so that p weighs patches and chance hides
-        them; as published, those of highest p_ij. Before --mask-start, p = 1 and m is random: plain MAE          (1)
+        them; as published, those of highest p_ij; or drawn by the odds p/(1-p). Before --mask-start, unless T is
+        another run's, p = 1 and m is random: plain MAE                                                           (1)
     L1(p, l) = sum_ij m_ij p_ij l_ij / sum_ij m_ij                          (linear in p and in l)                (2)
     theta' = U(theta, g1),   g1 = dL1(p, l(theta))/dtheta                   (one AdamW step)                      (3)
     L2(phi, z2) = |C(z2; phi) - y2|^2 + penalty |phi|^2,   z2 = E'(x2)      (features of whole images)            (4)
@@ -44,7 +46,7 @@ U is AdamW's step number t, with moments mu and nu:
 
     dtheta'/dg = -lr [ (1-b1)/(1-b1^t) / (sqrt(nh)+eps) - mh (1-b2) g / ((1-b2^t) sqrt(nh) (sqrt(nh)+eps)^2) ]   (12)
 
-With several level-1 steps since the last mask update (--unroll full), the cotangent covers a step's whole result,
+--unroll full differentiates all level-1 steps since the last mask update. The cotangent then covers a step's whole result,
 A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last step. From the last step to the first,
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
 H = d2L1/dtheta2.                                                                                                (13)
@@ -55,9 +57,10 @@ T has waited), T and the encoder it reads stay as they are, p of each image (of 
 which have far to go under these weights, get a learning rate that starts again (--mask-restart; MAE, --masking random, gains
 by that, too, and has it).
 
-Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the
-loop; then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a
-token. What any run needs and no equation mentions (files, processes, flags) is in harness/.
+Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the loop;
+then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a token; in
+shapes alone, C channels of an image, H and W its sides, p a patch's side. What any run needs and no equation mentions
+(files, processes, flags) is in harness/.
 
     python mlo_mae.py                                        # built-in images: pretrain, probe, pictures
     python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
@@ -152,7 +155,7 @@ class Config:
 
     masking: Literal["learned", "random"] = flag("learned", "by T, or random as in MAE", group="masks")
     mask_ratio: float = flag(0.5, "share of the patches that is hidden", above=0, below=1)
-    mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, drawn by p, highest p")
+    mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, by the odds of p, highest p")
     masking_network: Literal["tokens", "shared", "mlp"] = flag("tokens", "T: linear on tokens, a small net, or the paper's")
     masking_blocks: int = flag(4, "blocks of E before the tokens that T reads, or all that E has", least=0, most=1000)
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what shared and mlp read: pixels, or detached embeddings")
@@ -189,7 +192,7 @@ class Config:
     head_lr: float = flag(1e-2, "level 2: peak learning rate of the head (steps)", least=0)
     mask_lr: float = flag(2.0, "level 3: most that one step of T moves a pre-activation (its rate x fan-in)", least=0)
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
-    warmup: float = flag(0.05, "share of a part of the run in which its rate rises, then a cosine to 0", least=0, below=1)
+    warmup: float = flag(0.05, "share of a schedule in which its rate rises, then a cosine to 0", least=0, below=1)
     dropout: float = flag(0.1, "in the head (steps)", least=0, below=1)
 
     seed: int = flag(0, "of weights, batches, masks and dropout", least=0, below=2**63, group="machine and files")
@@ -269,8 +272,7 @@ def check(cfg: Config) -> None:
 
 
 # --------------------------------------------------------------------------------- masks and the three losses
-# Each level's parameters are ONE vector, so that an optimiser step, its Jacobian and a direction in parameter space are
-# one line each, as in the equations. Modules keep the architecture alone; `call` runs one with a given vector.
+# Each level's parameters are ONE vector (why: harness/vectors.py); `call` runs a module with a given one.
 
 
 @dataclass
@@ -311,11 +313,11 @@ class Networks:
 
 
 class Step(NamedTuple):
-    """One level-1 step as it was made: all that differentiating it takes."""
+    """One level-1 step as it was made: all that differentiating it takes. None: what nothing will look at."""
 
-    theta: "Level"  # before the step
+    theta: "Level | None"  # before the step
     gradient: Tensor | None  # g1
-    rates: "Rates"
+    rates: "Rates | None"
     images: Tensor  # [B, C, H, W]
     keep: Tensor  # [B, K] visible patches
     restore: Tensor  # [B, N] each patch's place in the shuffled order
@@ -603,8 +605,8 @@ def upper_levels(net: Networks, encoder_params: Tensor, head: Level, labelled: L
     features2, features3 = map(gather, features)  # the head is small: every process has it see the whole batch
     features2 = features2 if through_head else features2.detach()
     if net.cfg.level2 == "ridge":
-        head = head._replace(params=solved_head(net, features2, labelled.labels2), t=head.t + 1)  # (4), (5)
-        first_loss = head_loss(net, head.params, features2, labelled.labels2)
+        head = head._replace(params=solved_head(net, features2, labelled.labels2), t=head.t + 1)  # all that (5) needs
+        first_loss = head_loss(net, head.params, features2, labelled.labels2)  # (4), without the penalty
     else:
         head, losses = head._replace(params=head.params.detach().requires_grad_()), []
         for dropout in labelled.dropout:
@@ -690,7 +692,7 @@ def unrolled(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: La
             prob = masking_probability(net, psi, step.images, step.eyes)
             loss1 = level1_loss(prob, step.mask, patch_errors(net, encoder_params, decoder_params, step))  # (2)
             (gradient,) = torch.autograd.grad(loss1, theta.params, create_graph=True)
-            gradient = step.gradient + (gradient - gradient.detach())  # its value, if more batches were joined to the step
+            gradient = step.gradient + (gradient - gradient.detach())  # value: as made; derivative: of all batches
             theta = adamw(theta, gradient, step.rates, net.cfg.update_jacobian)  # (3)
         loss3, head, loss2 = upper_levels(net, theta.params[: net.encoder_size], head, labelled)  # (4) to (6)
         hypergradient = None if waits(labelled, loss3) else torch.autograd.grad(loss3, psi)[0]
@@ -702,7 +704,7 @@ def detached(level: Level) -> Level:
 
 
 def first_order(*problem) -> Result:
-    """`exact` without the second derivative at level 2: T hears of the validation images only through E."""
+    """`exact` with phi' held constant: L3 sees E' through z3 alone."""
     return exact(*problem, through_head=False)
 
 
@@ -819,7 +821,8 @@ def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
 
 
 def began(cfg: Config, iteration: int, total: int, waited: int) -> int:
-    """The outer iteration in which the schedule of level 1's learning rate began."""
+    """The outer iteration in which the schedule of level 1's learning rate began. The first is laid over the whole run and
+    breaks off at the restart."""
     restart = window(cfg, total, waited)[1] if cfg.mask_restart else total
     return 0 if iteration < restart else restart  # T learns from an encoder that still moves
 
@@ -895,7 +898,7 @@ def outer_iteration(
         if result.hypergradient is None:
             waited += 1
         else:  # its scale follows the levels below it; eps must stay below any of its elements
-            psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))
+            psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))  # (11)
             losses["hypergradient_norm"] = result.hypergradient.norm()
     theta = copied(theta) if net.replay and unwatched else theta  # the next replay works in the same memory
     return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
@@ -908,7 +911,7 @@ def labelled_of(cfg: Config, level2: data.Batch, level3: data.Batch, rates: Rate
     return Labelled(level2.images, gather(level2.labels), level3.images, gather(level3.labels), dropout, rates)
 
 
-def with_kept_masks(net: Networks, state: State, total: int) -> State:
+def with_kept_eyes(net: Networks, state: State, total: int) -> State:
     """The state, and from the end of T's part of a run on: with the encoder that T reads kept beside it."""
     if state.eyes is not None or not stays(net.cfg, state.iteration, total, state.waited):
         return state
@@ -924,7 +927,7 @@ def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images
 
 
 def moved_weights(maps: Iterator[data.Batch], patch_size: int) -> Iterator[Tensor]:
-    """Each batch of maps that have been cropped and flipped, by patch: of p, [B, N]."""
+    """Each batch of maps that have been cropped and flipped, by patch: [B, N] of p, [B, n*N] of n maps an image."""
     return (F.avg_pool2d(batch.images, patch_size).flatten(1) for batch in maps)
 
 
@@ -1103,7 +1106,7 @@ class RidgeHead(nn.Module):
         deviation = (second.diagonal() + 1e-6).sqrt()
         covariance, cross = (second / deviation[:, None]).split([len(mean), len(of_labels)], dim=1)
         correlation = covariance / deviation + self.penalty * torch.eye(len(mean), device=mean.device, dtype=mean.dtype)
-        return of_labels + (features - mean) / deviation @ torch.linalg.solve(correlation, cross)
+        return of_labels + (features - mean) / deviation @ torch.linalg.solve(correlation, cross)  # (5)
 
 
 class TokenMaskingNetwork(nn.Module):
@@ -1173,7 +1176,8 @@ def initialise_linear(module):
 
 
 def sincos_positions(width: int, grid: int) -> Tensor:
-    """Two-dimensional sin-cos positions [1, 1+grid*grid, width], column half first; zeros for CLS (MAE)."""
+    """Two-dimensional sin-cos positions [1, 1+grid*grid, width], column half first; zeros for CLS: as in MAE,
+    which keeps them so. Here they learn, as in the published code."""
     frequency = 10000.0 ** -(torch.arange(width // 4) / (width // 4))  # [D/4]
     row, column = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     angles = [place.reshape(-1, 1) * frequency for place in (column, row)]  # each [N, D/4]
@@ -1280,7 +1284,7 @@ def train(
     if run.checkpoint is not None:
         with fitting(out / "checkpoint.pt"):
             state = restored(net, run.checkpoint, device)
-    if agree(state.eyes is not None)[0] and state.eyes is None:
+    if agree(state.eyes is not None)[0] and state.eyes is None:  # the first process alone has read them
         state = state._replace(eyes=torch.zeros(size_of(net.seer), device=device))
     state = as_first(state)
     foresee_memory(net, state.theta.params, (splits.channels, splits.image_size, splits.image_size))
@@ -1322,13 +1326,13 @@ def train(
             row["level3_chance"] = chance
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
-    at_once = cfg.level1_steps * cfg.batch_size  # images of a mask update
-    if run.writer and (epochs := total * at_once / len(splits.train)) > 1.05 * cfg.epochs:
-        why = f"a mask update takes {at_once} images (--batch-size times --level1-steps)"
+    per_update = cfg.level1_steps * cfg.batch_size  # images of a mask update
+    if run.writer and (epochs := total * per_update / len(splits.train)) > 1.05 * cfg.epochs:
+        why = f"a mask update takes {per_update} images (--batch-size times --level1-steps)"
         print(f"data are seen {epochs:.1f} times, not {cfg.epochs}: {why}", file=sys.stderr)
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
-            state = with_kept_masks(net, state, total)
+            state = with_kept_eyes(net, state, total)
             known = net.maps or stays(cfg, state.iteration, total, state.waited)
             if known and len(batches) == 3 and isinstance(splits.train, data.Images):
                 with run.at_once():
@@ -1337,7 +1341,7 @@ def train(
                 batches.append(moved_weights(maps, cfg.patch_size))
             moves = state.psi.t
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
-            epoch, moved = round(state.iteration * at_once / len(splits.train), 3), state.psi.t > moves
+            epoch, moved = round(state.iteration * per_update / len(splits.train), 3), state.psi.t > moves
             if moved and run.is_tenth(state.psi.t, end - start):
                 with torch.no_grad():
                     p = masking_probability(net, state.psi.params, watched[:SHOWN], eyes_of(net, state))

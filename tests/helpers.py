@@ -254,7 +254,7 @@ def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
     decay = [weight_decays(modules, cfg.weight_decay).to(dtype) for modules in mlo_mae.modules_of(net).values()]
     for _ in range(2):
         rate = inverse_fan_in(net.masking).to(dtype)
-        state = mlo_mae.with_kept_masks(net, state, 10)
+        state = mlo_mae.with_kept_eyes(net, state, 10)
         state, losses = mlo_mae.outer_iteration(net, state, batches, 10, decay, rate)
         gradient = state.psi.mu if gradient is None else gradient
         rows.append(average(torch.stack([value.to(dtype) for value in losses.values()])))

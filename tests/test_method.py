@@ -254,7 +254,7 @@ def test_the_learning_rate_follows_a_part_of_the_run(total, until):
     assert not any(mlo_mae.began(whole, n, total, 0) for n in range(total))
     for some, starts in ((cfg, begun), (whole, [0] * total)):  # each to the end of the run
         steps = [(cfg.level1_steps * (n - first), cfg.level1_steps * (total - first)) for n, first in enumerate(starts)]
-        expected = [cfg.lr * schedule(done, all_, cfg.warmup * all_) for done, all_ in steps]
+        expected = [cfg.lr * schedule(done, length, cfg.warmup * length) for done, length in steps]
         assert [mlo_mae.level1_rate(some, n, 0, total, 0) for n in range(total)] == pytest.approx(expected)
 
 
@@ -473,7 +473,7 @@ def run_through(net, state, rest, total=8):
     batches, _, *constant = rest
     states, rows = [state], []
     for _ in range(total):
-        state = mlo_mae.with_kept_masks(net, state, total)
+        state = mlo_mae.with_kept_eyes(net, state, total)
         state, losses = mlo_mae.outer_iteration(net, state, batches, total, *constant)
         states.append(state)
         rows.append(losses)
@@ -555,15 +555,15 @@ def test_weights_that_are_known_weigh_in_place_of_t():
 def test_what_t_reads_is_kept_once_at_the_end_of_its_part_or_later():
     net, state, _ = fresh_state(**DEFAULT | THREE_PARTS)
     for iteration in (0, 2, 3):
-        assert mlo_mae.with_kept_masks(net, state._replace(iteration=iteration), 8).eyes is None
+        assert mlo_mae.with_kept_eyes(net, state._replace(iteration=iteration), 8).eyes is None
     for iteration in (4, 5, 7):  # later than the first chance: a run that was resumed
-        kept = mlo_mae.with_kept_masks(net, state._replace(iteration=iteration), 8)
+        kept = mlo_mae.with_kept_eyes(net, state._replace(iteration=iteration), 8)
         assert torch.equal(kept.eyes, state.theta.params[: net.encoder_size]) and kept.iteration == iteration
         assert kept.theta is state.theta and kept.psi is state.psi and kept.head is state.head
         moved = kept._replace(theta=mlo_mae.fresh_level(state.theta.params + 1, "cpu"))
-        assert mlo_mae.with_kept_masks(net, moved, 8) is moved
+        assert mlo_mae.with_kept_eyes(net, moved, 8) is moved
     net.cfg = dataclasses.replace(net.cfg, masking="random")
-    assert mlo_mae.with_kept_masks(net, state._replace(iteration=7), 8).eyes is None
+    assert mlo_mae.with_kept_eyes(net, state._replace(iteration=7), 8).eyes is None
 
 
 @pytest.mark.parametrize("form", ["exact", "first-order", "unrolled"])
