@@ -406,8 +406,9 @@ def test_cells_run_however_the_program_was_started(command, tmp_path):
     arguments = ["--seeds", "1", "--first-seed", "0", "--methods", "MLO-MAE", "MAE", "--out", str(tmp_path)]
     root = Path(mlo_mae.__file__).parent
     found = subprocess.run([sys.executable, *command, *arguments], capture_output=True, text=True, cwd=root)
-    (line,) = found.stderr.splitlines()
-    assert found.returncode == 2 and line.startswith(f"mlo_mae: {longer / 'checkpoint.pt'} cannot be read"), line
+    lines = found.stderr.splitlines()
+    assert found.returncode == 2 and len(lines) == 1, found.stderr
+    assert lines[0].startswith(f"mlo_mae: {longer / 'checkpoint.pt'} cannot be read"), found.stderr
 
 
 @pytest.mark.parametrize(
