@@ -155,7 +155,7 @@ SEEN = {
 }
 CHOICES = [f"MLO-MAE, {name}" for name in ("head steps", "CLS", "T on pixels", "drawn by p", "identity")]
 TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
-LENDERS = ("shapes", "clutter-1", "shapes-stripes", "tissue", "cifar100", "cifar100-coarse")
+LENDERS = ("shapes", "clutter-1", "shapes-stripes", "cifar100", "cifar100-coarse")
 GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
 ALL = METHODS | SEEN | TOGETHER | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
@@ -252,10 +252,9 @@ QUESTIONS = {
     "transfer": Question(
         "T of one data set, used on another",
         [
-            *paired("shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of clutter-1", "T of shapes-stripes", "T of tissue"),
-            *paired("clutter-1", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of cifar100"),
+            *paired("shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of clutter-1", "T of shapes-stripes"),
+            *paired("clutter-1", "MAE", "MLO-MAE", "T of shapes", "T of cifar100"),
             *paired("shapes-stripes", "MAE", "MLO-MAE", "T of shapes"),
-            *paired("tissue", "MAE", "MLO-MAE", "T of shapes"),
             *paired("cifar100", "MAE", "MLO-MAE", "T of cifar100-coarse", "T of clutter-1"),
             *paired("cifar100-coarse", "MAE", "MLO-MAE", "T of cifar100"),
         ],
