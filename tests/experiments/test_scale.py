@@ -101,7 +101,7 @@ def test_bytes_exchanged_are_those_of_an_outer_iteration(monkeypatch, case, lear
     cfg = replace(cfg, mask_until=1.0 if learns else 0.1)
     net, state, rates = begun(cfg)
     state = state._replace(iteration=0 if learns else 9)
-    state = mlo_mae.with_kept_eyes(net, state, 10)
+    state = mlo_mae.once_learned(net, state, 10)
     summed, gathered = [], []
 
     def gather(parts, mine):

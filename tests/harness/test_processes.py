@@ -50,7 +50,7 @@ CASES = {
     "tokens, ridge": DEFAULT | {"mask_batches": 2},
     "tokens, ridge, drawn masks, parts": DEFAULT | {"mask_batches": 2, "mask_choice": "odds", "accumulate": 3},
     "tokens, ridge, all steps": DEFAULT | {"unroll": "full"},
-    "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": True},
+    "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": "weights"},
     "activations again": DEFAULT | {"mask_batches": 2, "checkpoint_activations": True},
 }
 BUCKETS = {torch.float32: processes.BUCKET, torch.float64: 500}  # a gradient at once; in parts, beside the backward pass
