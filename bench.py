@@ -113,7 +113,7 @@ def central_difference(function: Callable[[Tensor], Tensor], params: Tensor, dir
 LIMIT = {"float32": 1e-4, "float64": 1e-12}  # relative error of `exact` that its dtype allows
 NOISE = 0.5  # cosine with the truth below which a direction is called noise
 
-PUBLISHED = mlo_mae.PUBLISHED | {"mask_lr": 1.0}  # finite differences go with these too
+PUBLISHED = mlo_mae.PUBLISHED | {"lr": 2e-3, "mask_lr": 1.0}  # finite differences go with these too
 FEW = {"batch_size": 16, "labelled_batch_size": 16}
 TINY = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 64}
 # Image size in pixels, and settings of Config. "solved" is mlo_mae.py's default run; "small" has its networks for images.

@@ -54,8 +54,8 @@ H = d2L1/dtheta2.                                                               
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that is no better than chance on the
 validation images has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later by as much as
 T has waited), T and the encoder it reads stay as they are, p of each image (of those in memory) is computed once, and E and D
-start again from their first weights: what the CLS token learned to gather as MAE, weights do not make it forget
-(--mask-restart; MAE, --masking random, has a learning rate that starts again, by which it gains).
+start again from their first weights: else the CLS token goes on gathering what it learned to as MAE (--mask-restart; with
+--masking random the learning rate starts again, by which MAE gains).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the loop;
 then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a token; in
@@ -315,7 +315,7 @@ class Networks:
 
 
 class Step(NamedTuple):
-    """One level-1 step as it was made: all that differentiating it takes. None: what nothing will look at."""
+    """One level-1 step as it was made: all that differentiating it takes. A field is None where it will not be needed."""
 
     theta: "Level | None"  # before the step
     gradient: Tensor | None  # g1
@@ -385,8 +385,8 @@ def draw_masks(
     elif weighs and cfg.mask_choice == "highest":
         score = prob
     else:
-        joined = world() * len(images)  # random numbers must not depend on the number of processes
-        score = torch.rand(joined, net.patches, generator=torch_generator(*keys))[share(joined)].to(images.device)
+        count = world() * len(images)  # random numbers must not depend on the number of processes
+        score = torch.rand(count, net.patches, generator=torch_generator(*keys))[share(count)].to(images.device)
         if weighs and cfg.mask_choice == "odds":  # the highest of logit + Gumbel noise: drawn without replacement by the odds
             score = prob.logit(1e-6) - (-score.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
     return prob, *select_patches(score, net.visible)
@@ -502,7 +502,7 @@ class Level(NamedTuple):
 class Rates(NamedTuple):
     """What AdamW needs beside the gradient."""
 
-    lr: float | Tensor  # learning rate, or one a parameter
+    lr: float | Tensor  # learning rate, as a number or a scalar, or one a parameter
     decay: Tensor  # weight decay of each parameter
     eps: float = EPS
 
@@ -819,7 +819,7 @@ def joined(steps: list[Step]) -> Step:
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
     """The outer iteration in which T learns first, and the one after its last (one later at least), which waiting puts off.
     Where no T learns: shares of the run."""
-    start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.7 x 10 is above 7
+    start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.07 x 100 is above 7
     return start, min(max(end, start + 1) + waited if trains(cfg) else end, total)
 
 
@@ -873,7 +873,8 @@ def outer_iteration(
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, head, psi, waited, steps = net.cfg, state.head, state.psi, state.waited, []
     progress, learns, all_steps = state.iteration / total, learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
-    unwatched = 0 if all_steps else cfg.level1_steps - learns  # so many steps nothing differentiates: they are made in place
+    watched = learns * (cfg.level1_steps if all_steps else 1)  # steps, the last ones, that are differentiated
+    unwatched = cfg.level1_steps - watched  # are made in place
     theta = copied(state.theta) if unwatched else state.theta  # the caller has its state still
 
     for n in range(cfg.level1_steps):
@@ -903,7 +904,7 @@ def outer_iteration(
         else:  # its scale follows the levels below it; eps must stay below any of its elements
             psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))  # (11)
             losses["hypergradient_norm"] = result.hypergradient.norm()
-    theta = copied(theta) if net.replay and unwatched else theta  # the next replay works in the same memory
+    theta = copied(theta) if net.replay and not watched else theta  # the next replay works in the same memory
     return State(state.iteration + 1, theta, head, psi, state.eyes, waited, state.first), losses
 
 
@@ -920,7 +921,7 @@ def once_learned(net: Networks, state: State, total: int) -> State:
     if not stays(net.cfg, state.iteration, total, state.waited):
         return state
     if state.eyes is None:
-        state = state._replace(eyes=eyes_of(net, state))
+        state = state._replace(eyes=eyes_of(net, state).clone())  # without D, which may go
     return state if state.first is None else state._replace(theta=fresh_level(state.first, state.first.device), first=None)
 
 
@@ -1160,7 +1161,7 @@ class SharedMaskingNetwork(nn.Module):
     many examples as it has patches, where the paper's T learns every position by itself.
 
     An image's logits have mean 0, since only comparing its patches matters: AdamW makes level 1 blind to a common
-    factor of p. The last layer starts at 0: p = 1/2 throughout, which is MAE's loss."""
+    factor of p. The last layer starts at 0: p = 1/2 throughout, half of MAE's loss."""
 
     def __init__(self, channels, patch, width):
         super().__init__()
@@ -1282,9 +1283,10 @@ def train(
     if cfg.init and run.writer and run.checkpoint is None:
         heads = {"heads": cfg.heads, "decoder_heads": cfg.decoder_heads}
         params = (starting_weights(cfg.init, [net.encoder, net.decoder], params[0], heads), *params[1:])
-    state = State(0, *(fresh_level(vector, device) for vector in params))
-    if trains(cfg) and cfg.mask_restart == "weights":
-        state = state._replace(first=state.theta.params)
+    state, total = State(0, *(fresh_level(vector, device) for vector in params)), mask_updates(cfg, splits)
+    start, end = window(cfg, total)
+    if trains(cfg) and cfg.mask_restart == "weights" and end < total:
+        state = state._replace(first=state.theta.params.clone())  # memory of its own: `as_first` fills each
     if learned and run.checkpoint is None:
         with fitting(source):
             psi, eyes = masks_of(net, learned)
@@ -1300,10 +1302,9 @@ def train(
     foresee_memory(net, state.theta.params, (splits.channels, splits.image_size, splits.image_size))
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
-    mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
+    mask_rate = inverse_fan_in(net.masking).to(device)
     if cfg.graphs == "auto" and device.type == "cuda" and world() * cfg.accumulate == 1 and not cfg.checkpoint_activations:
         net.replay = in_one_launch(net, decay[0])
-    start, end = window(cfg, total)
     if trains(cfg) and start == end:
         raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or lower --mask-start")
     if announce:
@@ -1332,7 +1333,7 @@ def train(
         row["learning_rate"] = level1_rate(cfg, last, cfg.level1_steps - 1, total, waited)
         if moved:
             row["mask_learning_rate"] = cfg.mask_lr * upper_schedules(cfg, last, total, waited)[1]
-        if learns_at(cfg, last, total, waited):
+        if any("level3_loss" in made for made in run.window):
             row["level3_chance"] = chance
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
@@ -1483,14 +1484,14 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
         return None
     updates = {"command": "pretrain", "run": str(out), "updates": mask_updates(cfg, splits), "processes": processes}
     rows, chance = read_metrics(out / "metrics.jsonl"), chance_loss(cfg, splits.labelled[1].labels)
-    told = [row["level3_loss"] for row in rows if "level3_loss" in row]
-    if told and told[-1] >= chance:
+    losses3 = [row["level3_loss"] for row in rows if "level3_loss" in row]
+    if losses3 and losses3[-1] >= chance:
         mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"
-        about = f"L3 {told[-1]:.3f}, chance {chance:.3f}"
+        about = f"L3 {losses3[-1]:.3f}, chance {chance:.3f}"
         print(
             f"T learned from a head no better than chance ({about}), so its weights may mean nothing; {mend}", file=sys.stderr
         )
-    report = updates | ({"level3_loss": told[-1], "level3_chance": chance} if told else {}) | rows[-1]
+    report = updates | ({"level3_loss": losses3[-1], "level3_chance": chance} if losses3 else {}) | rows[-1]
     if splits.class_names:
         report["probe"] = cli.command("probe").after_training(net, state, splits, out)
     report["pictures"] = [str(path) for path in cli.command("show").after_training(net, state, splits, out)]

@@ -186,7 +186,8 @@ class Run:
         shown = {f"L{n}": f"{newest_row[f'level{n}_loss']:.3f}" for n in (1, 2, 3) if f"level{n}_loss" in newest_row}
         self.bar.set_postfix(shown | {"img/s": f"{speed:.0f}"})
         if line:
-            means = {name: float(np.mean([row[name] for row in self.window if name in row])) for name in newest_row}
+            names = dict.fromkeys(name for row in self.window for name in row)  # of T's looks too, where the newest is none
+            means = {name: float(np.mean([row[name] for row in self.window if name in row])) for name in names}
             pace = {"seconds": now - self.began, "images_per_second": speed, "waiting_share": self.waited / elapsed}
             if world() > 1:
                 pace["exchange_share"] = exchange_seconds() / elapsed

@@ -211,7 +211,8 @@ def patch_loss(pred, images, mask):
     """
     B, C, H, W = images.shape
     side = _side(pred.shape[-1], C)
-    if pred.shape != (B, mask.shape[-1], side * side * C) or mask.shape != (B, (H // max(side, 1)) * (W // max(side, 1))):
+    whole = side > 0 and H % side == W % side == 0
+    if not whole or pred.shape != (B, mask.shape[-1], side * side * C) or mask.shape != (B, (H // side) * (W // side)):
         shapes = ", ".join(str(tuple(t.shape)) for t in (pred, images, mask))
         raise ValueError(f"patch_loss: want [B, L, p*p*C], [B, C, H, W], [B, L], L = H/p * W/p, got {shapes}")
     padded = side * side * 2 ** (C - 1).bit_length()  # channels up to a power of two

@@ -148,7 +148,7 @@ def in_three_parts(folder):
     given = ["--masking-from", folder / "taken"]
     outcomes = {"parts": command(*arguments(npz, folder / "parts", *PARTS))}
     outcomes["first"] = command(*arguments(npz, folder / "first", *PARTS, *first))
-    for name, flags, iteration in (("kept", PARTS, 11), ("T", [*FLAGS, *given], 11)):
+    for name, flags, iteration in (("early", PARTS, 5), ("kept", PARTS, 11), ("T", [*FLAGS, *given], 11)):
         stopping = stop_in_the_middle(number, iteration)
         next(stopping)
         outcomes[f"{name} stopped"] = command(*arguments(npz, folder / name, *flags, "--checkpoint-minutes", 60))
@@ -297,7 +297,7 @@ def parts(tmp_path_factory):
         copied(folder / "given", folder / "taken")
         first = ["--init", folder / "given", "--seed", 5]
         assert command(*arguments(folder / "sides.npz", folder / "first alone", *PARTS, *first))[0] == 0
-    two_processes("parts", folder, 200)
+    two_processes("parts", folder, 300)
     both = [json.loads((folder / f"parts-{number}.json").read_text()) for number in range(2)]
     return folder, {name: [each[name] for each in both] for name in both[0]}
 
@@ -319,9 +319,10 @@ def test_two_processes_go_past_ts_part_as_one(parts, name, alone):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kept", "T"])
+@pytest.mark.parametrize("name", ["early", "kept", "T"])
 def test_two_processes_resume_what_t_reads(parts, name):
-    """ "kept": after T's part. "T": of another run, whose folder is gone by then."""
+    """ "early": before T's part ends, when the first weights are there still. "kept": after it. "T": of another run, whose
+    folder is gone by then."""
     folder, outcomes = parts
     assert [outcome[0] for outcome in outcomes[f"{name} stopped"]] == [143, 143]
     assert [outcome[0] for outcome in outcomes[f"{name} resumed"]] == [0, 0], outcomes[f"{name} resumed"]

@@ -173,9 +173,9 @@ def in_parts(sides, tmp_path_factory):
 
 def test_a_run_has_three_parts(in_parts):
     content, rows = checkpoint_of(in_parts), read_metrics(in_parts / "metrics.jsonl")
-    for row in rows:
-        begun, learning = row["iteration"] > 6, 6 < row["iteration"] < 16
-        assert ("level3_loss" in row) == learning and (row["p_mean"] == 1) == (row["iteration"] < 6)
+    for row in rows:  # each of two updates
+        begun, learning = row["iteration"] > 6, 6 < row["iteration"] <= 16  # T's last, 15, is in the line of 16
+        assert ("level3_loss" in row) == ("level3_chance" in row) == learning and (row["p_mean"] == 1) == (row["iteration"] < 6)
         assert (row["level1_loss"] == row["reconstruction_error"]) == (not begun)
     assert {part: moments["t"] for part, moments in content["moments"].items()} == {"model": 30, "head": 9, "masking": 9}
     assert content["iteration"] == 30 and content["eyes"]["weights"].keys() < content["model"].keys()
@@ -225,7 +225,7 @@ def test_a_run_whose_t_waits_goes_on_as_it_would_have(sides, tmp_path, monkeypat
     assert 0 < waited <= 6 and content["moments"]["masking"]["t"] == 9  # the steps of T are made later, not left out
     assert content["moments"]["head"]["t"] == 9 + waited
     for row in rows:
-        assert ("level3_loss" in row) == (6 < row["iteration"] < 16 + waited)
+        assert ("level3_loss" in row) == (6 < row["iteration"] < 17 + waited)
     assert rows[-1]["waited"] == waited and "waited" not in rows[0]
     masks = [row["iteration"] for row in read_rows(whole / "masks.jsonl")]
     assert len(masks) == 9 and masks[-1] == 15 + waited
