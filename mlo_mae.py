@@ -51,11 +51,11 @@ A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last 
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
 H = d2L1/dtheta2.                                                                                                (13)
 
-A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that is no better than chance on the
-validation images has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later by as much as
-T has waited), T and the encoder it reads stay as they are, p of each image (of those in memory) is computed once, and E and D
-start again from their first weights: else the CLS token goes on gathering what it learned to as MAE (--mask-restart; with
---masking random the learning rate starts again, by which MAE gains).
+A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that does no better on the validation
+images than their classes' shares has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later
+by as much as T has waited), T and the encoder it reads stay as they are, p of each image (of those in memory) is computed
+once, and E and D start again from their first weights: else the CLS token goes on gathering what it learned to as MAE
+(--mask-restart; with --masking random the learning rate starts again, by which MAE gains).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the loop;
 then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a token; in

@@ -175,7 +175,9 @@ def test_a_run_has_three_parts(in_parts):
     content, rows = checkpoint_of(in_parts), read_metrics(in_parts / "metrics.jsonl")
     for row in rows:  # each of two updates
         begun, learning = row["iteration"] > 6, 6 < row["iteration"] <= 16  # T's last, 15, is in the line of 16
-        assert ("level3_loss" in row) == ("level3_chance" in row) == learning and (row["p_mean"] == 1) == (row["iteration"] < 6)
+        assert ("level3_loss" in row) == ("level3_chance" in row) == learning and (row["p_mean"] == 1) == (
+            row["iteration"] < 6
+        )
         assert (row["level1_loss"] == row["reconstruction_error"]) == (not begun)
     assert {part: moments["t"] for part, moments in content["moments"].items()} == {"model": 30, "head": 9, "masking": 9}
     assert content["iteration"] == 30 and content["eyes"]["weights"].keys() < content["model"].keys()
