@@ -54,8 +54,8 @@ H = d2L1/dtheta2.                                                               
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that does no better on the validation
 images than their classes' shares has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later
 by as much as T has waited), T and the encoder it reads stay as they are, p of each image (of those in memory) is computed
-once, and E and D start again from their first weights: else the CLS token goes on gathering what it learned to as MAE
-(--mask-restart; with --masking random the learning rate starts again, by which MAE gains).
+once, and E and D, which have far to go under these weights, get a learning rate that starts again (--mask-restart; MAE,
+--masking random, gains by that, too, and has it).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the loop;
 then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a token; in
@@ -117,7 +117,7 @@ from harness.processes import (
 from harness.randomness import DROPOUT, LEVEL1_DATA, LEVEL2_DATA, LEVEL3_DATA, MASKS, draw_dropout, torch_generator
 from harness.run import Run, add_run_flags, first_name, read_metrics, settings_of
 from harness.schedule import schedule
-from harness.vectors import Params, call, flatten, inverse_fan_in, named, size_of, unflatten, weight_decays
+from harness.vectors import Params, call, flatten, inverse_fan_in, size_of, unflatten, weight_decays
 from harness.weights import starting_weights
 from kernels import attention, gather_patches, patch_loss, scatter_tokens, select_patches
 
@@ -163,9 +163,7 @@ class Config:
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
     mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
     mask_wait: float = flag(0.1, "share of the run that T may wait for a head better than chance (0: none)", least=0, most=1)
-    mask_restart: Literal["weights", "rate", "off"] = flag(
-        "weights", "at --mask-until start again: E and D, where T is learned, and their learning rate; the rate; or nothing"
-    )
+    mask_restart: bool = flag(True, "at --mask-until the learning rate of level 1 starts again, with any masks")
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
 
@@ -209,7 +207,7 @@ class Config:
 # Masks, T, head and steps as published.
 PUBLISHED = (
     {"mask_ratio": 0.75, "masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_batches": 1}
-    | {"mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_restart": "off"}
+    | {"mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_restart": False}
     | {"level2": "steps", "pooling": "cls", "head_norm": "layer", "level1_steps": 2, "head_steps": 1}
 )
 # Paper, section "Experimental settings", and the published code's scripts; weight decay 0.01 is what took effect there.
@@ -724,7 +722,6 @@ class State(NamedTuple):
     psi: Level
     eyes: Tensor | None = None  # parameters of the encoder that T reads, once they are kept; None: those of theta
     waited: int = 0  # mask updates of T's part that did not move T
-    first: Tensor | None = None  # theta before the first step, until it starts again from there; None: it does not
 
 
 def eyes_of(net: Networks, state: State) -> Tensor:
@@ -826,7 +823,7 @@ def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
 def began(cfg: Config, iteration: int, total: int, waited: int) -> int:
     """The outer iteration in which the schedule of level 1's learning rate began. The first is laid over the whole run and
     breaks off at the restart."""
-    restart = total if cfg.mask_restart == "off" else window(cfg, total, waited)[1]
+    restart = window(cfg, total, waited)[1] if cfg.mask_restart else total
     return 0 if iteration < restart else restart  # T learns from an encoder that still moves
 
 
@@ -873,8 +870,8 @@ def outer_iteration(
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, head, psi, waited, steps = net.cfg, state.head, state.psi, state.waited, []
     progress, learns, all_steps = state.iteration / total, learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
-    watched = learns * (cfg.level1_steps if all_steps else 1)  # steps, the last ones, that are differentiated
-    unwatched = cfg.level1_steps - watched  # are made in place
+    watched = learns * (cfg.level1_steps if all_steps else 1)  # so many steps, the last ones, are differentiated
+    unwatched = cfg.level1_steps - watched  # the others are made in place
     theta = copied(state.theta) if unwatched else state.theta  # the caller has its state still
 
     for n in range(cfg.level1_steps):
@@ -905,7 +902,7 @@ def outer_iteration(
             psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))  # (11)
             losses["hypergradient_norm"] = result.hypergradient.norm()
     theta = copied(theta) if net.replay and not watched else theta  # the next replay works in the same memory
-    return State(state.iteration + 1, theta, head, psi, state.eyes, waited, state.first), losses
+    return State(state.iteration + 1, theta, head, psi, state.eyes, waited), losses
 
 
 def labelled_of(cfg: Config, level2: data.Batch, level3: data.Batch, rates: Rates, iteration: int) -> Labelled:
@@ -915,14 +912,11 @@ def labelled_of(cfg: Config, level2: data.Batch, level3: data.Batch, rates: Rate
     return Labelled(level2.images, gather(level2.labels), level3.images, gather(level3.labels), dropout, rates)
 
 
-def once_learned(net: Networks, state: State, total: int) -> State:
-    """The state, and from the end of T's part of a run on: with the encoder that T reads kept beside it, and with E and D as
-    they were first, where they start again."""
-    if not stays(net.cfg, state.iteration, total, state.waited):
+def with_kept_eyes(net: Networks, state: State, total: int) -> State:
+    """The state, and from the end of T's part of a run on: with the encoder that T reads kept beside it."""
+    if state.eyes is not None or not stays(net.cfg, state.iteration, total, state.waited):
         return state
-    if state.eyes is None:
-        state = state._replace(eyes=eyes_of(net, state).clone())  # without D, which may go
-    return state if state.first is None else state._replace(theta=fresh_level(state.first, state.first.device), first=None)
+    return state._replace(eyes=eyes_of(net, state).clone())  # without D, which may go
 
 
 @torch.no_grad()
@@ -1252,7 +1246,7 @@ def build(
 
 # -------------------------------------------------------------------------------------------------------- a whole run
 
-FORMAT = "mlo-mae checkpoint 7"
+FORMAT = "mlo-mae checkpoint 6"
 SHOWN = 8  # images in pictures, and those whose p is recorded over training
 
 
@@ -1283,10 +1277,7 @@ def train(
     if cfg.init and run.writer and run.checkpoint is None:
         heads = {"heads": cfg.heads, "decoder_heads": cfg.decoder_heads}
         params = (starting_weights(cfg.init, [net.encoder, net.decoder], params[0], heads), *params[1:])
-    state, total = State(0, *(fresh_level(vector, device) for vector in params)), mask_updates(cfg, splits)
-    start, end = window(cfg, total)
-    if trains(cfg) and cfg.mask_restart == "weights" and end < total:
-        state = state._replace(first=state.theta.params.clone())  # memory of its own: `as_first` fills each
+    state = State(0, *(fresh_level(vector, device) for vector in params))
     if learned and run.checkpoint is None:
         with fitting(source):
             psi, eyes = masks_of(net, learned)
@@ -1296,15 +1287,14 @@ def train(
             state = restored(net, run.checkpoint, device)
     if agree(state.eyes is not None)[0] and state.eyes is None:  # the first process alone has read them
         state = state._replace(eyes=torch.zeros(size_of(net.seer), device=device))
-    if not agree(state.first is not None)[0]:
-        state = state._replace(first=None)
     state = as_first(state)
     foresee_memory(net, state.theta.params, (splits.channels, splits.image_size, splits.image_size))
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
-    mask_rate = inverse_fan_in(net.masking).to(device)
+    mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
     if cfg.graphs == "auto" and device.type == "cuda" and world() * cfg.accumulate == 1 and not cfg.checkpoint_activations:
         net.replay = in_one_launch(net, decay[0])
+    start, end = window(cfg, total)
     if trains(cfg) and start == end:
         raise UserError(f"T would learn in none of {total} mask updates; raise --epochs, or lower --mask-start")
     if announce:
@@ -1343,7 +1333,7 @@ def train(
         print(f"data are seen {epochs:.1f} times, not {cfg.epochs}: {why}", file=sys.stderr)
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
-            state = once_learned(net, state, total)
+            state = with_kept_eyes(net, state, total)
             known = net.maps or stays(cfg, state.iteration, total, state.waited)
             if known and len(batches) == 3 and isinstance(splits.train, data.Images):
                 with run.at_once():
@@ -1420,19 +1410,16 @@ def content(net: Networks, state: State, splits: data.Splits) -> dict:
     eyes = {"facts": net.sight.facts if net.sight else own | splits.facts()}
     if state.eyes is not None:
         eyes["weights"] = {name: tensor.cpu().clone() for name, tensor in unflatten(net.seer, state.eyes).items()}
-    if state.first is not None:
-        about["first"] = {name: tensor.cpu().clone() for name, tensor in named(modules_of(net)["model"], state.first).items()}
     return about | {"eyes": eyes} | packed(levels, modules_of(net))
 
 
 def restored(net: Networks, content: dict, device: torch.device) -> State:
     """The opposite of `content`. Raises UserError where something is not this network's, and others: see `fitting`."""
     levels = (Level(*level) for level in unpacked(content, modules_of(net), device))
-    kept, first = content["eyes"].get("weights"), content.get("first")
+    kept = content["eyes"].get("weights")
     absent = kept is None and not net.sight
     eyes = None if absent else flatten([net.seer], kept).to(device)
-    first = None if first is None else flatten(modules_of(net)["model"], first).to(device)
-    return State(whole_number(content["iteration"]), *levels, eyes, whole_number(content["waited"]), first)
+    return State(whole_number(content["iteration"]), *levels, eyes, whole_number(content["waited"]))
 
 
 def sight_of(content: dict, here: dict, device: torch.device) -> Sight:

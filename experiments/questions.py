@@ -194,8 +194,7 @@ UNROLLING_NOTE = (
 CHOICES_NOTE = (
     "Head steps: level 2 is 10 AdamW steps on cross-entropy a look. CLS: features are the CLS token. T on pixels: a small "
     "network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: dU/dg = -1. First-order: the "
-    "head is held constant. Rate restarts: after T's part E and D go on as they are, and their learning rate starts again. No "
-    "restart: it is one cosine."
+    "head is held constant. No restart: the learning rate of level 1 is one cosine."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
@@ -245,7 +244,7 @@ QUESTIONS = {
         paired(
             "shapes",
             *("MLO-MAE", *CHOICES, "MLO-MAE, first-order", *TOGETHER),
-            *("MLO-MAE, rate restarts", "MLO-MAE, no restart", "MAE, no restart", "MAE"),
+            *("MLO-MAE, no restart", "MAE, no restart", "MAE"),
         ),
         [CHOICES_NOTE],
         also="MLO-MAE",

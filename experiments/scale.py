@@ -112,14 +112,12 @@ def activations(cfg: Settings) -> dict[str, int]:
 
 
 def memory(cfg: Settings, gpus: int) -> dict[str, int]:
-    """Bytes on each GPU where T learns, temporaries left out. Weights and moments: of now, the iteration's start, the last
-    step's start."""
+    """Bytes on each GPU, temporaries left out. Weights and moments: of now, the iteration's start, the last step's start."""
     (encoder, decoder, head, masking), (level1, labelled) = parameters(cfg).values(), activations(cfg).values()
     pairs = (level1, cfg.batch_size), (labelled, 2 * cfg.labelled_batch_size * (learned := cfg.masking == "learned"))
     theta, levels = encoder + decoder, min(2 + learned, cfg.level1_steps + 1)  # of three vectors each
-    others = 2 + learned * (1 + (cfg.mask_restart == "weights"))  # decays, a gradient; the one T is told of, the first weights
     return {
-        "vectors of theta": 4 * theta * (3 * levels + others),
+        "vectors of theta": 4 * theta * (3 * levels + 2 + learned),  # decays, a gradient, and the one that T is told of
         "bfloat16 copies": 2 * theta * (cfg.precision == "bf16"),
         "vectors of head and T": 4 * (4 * head + 6 * masking),
         "activations": max(size * math.ceil(images / gpus / cfg.accumulate) for size, images in pairs),

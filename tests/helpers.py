@@ -212,7 +212,7 @@ TINY = mlo_mae.Config(  # for the method without a run, with a head that makes s
     **{"decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2, "masking_width": 12},
     **{"batch_size": 12, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
     **{"head_norm": "layer", "dropout": 0.3, "mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_lr": 1.0},
-    **{"lr": 2e-3, "mask_ratio": 0.75, "mask_restart": "off"},
+    **{"lr": 2e-3, "mask_ratio": 0.75, "mask_restart": False},
     **{"masking_network": "shared", "mask_choice": "odds"} | AS_STEPS,
 )
 # The method as it is by default, where `changes` of TINY are asked for.
@@ -250,13 +250,11 @@ def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
     if cfg.masking_network == "tokens":  # its weights start at 0, and all p are equal then
         psi = psi._replace(params=0.3 * torch.randn(len(psi.params), generator=random, dtype=torch.float64).to(dtype))
     psi = psi._replace(mu=torch.zeros_like(psi.mu))  # so that after one step it is T's gradient
-    first = theta.params if cfg.mask_restart == "weights" else None
-    state, rows, gradient = mlo_mae.State(0, theta, head, psi, first=first), [], None
-    batches = noise_batches(cfg, dtype)
+    state, batches, rows, gradient = mlo_mae.State(0, theta, head, psi), noise_batches(cfg, dtype), [], None
     decay = [weight_decays(modules, cfg.weight_decay).to(dtype) for modules in mlo_mae.modules_of(net).values()]
     for _ in range(2):
         rate = inverse_fan_in(net.masking).to(dtype)
-        state = mlo_mae.once_learned(net, state, 10)
+        state = mlo_mae.with_kept_eyes(net, state, 10)
         state, losses = mlo_mae.outer_iteration(net, state, batches, 10, decay, rate)
         gradient = state.psi.mu if gradient is None else gradient
         rows.append(average(torch.stack([value.to(dtype) for value in losses.values()])))

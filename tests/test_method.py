@@ -159,7 +159,7 @@ def test_preset_sizes_and_public_names(preset, image_size, encoder_millions, dec
 def test_every_preset_is_a_configuration_that_runs(preset):
     cfg = Config(**{"preset": preset} | PRESETS[preset])
     mlo_mae.check(cfg)
-    published = {"mask_choice": "highest", "mask_start": 0, "mask_until": 1, "mask_restart": "off", "masking_network": "mlp"}
+    published = {"mask_choice": "highest", "mask_start": 0, "mask_until": 1, "mask_restart": False, "masking_network": "mlp"}
     published |= {"mask_ratio": 0.75}
     published |= {"level2": "steps", "pooling": "cls", "mask_batches": 1, "head_norm": "layer", "head_steps": 1}
     assert preset == "shapes" or dataclasses.asdict(cfg).items() >= published.items()
@@ -250,7 +250,7 @@ def test_the_learning_rate_follows_a_part_of_the_run(total, until):
     assert [mlo_mae.began(cfg, n, total, 0) for n in range(total)] == begun
     for other in ({"masking": "random"}, {"masking_from": "a run"}):  # all methods have the same schedule
         assert [mlo_mae.began(dataclasses.replace(cfg, **other), n, total, 0) for n in range(total)] == begun
-    whole = dataclasses.replace(cfg, mask_restart="off")
+    whole = dataclasses.replace(cfg, mask_restart=False)
     assert not any(mlo_mae.began(whole, n, total, 0) for n in range(total))
     for some, starts in ((cfg, begun), (whole, [0] * total)):  # each to the end of the run
         steps = [(cfg.level1_steps * (n - first), cfg.level1_steps * (total - first)) for n, first in enumerate(starts)]
@@ -473,7 +473,7 @@ def run_through(net, state, rest, total=8):
     batches, _, *constant = rest
     states, rows = [state], []
     for _ in range(total):
-        state = mlo_mae.once_learned(net, state, total)
+        state = mlo_mae.with_kept_eyes(net, state, total)
         state, losses = mlo_mae.outer_iteration(net, state, batches, total, *constant)
         states.append(state)
         rows.append(losses)
@@ -497,7 +497,7 @@ THREE_PARTS = {"mask_start": 0.25, "mask_until": 0.5, "mask_batches": 2, "warmup
 
 @pytest.mark.parametrize("network", ["tokens", "shared", "mlp"])
 def test_from_its_end_on_t_and_what_it_reads_stay_as_they_are(network):
-    settings = DEFAULT | THREE_PARTS | {"masking_network": network, "masking_input": "embeddings", "mask_restart": "rate"}
+    settings = DEFAULT | THREE_PARTS | {"masking_network": network, "masking_input": "embeddings", "mask_restart": True}
     net, state, rest = fresh_state(**settings)
     states, rows = run_through(net, state, rest)
     assert [state.psi.t for state in states] == [0, 0, 0, 1, 2, 2, 2, 2, 2] == [state.head.t for state in states]
@@ -555,21 +555,21 @@ def test_weights_that_are_known_weigh_in_place_of_t():
 def test_what_t_reads_is_kept_once_at_the_end_of_its_part_or_later():
     net, state, _ = fresh_state(**DEFAULT | THREE_PARTS)
     for iteration in (0, 2, 3):
-        assert mlo_mae.once_learned(net, state._replace(iteration=iteration), 8).eyes is None
+        assert mlo_mae.with_kept_eyes(net, state._replace(iteration=iteration), 8).eyes is None
     for iteration in (4, 5, 7):  # later than the first chance: a run that was resumed
-        kept = mlo_mae.once_learned(net, state._replace(iteration=iteration), 8)
+        kept = mlo_mae.with_kept_eyes(net, state._replace(iteration=iteration), 8)
         assert torch.equal(kept.eyes, state.theta.params[: net.encoder_size]) and kept.iteration == iteration
         assert kept.theta is state.theta and kept.psi is state.psi and kept.head is state.head
         moved = kept._replace(theta=mlo_mae.fresh_level(state.theta.params + 1, "cpu"))
-        assert mlo_mae.once_learned(net, moved, 8) is moved
+        assert mlo_mae.with_kept_eyes(net, moved, 8) is moved
     net.cfg = dataclasses.replace(net.cfg, masking="random")
-    assert mlo_mae.once_learned(net, state._replace(iteration=7), 8).eyes is None
+    assert mlo_mae.with_kept_eyes(net, state._replace(iteration=7), 8).eyes is None
 
 
 @pytest.mark.parametrize("form", ["exact", "first-order", "unrolled"])
 def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypatch, form):
     """Chances are made up. Of five looks three put off T's part, of two steps; the last is not judged, and moves T."""
-    settings = DEFAULT | THREE_PARTS | {"mask_wait": 0.375, "hypergradient": form, "mask_restart": "rate"}
+    settings = DEFAULT | THREE_PARTS | {"mask_wait": 0.375, "hypergradient": form, "mask_restart": True}
     settings |= {"mask_batches": 1} if form == "unrolled" else {}
     net, state, rest = fresh_state(**settings)
     chances, told, rates = iter([0.0, 9.0, 0.0, 0.0]), [], level1_rates(monkeypatch)
@@ -786,31 +786,14 @@ def test_chance_is_what_the_classes_shares_alone_give(labels):
 def test_level_1s_learning_rate_starts_again_where_asked(monkeypatch):
     """As in a run of the remaining iterations, warm-up and all."""
     rates = level1_rates(monkeypatch)
-    run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": "rate"}))
+    run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": True}))
     lr, steps = TINY.lr, 8
     whole = [lr * schedule(n, 2 * steps, 0.25 * 2 * steps) for n in range(2 * steps)]
     anew = [lr * schedule(n, steps, 0.25 * steps) for n in range(steps)]
     assert rates == pytest.approx(whole[:steps] + anew) and rates[-1] < 0.1 * lr
     rates.clear()
-    run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": "off"}))
+    run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": False}))
     assert rates == pytest.approx(whole)
-
-
-def test_after_ts_part_level_1_starts_again_from_its_first_weights():
-    """Rates, moments and count of steps as well; T, and the encoder it reads, are those that have learned."""
-    net, state, rest = fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": "weights"})
-    first = state.theta.params
-    states, _ = run_through(net, state._replace(first=first), rest)
-    assert [state.theta.t for state in states] == [0, 2, 4, 6, 8, 2, 4, 6, 8]
-    assert [state.first is None for state in states] == [False] * 5 + [True] * 4
-    learned = mlo_mae.once_learned(net, states[4], 8)
-    assert torch.equal(learned.theta.params, first) and not learned.theta.mu.any() and not learned.theta.nu.any()
-    assert learned.psi is states[4].psi and torch.equal(learned.eyes, states[4].theta.params[: net.encoder_size])
-    assert not torch.allclose(learned.eyes, first[: net.encoder_size], atol=1e-3)
-
-    others, _ = run_through(*fresh_state(**DEFAULT | THREE_PARTS | {"mask_restart": "rate"}))
-    assert torch.equal(others[4].theta.params, states[4].theta.params) and others[8].theta.t == 16
-    assert not torch.allclose(others[8].theta.params, states[8].theta.params, atol=1e-3)
 
 
 def test_ts_learning_rate_has_its_own_part_of_the_run():

@@ -41,7 +41,7 @@ def test_a_run_records_the_published_choices(run):
     choices |= {"hypergradient": "finite-difference", "redraw_dropout": True, "head_steps": 1, "mask_start": 0}
     choices |= {"level2": "steps", "pooling": "cls", "masking_network": "mlp", "mask_choice": "highest"}
     assert config.items() >= choices.items() and (config["mask_until"], config["mask_batches"]) == (1, 1)
-    assert config["mask_restart"] == "off"
+    assert not config["mask_restart"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(row["hypergradient_norm"] > 0 and row["level3_loss"] > 0 for row in rows)
 

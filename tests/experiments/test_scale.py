@@ -101,7 +101,7 @@ def test_bytes_exchanged_are_those_of_an_outer_iteration(monkeypatch, case, lear
     cfg = replace(cfg, mask_until=1.0 if learns else 0.1)
     net, state, rates = begun(cfg)
     state = state._replace(iteration=0 if learns else 9)
-    state = mlo_mae.once_learned(net, state, 10)
+    state = mlo_mae.with_kept_eyes(net, state, 10)
     summed, gathered = [], []
 
     def gather(parts, mine):
@@ -121,7 +121,6 @@ def test_bytes_exchanged_are_those_of_an_outer_iteration(monkeypatch, case, lear
     assert sum(gathered) == both * learns
 
 
-@pytest.mark.parametrize("restart", ["weights", "off"])
 @pytest.mark.parametrize(
     "masking, steps, batches",
     [
@@ -129,12 +128,10 @@ def test_bytes_exchanged_are_those_of_an_outer_iteration(monkeypatch, case, lear
         *(("random", *counts) for counts in [(2, 1), (3, 2), (4, 1)]),
     ],
 )
-def test_vectors_of_theta_are_those_that_are_held(monkeypatch, masking, steps, batches, restart):
+def test_vectors_of_theta_are_those_that_are_held(monkeypatch, masking, steps, batches):
     """At the jvp, or in MAE's last step: all but the gradient at work."""
     cfg = replace(BASE, image_size=16, classes=5, level1_steps=steps, mask_batches=batches, mask_start=0.0, mask_wait=0.0)
-    net, state, rates = begun(cfg := replace(cfg, masking=masking, mask_restart=restart))
-    if (masking, restart) == ("learned", "weights"):  # as they are after the first iteration
-        state = state._replace(first=state.theta.params.clone())
+    net, state, rates = begun(cfg := replace(cfg, masking=masking))
     length, held = len(state.theta.params), []
 
     def watching(name):

@@ -50,7 +50,7 @@ CASES = {
     "tokens, ridge": DEFAULT | {"mask_batches": 2},
     "tokens, ridge, drawn masks, parts": DEFAULT | {"mask_batches": 2, "mask_choice": "odds", "accumulate": 3},
     "tokens, ridge, all steps": DEFAULT | {"unroll": "full"},
-    "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": "weights"},
+    "past T's part": DEFAULT | {"mask_batches": 2, "mask_until": 0.1, "mask_restart": True},
     "activations again": DEFAULT | {"mask_batches": 2, "checkpoint_activations": True},
 }
 BUCKETS = {torch.float32: processes.BUCKET, torch.float64: 500}  # a gradient at once; in parts, beside the backward pass
@@ -321,12 +321,11 @@ def test_two_processes_go_past_ts_part_as_one(parts, name, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["early", "kept", "T"])
 def test_two_processes_resume_what_t_reads(parts, name):
-    """ "early": before T's part ends, when the first weights are there still. "kept": after it. "T": of another run, whose
-    folder is gone by then."""
+    """ "early": before T's part ends. "kept": after it. "T": of another run, whose folder is gone by then."""
     folder, outcomes = parts
     assert [outcome[0] for outcome in outcomes[f"{name} stopped"]] == [143, 143]
     assert [outcome[0] for outcome in outcomes[f"{name} resumed"]] == [0, 0], outcomes[f"{name} resumed"]
-    assert name == "T" or same(weights(folder / "kept"), weights(folder / "parts"))
+    assert name == "T" or same(weights(folder / name), weights(folder / "parts"))
 
 
 @pytest.mark.slow
