@@ -777,6 +777,8 @@ def test_an_explicit_request_that_cannot_be_met_is_an_error(call, remedy):
         lambda: kernels.scatter_tokens(torch.zeros(1, 2, 2), torch.zeros(1, 1, 2), torch.zeros(1, 6, 2), torch.zeros(1, 4)),
         lambda: kernels.patch_loss(torch.zeros(1, 4, 13), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4)),
         lambda: kernels.patch_loss(torch.zeros(1, 4, 12), torch.zeros(1, 3, 4, 4), torch.zeros(1, 5)),
+        lambda: kernels.patch_loss(torch.zeros(1, 4, 12), torch.zeros(1, 3, 5, 5), torch.zeros(1, 4)),
+        lambda: kernels.patch_loss(torch.zeros(1, 4, 2), torch.zeros(1, 3, 4, 4), torch.zeros(1, 4)),
         lambda: kernels.attention(torch.zeros(1, 4, 2, 1, 16)),
     ],
 )
