@@ -622,9 +622,10 @@ def test_whether_t_waits_is_what_the_processes_agree_on(monkeypatch, others):
     assert [state.waited for state in states] == ([0, 0, 1, 2, 2] if others else [0] * 5)
 
 
-def test_the_last_steps_theta_is_there_when_t_is_told(monkeypatch):
-    """The steps before it are made in place; the state that came in, and where the last step began, are whole."""
-    settings = {"level1_steps": 4, "mask_batches": 2, "mask_start": 0.0, "mask_wait": 0.0, "unroll": "last"}
+@pytest.mark.parametrize("settings, watched_steps", [({"mask_batches": 2}, 1), ({"mask_batches": 1, "unroll": "full"}, 4)])
+def test_the_theta_of_steps_that_are_differentiated_is_there_when_t_is_told(monkeypatch, settings, watched_steps):
+    """The steps before them are made in place, and all where T does not learn; the state that came in is whole."""
+    settings |= {"level1_steps": 4, "mask_start": 0.5, "mask_wait": 0.0}
     net, state, rest = fresh_state(**DEFAULT | settings)
     seen, real = [], mlo_mae.stepped
 
@@ -633,15 +634,20 @@ def test_the_last_steps_theta_is_there_when_t_is_told(monkeypatch):
         return real(level, gradient, rates, in_place)
 
     def looked_at(net, theta, psi, head, labelled, steps):
-        (step,) = steps
-        after = mlo_mae.adamw(step.theta, step.gradient, step.rates)
-        assert torch.allclose(after.params, theta.params, rtol=1e-6, atol=1e-7)
+        assert len(steps) == watched_steps
+        for step, following in zip(steps, [*(step.theta for step in steps[1:]), theta]):
+            after = mlo_mae.adamw(step.theta, step.gradient, step.rates)
+            assert torch.allclose(after.params, following.params, rtol=1e-6, atol=1e-7)
         return mlo_mae.exact(net, theta, psi, head, labelled, steps)
 
     monkeypatch.setattr(mlo_mae, "stepped", watched)
     before = [x.clone() for x in state.theta[:3]]
     mlo_mae.outer_iteration(net, state, *rest, looked_at)
-    assert all(map(torch.equal, before, state.theta[:3])) and seen == [True, True, True, False]
+    assert all(map(torch.equal, before, state.theta[:3])) and seen == [True] * 4
+    seen.clear()
+    mlo_mae.outer_iteration(net, state._replace(iteration=2), *rest, looked_at)
+    assert all(map(torch.equal, before, state.theta[:3]))
+    assert seen == [True] * (4 - watched_steps) + [False] * watched_steps
 
 
 def test_automatic_precision_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
