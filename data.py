@@ -163,6 +163,7 @@ class Images:
 
     label_dtype = torch.int64
     flip = crop = True  # whether `augmented` mirrors and crops
+    cell = 1  # pixels along a side that one kept value stands for
 
     def __init__(
         self, images: Array, labels: Array, mean: Colour, std: Colour, objects: Array | None = None, device: Device = "cpu"
@@ -176,10 +177,15 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pixels(self, indices: Tensor) -> Tensor:
+        """[B, C, H, W] of these indices ([B] int64, on the device), as they are kept."""
+        kept = self.images.index_select(0, indices)
+        return kept if self.cell == 1 else kept.repeat_interleave(self.cell, 2).repeat_interleave(self.cell, 3)
+
     def pick(self, indices: Array) -> Batch:
-        """The images of these indices ([B] int64), as they are."""
+        """The images of these indices ([B] int64), not augmented."""
         indices = torch.as_tensor(indices).to(self.labels.device)
-        return Batch((self.images[indices] - self.mean).div_(self.std), self.labels[indices])
+        return Batch((self.pixels(indices) - self.mean).div_(self.std), self.labels[indices])
 
     def ordered(self, batch_size: int) -> Iterator[Batch]:
         """Every image once, in order, as it is; the last Batch may be smaller."""
@@ -199,12 +205,12 @@ class Images:
     def augmented(self, indices: np.ndarray, rng: np.random.Generator, part: slice = slice(None)) -> Batch:
         """These images after a random crop (from size/8 pixels of black around) and a random horizontal flip, where `crop` and
         `flip` say so; of them, those that the slice `part` names."""
-        pad = self.images.shape[-1] // 8
+        pad = self.cell * self.images.shape[-1] // 8
         top, left, flip = (rng.integers(0, high, len(indices)) for high in (2 * pad + 1, 2 * pad + 1, 2))
         top, left = (top, left) if self.crop else (np.full_like(top, pad), np.full_like(left, pad))
         drawn = np.stack([indices, top, left, flip * self.flip])[:, part]
         i, top, left, flip = torch.from_numpy(drawn).to(self.labels.device)  # each [B]; one transfer
-        crops = moved(self.images.index_select(0, i), top, left, flip.bool())
+        crops = moved(self.pixels(i), top, left, flip.bool())
         return Batch((crops - self.mean).div_(self.std), self.moved_labels(self.labels[i], top, left, flip.bool()))
 
     def part(self, indices: Array, labels: Array) -> "Images":
@@ -216,11 +222,10 @@ class Images:
 
     def accompanied(self, maps: Tensor) -> "Images":
         """Maps [N, h, w] (or several of each, [N, n, h, w]) of these images as a split whose streams move them as this split's
-        move the images; around a map is 0. They are kept in float16, with as many pixels as the images."""
-        maps, scale = maps.reshape(len(maps), -1, *maps.shape[-2:]).half(), self.images.shape[-1] // maps.shape[-1]
-        maps = maps.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        move the images; around a map is 0. They are kept as small as they are, in float16."""
+        maps = maps.reshape(len(maps), -1, *maps.shape[-2:]).half()
         split = Images(maps, self.labels, (0.0,), (1 / 255,), device=maps.device)
-        split.flip, split.crop = self.flip, self.crop
+        split.cell, split.flip, split.crop = self.images.shape[-1] // maps.shape[-1], self.flip, self.crop
         return split
 
     def moved_labels(self, labels: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:

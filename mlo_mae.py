@@ -1315,7 +1315,7 @@ def train(
     (watched, objects), previous = splits.watched(256), None  # their masks at the last line of metrics
     chance = chance_loss(cfg, splits.labelled[1].labels)
 
-    def metrics(epoch, moved):  # moved: whether T was, by the outer iteration just made
+    def metrics(epoch, moved, means):  # moved: whether T was, by the outer iteration just made
         nonlocal previous
         prob, _, _, mask = (tensor.cpu() for tensor in masks_now(net, state, watched, state.iteration / total))
         row, previous = mask_statistics(prob, mask, previous, objects, cfg.patch_size), mask
@@ -1323,7 +1323,7 @@ def train(
         row["learning_rate"] = level1_rate(cfg, last, cfg.level1_steps - 1, total, waited)
         if moved:
             row["mask_learning_rate"] = cfg.mask_lr * upper_schedules(cfg, last, total, waited)[1]
-        if any("level3_loss" in made for made in run.window):
+        if "level3_loss" in means:
             row["level3_chance"] = chance
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
@@ -1334,8 +1334,8 @@ def train(
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_eyes(net, state, total)
-            known = net.maps or stays(cfg, state.iteration, total, state.waited)
-            if known and len(batches) == 3 and isinstance(splits.train, data.Images):
+            settled = net.maps or stays(cfg, state.iteration, total, state.waited)
+            if settled and len(batches) == 3 and isinstance(splits.train, data.Images):
                 with run.at_once():
                     maps = net.maps(splits.train) if net.maps else weight_maps(net, state, splits.train)
                 maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
@@ -1347,7 +1347,8 @@ def train(
                 with torch.no_grad():
                     p = masking_probability(net, state.psi.params, watched[:SHOWN], eyes_of(net, state))
                 run.record_masks(state.iteration, epoch, p)
-            run.after(state.iteration, losses, cfg, lambda: metrics(epoch, moved), lambda: content(net, state, splits))
+            line = functools.partial(metrics, epoch, moved)
+            run.after(state.iteration, losses, cfg, line, lambda: content(net, state, splits))
     leave()
     run.leave_if_stopped(state.iteration, "update")
     return net, state, splits

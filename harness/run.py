@@ -63,7 +63,7 @@ class Run:
         tensorboard: bool = False,
     ):
         self.out, self.minutes, self.writer = out, minutes, out is not None and rank() == 0
-        self.checkpoint, self.stop, self.received, self.waited = None, 0, [], 0.0
+        self.checkpoint, self.stop, self.received, self.waiting = None, 0, [], 0.0
         self.content, self.cut = None, False  # what makes a checkpoint's content; whether a signal has ended work `at_once`
         self.beside = {"config.json": json.dumps(settings["config"], indent=2).encode()}
         self.tensorboard, self.board = tensorboard and self.writer, None
@@ -161,14 +161,17 @@ class Run:
         while True:
             began = time.monotonic()
             item = next(stream)
-            self.waited += time.monotonic() - began
+            self.waiting += time.monotonic() - began
             yield item
 
-    def after(self, iteration: int, losses: dict[str, Tensor], cfg, metrics: Callable[[], dict], content: Callable[[], dict]):
+    def after(
+        self, iteration: int, losses: dict[str, Tensor], cfg, metrics: Callable[[dict], dict], content: Callable[[], dict]
+    ):
         """What follows each iteration of pretraining: progress; every `cfg.log_every` a line of metrics; a checkpoint when
         it is due. Sets `stop` once a signal has come.
 
-        losses: scalars on the device; metrics(): what else a line holds; content(): the checkpoint's.
+        losses: scalars on the device; metrics(means): what else a line holds, besides these means of losses since the last;
+        content(): the checkpoint's.
         Raises UserError at a loss that is not finite."""
         self.content = content
         self.losses.append(losses)
@@ -188,17 +191,17 @@ class Run:
         if line:
             names = dict.fromkeys(name for row in self.window for name in row)  # of T's looks too, where the newest is none
             means = {name: float(np.mean([row[name] for row in self.window if name in row])) for name in names}
-            pace = {"seconds": now - self.began, "images_per_second": speed, "waiting_share": self.waited / elapsed}
+            pace = {"seconds": now - self.began, "images_per_second": speed, "waiting_share": self.waiting / elapsed}
             if world() > 1:
                 pace["exchange_share"] = exchange_seconds() / elapsed
             if self.writer:
-                row = metrics() | means | pace
+                row = metrics(means) | means | pace
                 append_line(self.out / "metrics.jsonl", {"iteration": iteration} | row)
                 if self.board:
                     for name, value in row.items():
                         self.board.add_scalar(name, value, iteration)
                     self.board.flush()
-            self.window, self.logged, self.waited = [], time.monotonic(), 0.0
+            self.window, self.logged, self.waiting = [], time.monotonic(), 0.0
         if due or self.stop:
             if self.writer:
                 self.save(content())

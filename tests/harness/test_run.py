@@ -585,7 +585,7 @@ def test_time_spent_on_waiting_for_data_is_counted(tmp_path):
 
     run = run_in(tmp_path / "run")
     stream = run.timed(slow())
-    assert [next(stream) for _ in range(3)] == [0, 1, 2] and 0.06 <= run.waited < 1
+    assert [next(stream) for _ in range(3)] == [0, 1, 2] and 0.06 <= run.waiting < 1
 
 
 # --------------------------------------------------------------------------------------------------- bad input
