@@ -466,6 +466,9 @@ def rival_step(cfg: Config, step: Step, block: Callable[[int, int], torch.nn.Mod
     return made
 
 
+LAUNCHED = "plain MAE step, in one launch"
+
+
 def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
     """{name: call}: what a mask update is compared with, itself, and the parts of an outer iteration. Directions and
     cotangents are stand-ins of the right shape: no time depends on their values."""
@@ -502,7 +505,7 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
     launched = {}
     if net.replay:
         at_once = dataclasses.replace(plain, replay=mlo_mae.in_one_launch(plain, step.rates.decay))
-        launched = {"plain MAE step, in one launch": lambda: level1(at_once)}
+        launched = {LAUNCHED: lambda: level1(at_once)}
     return launched | {
         "plain MAE step": lambda: level1(plain),
         "mask update": mask_update,
@@ -556,6 +559,7 @@ def run_step(options: argparse.Namespace, device: torch.device, page: Page) -> d
     page.record(*rows.values())
     page.say(*step_text(cfg, rows, summary))
     if options.profile:
+        whole()  # records
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=activities) as record:
             whole()
@@ -570,17 +574,22 @@ def measure_step(
     net, arguments = problem(cfg, cfg.image_size or 32, device, cfg.mask_batches, warm=2)
     theta, psi, head, _, _ = arguments
     state, rates = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device)), rates_of(net, device)
-    if device.type == "cuda":
-        net.replay = mlo_mae.in_one_launch(net, rates[0][0])
+    off = dataclasses.replace(net)  # for kernels off: a recording has them on or off
+
+    def record(wanted: bool):
+        for some in (net, off):
+            some.replay = mlo_mae.in_one_launch(some, rates[0][0]) if wanted and device.type == "cuda" else None
+
+    record(True)
     batch, labelled, compared = cfg.batch_size, cfg.labelled_batch_size, parts_of(net, arguments)
     streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
 
-    def whole():
+    def whole(net: Networks = net):
         return mlo_mae.outer_iteration(net, state, streams, 1000, *rates)
 
     def without_kernels():
         with kernels.use("reference"):
-            return whole()
+            return whole(off)
 
     def batches():
         return [next(streams[0]) for _ in range(cfg.level1_steps)], next(streams[1]), next(streams[2])
@@ -591,7 +600,11 @@ def measure_step(
             calls[name] = rival_step(cfg, arguments[-1][-1], block)
     if device.type == "cuda" and "triton" in sys.modules:
         calls["outer iteration, kernels off"] = without_kernels
-    peaks = {name: peak_memory(call, device)[1] for name, call in calls.items()}  # the warm-up too
+    counted = calls | {name: calls["plain MAE step"] for name in calls if name == LAUNCHED}
+    record(False)  # a replay allocates nothing
+    peaks = {name: peak_memory(call, device)[1] for name, call in counted.items()}
+    record(True)
+    interleaved(lambda: calls, 1, device)  # the warm-up, which records
     rows = {name: {"part": name, "peak_bytes": peak} for name, peak in peaks.items()}
     for name, times in interleaved(lambda: calls, repeats, device).items():
         rows[name] |= quartiles(times)
@@ -601,11 +614,13 @@ def measure_step(
     ceiling = product_rate(device, DTYPES[cfg.precision], torch.float32)  # a CPU may well be slower in bfloat16
     for name, row in rows.items() if device.type == "cuda" else ():
         row["host_seconds"] = min(measure.host_seconds(calls[name]) for _ in range(3))
-    net.replay = None  # a replay runs no operator that could be counted
+    record(False)  # nor does it run an operator that could be counted
     for name, row in rows.items():  # how often an outer iteration makes this part; what is only compared with: never
-        row |= {"times": once.get(name, 0), "flops": operations(calls[name]), "operators": operators(calls[name])}
+        row |= {"times": once.get(name, 0), "flops": operations(counted[name]), "operators": operators(counted[name])}
     names = ("outer iteration", "mask update", "plain MAE step", "level-1 step")
+    record(True)
     total, update, plain, weighed = (rows[name] for name in names)
+    launched = rows.get(LAUNCHED, plain)  # as a run makes them
     for row in rows.values():
         row["share_of_time"] = row["times"] * row["seconds"] / total["seconds"]
         row["share_of_flops"] = row["times"] * row["flops"] / total["flops"]
@@ -616,8 +631,8 @@ def measure_step(
     # with T as it is, which images in memory need not ask any more. Without --mask-start and --mask-until: the second alone.
     # A T that waits (--mask-wait) makes the second longer.
     reads, inside = batch * cfg.level1_steps, cfg.mask_until - cfg.mask_start
-    parts = [(cfg.mask_start, cfg.level1_steps * plain["seconds"], reads), (inside, total["seconds"], reads + 2 * labelled)]
-    late = plain if isinstance(split, data.Images) else weighed
+    parts = [(cfg.mask_start, cfg.level1_steps * launched["seconds"], reads), (inside, total["seconds"], reads + 2 * labelled)]
+    late = launched if isinstance(split, data.Images) else weighed
     parts.append((1 - cfg.mask_until, cfg.level1_steps * late["seconds"], reads))
     pace = sum(share * seconds for share, seconds, _ in parts)
     summary = {
@@ -674,7 +689,8 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
         f"Reading by itself ({source}) delivers {summary['input_images_per_second']:.0f} images a second; levels 1 to 3 take "
         f"{summary['needed_images_per_second']:.0f}.",
         f"Peak: a large matrix product's {summary['peak_flops'] / 1e9:.3g} GFLOP/s. Parts are timed apart.{off}",
-        "Host: until a GPU has been told all. Operators: torch's, on the plain operations, without views.",
+        "Host: until a GPU has been told all. Operators: torch's, on the plain operations, without views. MiB, too: of steps "
+        "that are not started in one launch.",
     ]
 
 

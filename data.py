@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness import UserError, counted
+from harness.memory import uploaded
 from harness.randomness import AUGMENT, DRAW, LIMIT, ORDER, SPLIT, WATCHED, numpy_generator
 from harness.readers import (
     CIFAR,
@@ -209,7 +210,7 @@ class Images:
         top, left, flip = (rng.integers(0, high, len(indices)) for high in (2 * pad + 1, 2 * pad + 1, 2))
         top, left = (top, left) if self.crop else (np.full_like(top, pad), np.full_like(left, pad))
         drawn = np.stack([indices, top, left, flip * self.flip])[:, part]
-        i, top, left, flip = torch.from_numpy(drawn).to(self.labels.device)  # each [B]; one transfer
+        i, top, left, flip = uploaded(torch.from_numpy(drawn), self.labels.device)  # each [B]; one transfer
         crops = moved(self.pixels(i), top, left, flip.bool())
         return Batch((crops - self.mean).div_(self.std), self.moved_labels(self.labels[i], top, left, flip.bool()))
 
@@ -273,9 +274,7 @@ class Folder:
     def batches(self, requests: Iterable[tuple[np.ndarray, list[Key] | None]]) -> Iterator[Batch]:
         """A Batch for each (indices, random keys or None), in order."""
         for images, labels in self.decoder.decoded(self.split, requests):
-            if torch.device(self.device).type == "cuda":
-                images, labels = images.pin_memory(), labels.pin_memory()
-            images, labels = (tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
+            images, labels = (uploaded(tensor, torch.device(self.device)) for tensor in (images, labels))
             yield Batch((images - self.mean).div_(self.std), labels)
 
 

@@ -97,7 +97,7 @@ from harness import UserError, cli
 from harness.checkpoints import fitting, newest, packed, unpacked, whole_number
 from harness.cli import flag
 from harness.graphs import replayed
-from harness.memory import foresee, in_parts, through
+from harness.memory import foresee, in_parts, through, uploaded
 from harness.probe import mask_statistics
 from harness.processes import (
     agree,
@@ -384,7 +384,8 @@ def draw_masks(
         score = prob
     else:
         count = world() * len(images)  # random numbers must not depend on the number of processes
-        score = torch.rand(count, net.patches, generator=torch_generator(*keys))[share(count)].to(images.device)
+        score = torch.rand(count, net.patches, generator=torch_generator(*keys))[share(count)]
+        score = uploaded(score, images.device)
         if weighs and cfg.mask_choice == "odds":  # the highest of logit + Gumbel noise: drawn without replacement by the odds
             score = prob.logit(1e-6) - (-score.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
     return prob, *select_patches(score, net.visible)
@@ -417,6 +418,7 @@ def with_precision(cfg: Config, device: torch.device) -> Config:
         cfg = dataclasses.replace(cfg, precision="bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32")
     if gpu:
         torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")
+        torch.backends.cudnn.allow_tf32 = cfg.precision == "bf16"  # in convolutions, which that does not speak of
     return cfg
 
 
@@ -794,7 +796,7 @@ def in_one_launch(net: Networks, decay: Tensor, **how) -> Callable[[Step, Tensor
         step = Step(Level(params, mu, nu, t), None, Rates(lr, decay), *batch)
         return level1_update(net, step, prob, in_place=True)[2:]
 
-    run = replayed(work, 3, **how)
+    run = replayed(work, 3, lambda: (kernels.current(), net.penalty), **how)
 
     def update(step: Step, prob: Tensor) -> Update:
         numbers = (torch.full((), float(value), device=prob.device) for value in (step.theta.t, step.rates.lr))

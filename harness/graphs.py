@@ -29,6 +29,7 @@ def recorded(function: Callable[[], Tensors]) -> Recording | None:
             ended = time.perf_counter() - began
     torch.cuda.current_stream().wait_stream(stream)
     if ended > GAIN * started:
+        torch.cuda.empty_cache()  # no other stream can use what this one's three calls took
         return None
     with torch.cuda.stream(torch.cuda.current_stream()):  # which a capture that fails would not give back
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
@@ -37,20 +38,23 @@ def recorded(function: Callable[[], Tensors]) -> Recording | None:
 
 
 def replayed(
-    function: Callable[..., Tensors], kept: int, record: Callable[..., Recording | None] = recorded
+    function: Callable[..., Tensors],
+    kept: int,
+    facts: Callable[[], tuple] = tuple,
+    record: Callable[..., Recording | None] = recorded,
 ) -> Callable[..., Tensors]:
     """`function`, of tensors of a GPU alone, as one launch; it changes the first `kept` of them in place and returns others.
 
     The call returns those `kept` after the change, and then what function() returned. The former are in the memory of those
-    that were given, or in memory that the next call overwrites. A number that is not among the tensors is recorded as it was
-    at the first call. Where nothing is gained function() is called each time; and where nothing can be recorded, which a line
-    on stderr says."""
-    held, recording, direct = [], None, False
+    that were given, or in memory that the next call overwrites. What is not among the tensors is recorded as it was at the
+    first call; facts() names of it what may change, and where they do, or the shapes, it is recorded anew. Where nothing is
+    gained function() is called each time; and where nothing can be recorded, which a line on stderr says."""
+    held, recording, of = [], None, None
 
     def call(*tensors: Tensor) -> Tensors:
-        nonlocal held, recording, direct
-        if not direct and [place.shape for place in held] != [tensor.shape for tensor in tensors]:
-            held = [tensor.clone() for tensor in tensors]
+        nonlocal held, recording, of
+        if of != (now := (*facts(), *(tensor.shape for tensor in tensors))):
+            of, held = now, [tensor.clone() for tensor in tensors]
             try:
                 with torch.cuda.device_of(held[0]):
                     recording = record(lambda: function(*held))
@@ -58,8 +62,7 @@ def replayed(
                 reason = (str(error).splitlines() or [""])[0][:200]
                 print(f"steps are not recorded, and take longer to start ({reason}); --graphs off", file=sys.stderr)
                 recording = None
-            direct = recording is None
-        if direct:
+        if recording is None:
             held = []
             return *tensors[:kept], *function(*tensors)
         for place, tensor in zip(held, tensors):

@@ -20,6 +20,11 @@ except ImportError:  # Windows
     resource = None
 
 
+def uploaded(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on this device; to a GPU it goes when that gets there, and nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def in_parts(function: Callable[..., tuple[Tensor, ...]], count: int, *batch: Tensor) -> tuple[Tensor, ...]:
     """function(*batch), tensors [B, ...] in and out, in `count` parts of the batch. The backward pass makes the activations
     of each part again, so that one part's are held at a time."""

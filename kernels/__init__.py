@@ -12,9 +12,9 @@ head, of a token), L patches, K visible patches, C channels, P pixels along a pa
 """
 
 from .attention import attention
-from .backend import use
+from .backend import current, use
 from .loss import patch_loss
 from .patches import gather_patches
 from .tokens import scatter_tokens, select_patches
 
-__all__ = ["attention", "gather_patches", "patch_loss", "scatter_tokens", "select_patches", "use"]
+__all__ = ["attention", "current", "gather_patches", "patch_loss", "scatter_tokens", "select_patches", "use"]

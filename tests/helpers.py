@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import data
 import mlo_mae
@@ -551,14 +552,14 @@ def timm():
 
 
 def as_recorded(function):
-    """A stand-in for `harness.graphs.recorded` on a CPU, as strict: a replay knows no number but those in the memory of the
-    tensors that function() saw, and puts its results where the first were."""
-    for _ in range(2):
-        function()
-    results = function()
+    """A stand-in for `harness.graphs.recorded` on a CPU, as strict: a replay makes the operators that function() made, without
+    Python, on what is in the memory of the tensors that it saw, and puts its results where the first were."""
+    function()
+    made = make_fx(lambda: function())()
+    results = [result.clone() for result in made()]
 
     def replay():
-        for place, result in zip(results, function()):
+        for place, result in zip(results, made()):
             place.copy_(result)
 
     return replay, results

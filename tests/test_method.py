@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import kernels
 import mlo_mae
-from harness import UserError
+from harness import UserError, graphs
 from harness.probe import mask_statistics
 from harness.schedule import schedule
 from harness.vectors import inverse_fan_in, weight_decays
@@ -653,6 +654,7 @@ def test_the_theta_of_steps_that_are_differentiated_is_there_when_t_is_told(monk
 def test_automatic_precision_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
     cpu, gpu, products = torch.device("cpu"), torch.device("cuda"), []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", products.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)  # put back in the end
     for name, device, able, expected in (
         ("auto", cpu, True, "fp32"),
         ("auto", gpu, True, "bf16"),
@@ -663,6 +665,7 @@ def test_automatic_precision_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
     ):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able: able)
         assert mlo_mae.with_precision(Config(precision=name), device) == Config(precision=expected)
+        assert device == cpu or torch.backends.cudnn.allow_tf32 == (expected == "bf16")
     assert products == ["high", "highest", "high", "highest"]  # TF32 beside bfloat16 alone
     assert {name: Config(**PRESETS[name]).precision for name in PRESETS} == {"shapes": "fp32"} | dict.fromkeys(
         ("cifar10", "cifar100", "imagenet", "imagenet-large"), "auto"
@@ -719,10 +722,30 @@ def test_steps_in_one_launch_are_the_same_run(settings, monkeypatch):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
 @pytest.mark.parametrize("settings", RECORDED, ids=str)
-def test_a_gpus_steps_in_one_launch_are_the_same_run(settings, capsys):
-    settings = DEFAULT | THREE_PARTS | {"level1_steps": 3, "mask_wait": 0.5} | settings
-    same_run(in_launches(settings, {}, "cuda"), 1e-2)
-    assert capsys.readouterr().err == ""
+def test_a_gpus_steps_in_one_launch_are_the_same_run(settings, capsys, monkeypatch):
+    monkeypatch.setattr(graphs, "GAIN", math.inf)  # recorded, even where little is gained
+    settings, made = DEFAULT | THREE_PARTS | {"level1_steps": 3, "mask_wait": 0.5} | settings, []
+    record = {"record": lambda function: made.append(graphs.recorded(function)) or made[-1]}
+    same_run(in_launches(settings, record, "cuda"), 1e-2)
+    assert len(made) == 1 and made[0] and capsys.readouterr().err == ""
+
+
+def test_what_a_step_goes_by_is_recorded_anew():
+    """A baseline's term comes after a trial of a step; with and without kernels are measured in turn."""
+    net, state, (batches, _, decay, _) = fresh_state(**DEFAULT | {"masking": "random"})
+    images, rates, made, losses = next(batches[0]).images, mlo_mae.Rates(1e-3, decay[0]), [], []
+    recording = mlo_mae.in_one_launch(net, decay[0], record=lambda f: made.append(1) or as_recorded(f))
+
+    def term(features):
+        return features.square().mean()
+
+    for net.penalty, backend in ((None, "auto"), (term, "auto"), (term, "reference"), (None, "reference")):
+        with kernels.use(backend):
+            for net.replay in (recording, None, recording):
+                step = mlo_mae.copied(state.theta), state.psi.params, images, rates, 0
+                losses.append(mlo_mae.level1_step(net, *step, in_place=True)[2].item())
+        assert losses[-3] == losses[-1] == pytest.approx(losses[-2], rel=1e-6)
+    assert len(made) == 4 and losses[3] > losses[0] + 0.1
 
 
 class OnOneDevice(TorchDispatchMode):

@@ -356,7 +356,7 @@ def test_parts_move_with_the_crops_and_flips_of_their_images(folder, monkeypatch
     cells = torch.randint(0, 3, (40, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     images = Images(cells.repeat_interleave(4, 2).repeat_interleave(4, 3), np.zeros(40), (0.0,), (1 / 255,))
     maps, seen = part_maps(net, parts, images), set()
-    assert len(maps) == 40 and maps.images.shape == (40, 3, 16, 16)
+    assert len(maps) == 40 and maps.images.shape == (40, 3, 4, 4)
     shares = mlo_mae.moved_weights(maps.stream(10, 5), 4)
     images.images += 1  # black, which is around, is now none of them
     for batch, known, _ in zip(images.stream(10, 5), shares, range(8)):

@@ -1,10 +1,13 @@
 """Steps in one launch: with a stand-in for a CUDA graph that is as strict about memory and numbers, and, where there is a GPU,
 with the real one."""
 
+import math
+
 import pytest
 import torch
 from helpers import as_recorded
 
+from harness import graphs
 from harness.graphs import recorded, replayed
 
 
@@ -41,11 +44,11 @@ def in_turn(call, device="cpu"):
 
 
 def test_a_replay_is_a_call():
-    in_turn(replayed(work, 2, as_recorded))
+    in_turn(replayed(work, 2, record=as_recorded))
 
 
 def test_a_replay_works_in_its_own_memory():
-    call, given = replayed(work, 2, as_recorded), numbers()
+    call, given = replayed(work, 2, record=as_recorded), numbers()
     before = [x.clone() for x in given]
     first = call(*given)
     again = call(*given)
@@ -56,7 +59,7 @@ def test_a_replay_works_in_its_own_memory():
 
 def test_other_shapes_are_recorded_anew():
     counts = []
-    call = replayed(work, 2, lambda function: counts.append(1) or as_recorded(function))
+    call = replayed(work, 2, record=lambda function: counts.append(1) or as_recorded(function))
     for size in (3, 3, 1, 1, 4):
         given = numbers(size=size)
         assert all(map(torch.allclose, call(*given), plain(*given)))
@@ -68,21 +71,40 @@ def test_what_cannot_be_recorded_is_called_each_time(capsys):
         function()  # it had begun
         raise RuntimeError("operation not permitted while it is recorded\nmore lines")
 
-    in_turn(replayed(work, 2, record))
+    in_turn(replayed(work, 2, record=record))
     said = "steps are not recorded, and take longer to start (operation not permitted while it is recorded); --graphs off\n"
     assert capsys.readouterr().err == said
 
 
 def test_where_nothing_is_gained_nothing_is_recorded(capsys):
     counts = []
-    call, given = replayed(work, 2, lambda function: counts.append(function())), numbers()
+    call, given = replayed(work, 2, record=lambda function: counts.append(function())), numbers()
     in_turn(call)
     after = call(*given)
     assert after[0] is given[0] and after[1] is given[1] and len(counts) == 1  # in place, and asked once
     assert capsys.readouterr().err == ""
 
 
+def test_other_facts_are_recorded_anew():
+    facts, counts = [1.0], []
+    call = replayed(lambda x: (x * facts[0],), 0, lambda: tuple(facts), lambda f: counts.append(1) or as_recorded(f))
+    for facts[0] in (2.0, 2.0, 3.0, 2.0):
+        assert call(torch.ones(3))[0].tolist() == [facts[0]] * 3
+    assert len(counts) == 3
+
+
+def test_the_stand_in_knows_no_python_as_a_graph_does():
+    """What is not among the facts stays as it was recorded."""
+    factor = [2.0]
+    call = replayed(lambda x: (x * factor[0],), 0, record=as_recorded)
+    call(torch.ones(3))
+    factor[0] = 3.0
+    assert call(torch.ones(3))[0].tolist() == [2.0] * 3
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
-def test_a_gpus_graph_is_a_call(capsys):
-    in_turn(replayed(work, 2, recorded), "cuda")
-    assert capsys.readouterr().err == ""
+def test_a_gpus_graph_is_a_call(capsys, monkeypatch):
+    monkeypatch.setattr(graphs, "GAIN", math.inf)  # else so small a work is not recorded
+    made = []
+    in_turn(replayed(work, 2, record=lambda function: made.append(recorded(function)) or made[-1]), "cuda")
+    assert len(made) == 1 and made[0] and capsys.readouterr().err == ""
