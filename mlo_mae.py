@@ -73,6 +73,7 @@ if __name__ == "__main__":
     end_at_once("mlo_mae")  # the imports take seconds
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -101,6 +102,8 @@ from harness.memory import foresee, in_parts, through, uploaded
 from harness.probe import mask_statistics
 from harness.processes import (
     agree,
+    alike,
+    all_cores,
     as_first,
     average,
     averaged_gradient,
@@ -1267,6 +1270,8 @@ def train(
     settings = {"config": dataclasses.asdict(cfg)}
     run = Run(out, settings, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes, cfg.tensorboard)
     splits = first_before_others(lambda: load_data(cfg, device))
+    if not alike({name: value for name, value in splits.facts().items() if name not in data.COMPUTED}):
+        raise UserError(f"the processes do not read the same data; give all of them the same --data {cfg.data}")
     run.compare("data", splits.facts(), data.COMPUTED)
     if splits.channels * cfg.patch_size**2 == 1:
         raise UserError("a patch of one value has no deviation, by which pixels are normalised; give --patch-size 2 or more")
@@ -1482,9 +1487,10 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
             f"T learned from a head no better than chance ({about}), so its weights may mean nothing; {mend}", file=sys.stderr
         )
     report = updates | ({"level3_loss": losses3[-1], "level3_chance": chance} if losses3 else {}) | rows[-1]
-    if splits.class_names:
-        report["probe"] = cli.command("probe").after_training(net, state, splits, out)
-    report["pictures"] = [str(path) for path in cli.command("show").after_training(net, state, splits, out)]
+    with all_cores() if processes > 1 else contextlib.nullcontext():
+        if splits.class_names:
+            report["probe"] = cli.command("probe").after_training(net, state, splits, out)
+        report["pictures"] = [str(path) for path in cli.command("show").after_training(net, state, splits, out)]
     return report
 
 

@@ -1,15 +1,18 @@
 """Programs on top of the method: each file is a command of mlo_mae.py, by its name. Here is what they all read: a run."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 import mlo_mae
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, whole_number
+from harness.probe import SHOWN_AFTER
 from harness.run import difference
 from harness.vectors import call, weight_decays
 from harness.weights import starting_weights
@@ -85,7 +88,8 @@ def features(net: mlo_mae.Networks, params: Tensor, split, pooling: str = "") ->
 
     params: theta, or the encoder's part of it."""
     params = params[: net.encoder_size]
-    pairs = [(mlo_mae.encode(net, params, batch.images, pooling).cpu(), batch.labels.cpu()) for batch in split.ordered(256)]
+    batches = tqdm(split.ordered(256), "features", math.ceil(len(split) / 256), unit="batch", delay=SHOWN_AFTER, leave=False)
+    pairs = [(mlo_mae.encode(net, params, batch.images, pooling).cpu(), batch.labels.cpu()) for batch in batches]
     return tuple(torch.cat(column) for column in zip(*pairs))
 
 

@@ -45,7 +45,7 @@ from harness.measure import BENCHMARKS, machine, table_page
 from harness.pictures import panel_of, panels
 from harness.processes import after_parent, end_children
 from harness.run import read_metrics
-from harness.signals import handled, ignore
+from harness.signals import SIGNALS, handled, ignore
 from mlo_mae import Config
 
 
@@ -316,9 +316,9 @@ GRACE = 1.5  # seconds
 
 def end_with_parent() -> None:
     """In a process that works on a cell: stop (in a loop: with a checkpoint) where the program that started it was killed;
-    SIGTERM does the same, and Ctrl-C is that program's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    SIGTERM does the same, and what a terminal sends is that program's business."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
     tqdm.set_lock(threading.RLock())  # its own one is of the system's, and of a process that is killed would be left there
 
     def stop() -> None:

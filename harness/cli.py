@@ -214,8 +214,8 @@ def in_lines(summary: dict, before: str = "") -> str:
 
 def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_MEMORY) -> int:
     """Print what work() returns, unless None, as one line of JSON. Exit status 0, 2 after one line for what the user can
-    mend, or 130 after one line at Ctrl-C (143 at SIGTERM), when no process that this one has started is left; `remedy` is
-    for want of memory, by flags that the program has."""
+    mend, or 130 after one line at Ctrl-C (143 at SIGTERM, 129 at SIGHUP), when no process that this one has started is left;
+    `remedy` is for want of memory, by flags that the program has."""
     status = 2
     asked.clear()
     try:

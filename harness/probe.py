@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import index_batches
 from harness.schedule import schedule
 
+SHOWN_AFTER = 10  # seconds, from which on work without a bar of its own shows one
 Labelled = tuple[Tensor, Tensor]  # features [N, D] and labels [N], on the CPU
 Probe = Callable[[Tensor], Tensor]  # features [N, D] -> logits [N, classes]
 
@@ -58,7 +60,8 @@ def lbfgs_probes(train: Tensor, labels: Tensor, classes: int) -> dict[float, Pro
         weight = weight.detach()
         return lambda inputs: standardised(inputs) @ weight
 
-    return {decay: fit(decay) for decay in (1e-4, 1e-3, 1e-2, 1e-1)}
+    decays = tqdm((1e-4, 1e-3, 1e-2, 1e-1), "probes", unit="fit", delay=SHOWN_AFTER, leave=False)
+    return {decay: fit(decay) for decay in decays}
 
 
 def sgd_probes(
@@ -78,7 +81,8 @@ def sgd_probes(
     def normed(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
         return F.pad(norm(inputs), (1, 0), value=1.0)
 
-    for step, (_, indices) in zip(range(steps), index_batches(len(labels), batch_size, seed=0, start=0)):
+    bar = tqdm(range(steps), "probes", unit="step", delay=SHOWN_AFTER, leave=False)
+    for step, (_, indices) in zip(bar, index_batches(len(labels), batch_size, seed=0, start=0)):
         # All rates learn in one pass: their probes share no parameter, so the sum of their losses trains each alone.
         logits = normed(train[indices]) @ weight  # [R, B, classes]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[indices].repeat(len(rates)), reduction="sum") / batch_size

@@ -254,6 +254,22 @@ def told(value):
     return values[0]
 
 
+def alike(value) -> bool:
+    """Whether this, of plain types, is the same in all processes."""
+    return not agree(told(value) != value)[0]
+
+
+@contextlib.contextmanager
+def all_cores() -> Iterator[None]:
+    """Around what one process does when the others, which had their share of the machine's cores, are done."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def as_first(tree: Result) -> Result:
     """A tree (of tuples and the like) of whole numbers and tensors as process 0 has it, tensors in place."""
     leaves, shape = tree_flatten(tree)

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from harness import UserError, counted, printable
 from harness.processes import after_parent, heed_parent_alone, rank
 from harness.randomness import numpy_generator
+from harness.signals import SIGNALS
 
 MAX_FILE = 2**28  # bytes of one CIFAR file (the largest has 155 MB)
 MAX_RESIDENT = 2**35  # bytes of images kept in memory
@@ -476,7 +477,8 @@ def start_worker(files: Files) -> None:
     global files_here
     files_here = files
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    for number in {*SIGNALS} - {signal.SIGTERM}:  # a terminal's are the main process's business
+        signal.signal(number, signal.SIG_IGN)
     heed_parent_alone()
     after_parent(lambda: os._exit(1))
 

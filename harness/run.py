@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,8 +98,8 @@ class Run:
 
     @contextlib.contextmanager
     def at_work(self, total: int, done: int, label: str, unit: str = "update") -> Iterator["Run"]:
-        """Lock the folder, write what belongs beside, and show progress from `done` of `total`; SIGINT and SIGTERM ask
-        the loop to stop. Raises UserError where another process is at work there."""
+        """Lock the folder, write what belongs beside, and show progress from `done` of `total`; SIGNALS ask the
+        loop to stop. Raises UserError where another process is at work there."""
         if self.writer:
             self.out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
             self._claim()
@@ -155,6 +157,10 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(self.lock, msvcrt.LK_NBLCK, 1)
         except (BlockingIOError, PermissionError):
             raise UserError(f"another process is at work in {self.out}; wait until it ends, or choose another --out") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            print(f"no locks where {self.out} is: nothing keeps a second process from writing there", file=sys.stderr)
 
     def timed(self, stream: Iterator) -> Iterator:
         """The items of a stream; the seconds that the loop waits for them count as waiting."""

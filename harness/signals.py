@@ -1,4 +1,5 @@
-"""Ctrl-C (SIGINT) and SIGTERM: they end a command, ask a loop to stop, or wait until a file is whole."""
+"""Ctrl-C (SIGINT), SIGTERM, and SIGHUP (a terminal that is closed): they end a command, ask a loop to stop, or wait until a
+file is whole."""
 
 import contextlib
 import os
@@ -11,6 +12,8 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)  # on Windows nothing sends the second
+if hasattr(signal, "SIGHUP") and (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or "RANK" in os.environ):
+    SIGNALS += (signal.SIGHUP,)  # not under nohup, but that torchrun passes on, and kills what does not end
 Handler = Callable[[int, FrameType | None], None]
 
 

@@ -42,6 +42,9 @@ class Split:
     def __init__(self, images, labels):
         self.images, self.labels = images, labels
 
+    def __len__(self):
+        return len(self.labels)
+
     def ordered(self, batch_size):
         yield from (Split(*pair) for pair in zip(self.images.split(batch_size), self.labels.split(batch_size)))
 

@@ -136,6 +136,8 @@ def everything(folder):
     outcomes["resumed"] = command("pretrain", "--out", folder / "cut", "--resume")
     mine = npz if number == 0 else folder / "absent.npz"
     outcomes["one fails"] = command(*arguments(mine, folder / "fails", *FLAGS))
+    mine = write_sides(folder / f"sides-{number}.npz", (("train", 60 + number), ("test", 20)))
+    outcomes["other data"] = command(*arguments(mine, folder / "other", *FLAGS))
     (folder / f"runs-{number}.json").write_text(json.dumps(outcomes))
 
 
@@ -268,6 +270,7 @@ def test_a_whole_run_on_two_processes(folder, outcomes, tmp_path, monkeypatch):
         ("flag", "--widht"),
         ("probe", "without torchrun"),
         ("one fails", "absent.npz"),
+        ("other data", "the same --data"),
     ],
 )
 def test_an_error_of_several_processes_is_one_line(outcomes, name, words):
@@ -361,6 +364,14 @@ def test_one_process_says_nothing_and_has_everything(monkeypatch):
     same_tree = processes.as_first(tree)
     assert same_tree[0] == 3 and same_tree[1][0] is tree[1][0] and same_tree[1][1] == 4
     assert processes.exchange_seconds() == 0 == processes.exchange_seconds()
+    assert processes.alike({"some": [3]})
+
+
+def test_what_is_done_alone_has_all_cores():
+    before = torch.get_num_threads()
+    with processes.all_cores():
+        assert torch.get_num_threads() == (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.parametrize("world, count", [(1, 5), (2, 8), (3, 8), (4, 12)])

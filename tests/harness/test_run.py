@@ -2,7 +2,9 @@
 
 MLO_MAE_KILLS sets how many runs are killed and resumed."""
 
+import contextlib
 import dataclasses
+import errno
 import importlib.util
 import itertools
 import json
@@ -39,6 +41,7 @@ from helpers import (
 import mlo_mae
 from experiments import open_run
 from harness import UserError, cli
+from harness import run as run_module
 from harness.cli import flag
 from harness.files import read_rows
 from harness.readers import blaming
@@ -586,6 +589,19 @@ def test_time_spent_on_waiting_for_data_is_counted(tmp_path):
     run = run_in(tmp_path / "run")
     stream = run.timed(slow())
     assert [next(stream) for _ in range(3)] == [0, 1, 2] and 0.06 <= run.waiting < 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="locks are POSIX's")
+@pytest.mark.parametrize("number, goes_on", [(errno.ENOSYS, True), (errno.ENOLCK, True), (errno.EIO, False)])
+def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, capsys, monkeypatch, number, goes_on):
+    def fail(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(run_module.fcntl, "lockf", fail)
+    run = run_in(tmp_path / "run")
+    with pytest.raises(OSError) if not goes_on else contextlib.nullcontext(), run.at_work(1, 0, ""):
+        assert goes_on
+    assert (f"no locks where {tmp_path / 'run'} is" in capsys.readouterr().err) == goes_on
 
 
 # --------------------------------------------------------------------------------------------------- bad input

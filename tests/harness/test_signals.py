@@ -82,6 +82,21 @@ def test_a_signal_is_not_lost_where_an_object_is_disposed_of(capsys, number):
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="signals are POSIX's")
+@pytest.mark.parametrize("ignored, variables, heeded", [(False, {}, True), (True, {}, False), (True, {"RANK": "1"}, True)])
+def test_a_closed_terminal_is_heeded_but_under_nohup(ignored, variables, heeded):
+    """There too, where torchrun passes it on."""
+    question = "import signal; from harness.signals import SIGNALS; print(signal.SIGHUP in SIGNALS)"
+    env = {name: value for name, value in os.environ.items() if name != "RANK"} | variables
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)  # which a new process has too
+    try:
+        words = [sys.executable, "-c", question]
+        found = subprocess.run(words, env=env, capture_output=True, text=True, cwd=SCRIPT.parent, restore_signals=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found.stdout == f"{heeded}\n", found.stderr
+
+
 def test_a_thread_leaves_signals_alone(tmp_path):
     before, found = handlers(), []
     thread = threading.Thread(target=lambda: found.append(write_whole(tmp_path / "file", b"")))
