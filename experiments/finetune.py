@@ -35,7 +35,7 @@ from harness.checkpoints import fitting, whole_number
 from harness.cli import flag
 from harness.files import append_line, write_whole
 from harness.measure import seconds as seconds_of
-from harness.memory import foresee
+from harness.memory import foresee, in_parts
 from harness.randomness import BATCHES, DISTORT, DROP_PATH, draw_dropout, numpy_generator, torch_generator
 from harness.run import Run, first_name
 from harness.schedule import schedule
@@ -52,6 +52,7 @@ class Training:
     from_scratch: bool = flag(False, "start from fresh weights of --seed: the baseline without pretraining")
     epochs: int = flag(10, "passes over the training images", least=1, most=65536)
     batch_size: int = flag(64, "images a step", least=1, most=65536)
+    accumulate: int = flag(1, "parts that the encoder works through a batch in: less memory, same result", least=1, most=65536)
     lr: float = flag(2e-3, "peak learning rate of the head, for this batch size (MAE's blr x batch / 256)", least=0)
     min_lr: float = flag(0.0, "learning rate at the end of its cosine", least=0)
     warmup_epochs: float = flag(
@@ -116,12 +117,17 @@ class Tuned(Encoder):
 
     def __init__(self, cfg: Config, splits: Splits, recipe: Training):
         super().__init__(splits.image_size, cfg.patch_size, splits.channels, cfg.width, cfg.depth, cfg.heads)
-        self.bf16 = recipe.precision == "bf16"
+        self.bf16, self.accumulate = recipe.precision == "bf16", recipe.accumulate
 
     def tokens(self, images: Tensor, scales: Tensor | None) -> Tensor:
         """[B, C, H, W], factors of the branches [depth, 2, B, 1, 1] -> [B, 1+N, D] float32."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            return Encoder.forward(self, images, scales=scales).float()
+
+        def work(images, *scales):
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+                return (Encoder.forward(self, images, scales=scales[0].movedim(0, 2) if scales else None).float(),)
+
+        by_image = [] if scales is None else [scales.movedim(2, 0)]  # [B, depth, 2, 1, 1]
+        return in_parts(work, self.accumulate, images, *by_image)[0]
 
 
 class Classifier(Tuned):
@@ -273,7 +279,9 @@ def finetune(
         loss_sum += so_far
 
     size, device = (splits.channels, splits.image_size, splits.image_size), loss_sum.device
-    foresee(lambda count: model(torch.zeros(count, *size, device=device)), recipe.batch_size, task.name, device, LESS_MEMORY)
+    model.accumulate, at_a_time = 1, math.ceil(recipe.batch_size / recipe.accumulate)
+    foresee(lambda count: model(torch.zeros(count, *size, device=device)), at_a_time, task.name, device, LESS_MEMORY)
+    model.accumulate = recipe.accumulate
     if announce:
         announce(plan(model, splits, recipe, task, total - step) | {"files": str(out)})
     batches = splits.train.stream(recipe.batch_size, torch_generator(recipe.seed, BATCHES).initial_seed(), start=step)
@@ -443,7 +451,10 @@ def encoder_and_data(run: Path | None, recipe: Training, settings: dict) -> tupl
 # --------------------------------------------------------------------------------------------------- command line
 
 
-LESS_MEMORY = "lower --batch-size, or where no run settles these, give a larger --patch-size or a smaller --image-size"
+LESS_MEMORY = (
+    "raise --accumulate (the same result), lower --batch-size, or where no run settles these, give a larger --patch-size or a "
+    "smaller --image-size"
+)
 
 
 def add_training_flags(

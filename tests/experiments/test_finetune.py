@@ -21,6 +21,7 @@ from experiments import finetune
 from experiments.finetune import RECIPES, Recipe
 from harness import UserError
 from harness.checkpoints import read_saved
+from harness.memory import held_for_backward
 from harness.vectors import unflatten
 from harness.weights import read_weights, write_safetensors
 from mlo_mae import build, main
@@ -253,6 +254,40 @@ def test_in_memory_it_learns_and_touches_no_file(given, tmp_path, monkeypatch):
     assert (result["train_labels"], result["val_labels"], result["epochs"]) == (96, 24, 12)
     assert 0 <= result["test_top1"] <= result["test_top5"] <= 1 and 1 <= result["epoch"] <= 12
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_in_parts_gives_the_same_result(given, monkeypatch):
+    """Drop path is drawn for the whole batch, whatever the parts."""
+    net, theta, splits = given
+    seen, asked, losses, forward = {}, [], {}, finetune.Encoder.forward
+
+    def watched(model, batch, *rest):
+        loss = finetune.classification_loss(model, batch, *rest)
+        losses.setdefault(model.accumulate, []).append(loss)
+        return loss
+
+    def encoded(model, images, **how):
+        if torch.is_grad_enabled():
+            seen.setdefault(model.accumulate, set()).add(len(images))
+        return forward(model, images, **how)
+
+    monkeypatch.setattr(finetune.Encoder, "forward", encoded)
+    monkeypatch.setattr(finetune, "foresee", lambda function, images, *rest: asked.append(images))
+    for parts in (1, 3):
+        recipe = Recipe(epochs=2, batch_size=12, lr=1e-2, drop_path=0.5, mixup=0.8, accumulate=parts)
+        finetune.finetune(net, theta, splits, recipe, task=finetune.CLASSIFY._replace(loss=watched))
+    assert asked == [12, 4] and seen == {1: {12}, 3: {4}}
+    plain, in_parts = (torch.stack(losses[parts]).detach() for parts in (1, 3))
+    assert len(plain) == 16 and plain.std() > 0.05 and torch.allclose(plain, in_parts, rtol=1e-4)
+
+
+def test_a_batch_in_parts_takes_less_memory(given):
+    net, theta, splits = given
+    images, held = torch.randn(24, 3, *[splits.image_size] * 2), {}
+    for parts in (1, 4):
+        model = finetune.start(net, theta, splits, Recipe(accumulate=parts))
+        held[parts] = held_for_backward(lambda model=model: model(images))
+    assert held[4] < held[1] / 4
 
 
 def test_the_test_split_is_read_once_and_has_no_say(given):
