@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -244,7 +245,8 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_M
             threading.excepthook = lambda failure: None  # Python's pools fail loudly where their processes have ended
             end_children(0.5)
         if message and first_to_fail():
-            print(f"{program}: {printable(message)}", file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print(f"{program}: {printable(message)}", file=sys.stderr)
     return status
 
 

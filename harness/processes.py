@@ -121,8 +121,9 @@ def end(status: int) -> NoReturn:
             signal.signal(number, signal.SIG_IGN)
         atexit._run_exitfuncs()  # else semaphores of `multiprocessing` are called leaked
     if status > 128 or (status == 0 and started() > 1):
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                stream.flush()
         os._exit(status)
     sys.exit(status)
 

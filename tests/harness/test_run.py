@@ -580,6 +580,25 @@ def test_long_work_does_not_begin_after_a_signal(tmp_path):
     assert run.stop == signal.SIGINT and not (tmp_path / "run/checkpoint.pt").exists()  # there was nothing to save yet
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="as Linux closes a terminal")
+def test_a_closed_terminal_saves(sides, tmp_path):
+    """What the run then says, nobody can read."""
+    import fcntl
+    import termios
+
+    ours, its = os.openpty()
+    flags = arguments(sides, tmp_path / "run", "--epochs", 2000, "--checkpoint-minutes", 60)
+    how = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, flags)], stdin=its, stdout=its, stderr=its, **how)
+    os.close(its)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.05)
+    os.close(ours)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert 0 < checkpoint_of(tmp_path / "run")["iteration"] < 3000
+
+
 def test_time_spent_on_waiting_for_data_is_counted(tmp_path):
     def slow():
         for number in itertools.count():
