@@ -179,7 +179,7 @@ class Images:
         return len(self.labels)
 
     def pixels(self, indices: Tensor) -> Tensor:
-        """[B, C, H, W] of these indices ([B] int64, on the device), as they are kept."""
+        """[B, C, H, W] of these indices ([B] int64, on the device), before they are normalised."""
         kept = self.images.index_select(0, indices)
         return kept if self.cell == 1 else kept.repeat_interleave(self.cell, 2).repeat_interleave(self.cell, 3)
 

@@ -73,7 +73,6 @@ if __name__ == "__main__":
     end_at_once("mlo_mae")  # the imports take seconds
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import math
@@ -1263,7 +1262,7 @@ def train(
     hypergradient: another form than the configuration's, for `outer_iteration`; prepare(net, splits, device, run): sets up
     a baseline's own networks; announce(out, net, state, splits, total, decay): is called before anything is written. Of
     several processes the first alone writes.
-    Raises UserError, and Interrupted after a checkpoint where SIGINT or SIGTERM asked to stop."""
+    Raises UserError, and Interrupted after a checkpoint where a signal asked to stop."""
     check(cfg)
     device = cli.choose_device(cfg.device)
     cfg = with_precision(cfg, device)
@@ -1487,7 +1486,7 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
             f"T learned from a head no better than chance ({about}), so its weights may mean nothing; {mend}", file=sys.stderr
         )
     report = updates | ({"level3_loss": losses3[-1], "level3_chance": chance} if losses3 else {}) | rows[-1]
-    with all_cores() if processes > 1 else contextlib.nullcontext():
+    with all_cores():
         if splits.class_names:
             report["probe"] = cli.command("probe").after_training(net, state, splits, out)
         report["pictures"] = [str(path) for path in cli.command("show").after_training(net, state, splits, out)]

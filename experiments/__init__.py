@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import mlo_mae
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, whole_number
-from harness.probe import SHOWN_AFTER
+from harness.probe import bar_if_long
 from harness.run import difference
 from harness.vectors import call, weight_decays
 from harness.weights import starting_weights
@@ -88,7 +87,7 @@ def features(net: mlo_mae.Networks, params: Tensor, split, pooling: str = "") ->
 
     params: theta, or the encoder's part of it."""
     params = params[: net.encoder_size]
-    batches = tqdm(split.ordered(256), "features", math.ceil(len(split) / 256), unit="batch", delay=SHOWN_AFTER, leave=False)
+    batches = bar_if_long(split.ordered(256), "features", math.ceil(len(split) / 256), unit="batch")
     pairs = [(mlo_mae.encode(net, params, batch.images, pooling).cpu(), batch.labels.cpu()) for batch in batches]
     return tuple(torch.cat(column) for column in zip(*pairs))
 

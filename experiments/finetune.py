@@ -259,7 +259,7 @@ def finetune(
     With `out`, write that folder, and with `resume` continue what is there; else touch no file. announce: gets what it is
     going to be, {of what: a line}, before anything is written. Returns the measures (shares; losses in nats) and what they are
     of (see the end; tied_epochs: how many reached the best measure). Raises UserError, and with `out` Interrupted after a
-    checkpoint where SIGINT or SIGTERM asked to stop."""
+    checkpoint where a signal asked to stop."""
     check(recipe)
     settings = {"recipe": asdict(recipe), "config": asdict(net.cfg), "data": splits.facts()}
     run = Run(out, settings, resume, task.format, MACHINE_FIELDS | COMPUTED, net.cfg.checkpoint_minutes)

@@ -5,6 +5,7 @@ Everything here works on arrays; where they come from is the caller's affair.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from data import index_batches
 from harness.schedule import schedule
 
-SHOWN_AFTER = 10  # seconds, from which on work without a bar of its own shows one
+bar_if_long = partial(tqdm, delay=10, leave=False)  # shown once the work has taken so many seconds
 Labelled = tuple[Tensor, Tensor]  # features [N, D] and labels [N], on the CPU
 Probe = Callable[[Tensor], Tensor]  # features [N, D] -> logits [N, classes]
 
@@ -60,7 +61,7 @@ def lbfgs_probes(train: Tensor, labels: Tensor, classes: int) -> dict[float, Pro
         weight = weight.detach()
         return lambda inputs: standardised(inputs) @ weight
 
-    decays = tqdm((1e-4, 1e-3, 1e-2, 1e-1), "probes", unit="fit", delay=SHOWN_AFTER, leave=False)
+    decays = bar_if_long((1e-4, 1e-3, 1e-2, 1e-1), "probes", unit="fit")
     return {decay: fit(decay) for decay in decays}
 
 
@@ -81,7 +82,7 @@ def sgd_probes(
     def normed(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
         return F.pad(norm(inputs), (1, 0), value=1.0)
 
-    bar = tqdm(range(steps), "probes", unit="step", delay=SHOWN_AFTER, leave=False)
+    bar = bar_if_long(range(steps), "probes", unit="step")
     for step, (_, indices) in zip(bar, index_batches(len(labels), batch_size, seed=0, start=0)):
         # All rates learn in one pass: their probes share no parameter, so the sum of their losses trains each alone.
         logits = normed(train[indices]) @ weight  # [R, B, classes]

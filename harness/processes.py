@@ -262,9 +262,10 @@ def alike(value) -> bool:
 
 @contextlib.contextmanager
 def all_cores() -> Iterator[None]:
-    """Around what one process does when the others, which had their share of the machine's cores, are done."""
+    """Around what one of several processes does when the others, which had their share of the machine's cores, are done."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if started() > 1:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:
         yield
     finally:

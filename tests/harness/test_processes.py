@@ -367,8 +367,12 @@ def test_one_process_says_nothing_and_has_everything(monkeypatch):
     assert processes.alike({"some": [3]})
 
 
-def test_what_is_done_alone_has_all_cores():
+def test_what_is_done_alone_has_all_cores(monkeypatch):
+    """Of several processes; one that is alone from the start keeps what it was given."""
     before = torch.get_num_threads()
+    with processes.all_cores():
+        assert torch.get_num_threads() == before
+    monkeypatch.setattr(processes, "started", lambda: 2)
     with processes.all_cores():
         assert torch.get_num_threads() == (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count())
     assert torch.get_num_threads() == before

@@ -584,12 +584,10 @@ def test_long_work_does_not_begin_after_a_signal(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux closes a terminal")
 def test_a_closed_terminal_saves(sides, tmp_path):
     """What the run then says, nobody can read."""
-    import fcntl
-    import termios
-
+    to_take = pytest.importorskip("termios").TIOCSCTTY
     ours, its = os.openpty()
     flags = arguments(sides, tmp_path / "run", "--epochs", 2000, "--checkpoint-minutes", 60)
-    how = {"start_new_session": True, "preexec_fn": lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)}
+    how = {"start_new_session": True, "preexec_fn": lambda: run_module.fcntl.ioctl(0, to_take, 0)}
     process = subprocess.Popen([sys.executable, SCRIPT, *map(str, flags)], stdin=its, stdout=its, stderr=its, **how)
     os.close(its)
     while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
