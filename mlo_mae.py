@@ -912,7 +912,7 @@ def outer_iteration(
 def labelled_of(cfg: Config, level2: data.Batch, level3: data.Batch, rates: Rates, iteration: int) -> Labelled:
     """What levels 2 and 3 see in an outer iteration, of these batches; T does not wait."""
     shape = (cfg.head_steps if cfg.level2 == "steps" else 0, cfg.labelled_batch_size, cfg.width)
-    dropout = draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, iteration).to(level2.images.device)
+    dropout = uploaded(draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, iteration), level2.images.device)
     return Labelled(level2.images, gather(level2.labels), level3.images, gather(level3.labels), dropout, rates)
 
 

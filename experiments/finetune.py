@@ -35,7 +35,7 @@ from harness.checkpoints import fitting, whole_number
 from harness.cli import flag
 from harness.files import append_line, write_whole
 from harness.measure import seconds as seconds_of
-from harness.memory import foresee, in_parts
+from harness.memory import foresee, in_parts, uploaded
 from harness.randomness import BATCHES, DISTORT, DROP_PATH, draw_dropout, numpy_generator, torch_generator
 from harness.run import Run, first_name
 from harness.schedule import schedule
@@ -297,7 +297,7 @@ def finetune(
         while (step < total or unread) and not run.stop:
             if not unread:  # else an epoch whose evaluation a signal has ended
                 batch, keys = next(batches), (recipe.seed, DROP_PATH, step)
-                scales = drop_path(recipe.drop_path, net.cfg.depth, len(batch.images), *keys).to(batch.images.device)
+                scales = uploaded(drop_path(recipe.drop_path, net.cfg.depth, len(batch.images), *keys), batch.images.device)
                 for group in optimizer.param_groups:
                     group["lr"] = group["scale"] * learning_rate(recipe, step, per_epoch)
                 loss = task.loss(model, batch, scales, recipe, splits, step)

@@ -1,7 +1,6 @@
 """The command line: flags from dataclasses, settings that are checked, one line at the end, of JSON or of what to mend."""
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import difflib
@@ -282,9 +281,9 @@ def commands() -> list[str]:
 
 def described_commands() -> str:
     """A line for each of `commands`: what its file says first."""
-    lines = [(name, ast.get_docstring(ast.parse((EXPERIMENTS / f"{name}.py").read_text("utf-8")))) for name in commands()]
+    lines = [(name, (EXPERIMENTS / f"{name}.py").read_text("utf-8").splitlines()[0].strip('"')) for name in commands()]
     width = {"width": 100, "subsequent_indent": 15 * " "}
-    return "\n".join(textwrap.fill(f"  {name:<12} {text.splitlines()[0]}", **width) for name, text in lines)
+    return "\n".join(textwrap.fill(f"  {name:<12} {line}", **width) for name, line in lines)
 
 
 def command(name: str) -> ModuleType:

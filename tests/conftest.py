@@ -1,6 +1,7 @@
 """Make the project's modules importable however pytest is started, and runs repeatable: one thread, here and in
 subprocesses (tiny tensors gain nothing from more)."""
 
+import concurrent.futures
 import contextlib
 import faulthandler
 import functools
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import pytest
 import torch  # after the number of threads is set
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run on the CPU; read when they are first imported
@@ -24,7 +26,7 @@ from helpers import arguments, bare, write_sides
 
 import data
 import mlo_mae
-from harness import cli
+from harness import cli, probe
 
 try:
     import triton.language
@@ -86,6 +88,37 @@ def bare_runs():
     """The test's own runs end without probe and pictures."""
     with bare():
         yield
+
+
+@pytest.fixture
+def cells_here(monkeypatch, drawn_once):
+    """The cells of a grid run in this process, one after another, and draw no pictures: both take seconds each."""
+
+    class Here:
+        def submit(self, work, *arguments):
+            done = concurrent.futures.Future()
+            done.set_result(work(*arguments))
+            return done
+
+        def shutdown(self):
+            pass
+
+    monkeypatch.setattr(cli.command("results"), "cell_process", Here)
+    monkeypatch.setattr(cli.command("show"), "draw_run", lambda *given: [])
+
+
+@pytest.fixture
+def quick_probes(monkeypatch):
+    """Probes are fitted by least squares, at once, in place of L-BFGS."""
+
+    def fit(train, labels, classes):
+        def features(inputs):
+            return F.pad(inputs, (1, 0), value=1.0)
+
+        weight = torch.linalg.lstsq(features(train), F.one_hot(labels, classes).float(), driver="gelsd").solution
+        return {0.0: lambda inputs: features(inputs) @ weight}
+
+    monkeypatch.setitem(probe.PROBES, "lbfgs", ("weight_decay", fit))
 
 
 @pytest.fixture

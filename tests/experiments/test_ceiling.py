@@ -75,8 +75,9 @@ def test_weights_move_with_their_images(drawn_once, monkeypatch):
         assert torch.allclose(share, known, atol=0.02) and 0 < share.mean() < 0.5
 
 
-def test_the_command_prints_a_table(drawn_once, capsys):
-    flags = ["--images", "160", "--epochs", "1", "--seeds", "2", "--classifier-epochs", "2", "--device", "cpu"]
+@pytest.mark.usefixtures("quick_probes")
+def test_the_command_prints_a_table(sides, capsys):
+    flags = ["--data", str(sides), "--epochs", "1", "--seeds", "2", "--classifier-epochs", "2", "--device", "cpu"]
     assert mlo_mae.main(["ceiling", *flags]) == 0
     *printed, last = capsys.readouterr().out.splitlines()
     rows = json.loads(last)["rows"]

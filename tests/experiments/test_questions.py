@@ -279,6 +279,7 @@ def small_tissue():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_probes")
 def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     """All on the images of clutter's small file, and in this process. What one question has finished, the next ones find."""
     small = (TINY | {"data": str(files / "clutter.npz")}, {})
@@ -305,15 +306,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
                 ran.append(cell)
 
     monkeypatch.setattr(questions, "run_grid", here)
-    words = [
-        "--seeds",
-        "2",
-        "--first-seed",
-        "0",
-        "--out",
-        str(tmp_path / "grid"),
-        "--save",
-    ]
+    words = ["--seeds", "2", "--first-seed", "0", "--out", str(tmp_path / "grid"), "--save"]
     for name, question in QUESTIONS.items():
         assert mlo_mae.main(["questions", name, *words]) == 0
         text, report = capsys.readouterr().out.rsplit("\n", 2)[:2]

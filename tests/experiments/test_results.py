@@ -341,23 +341,11 @@ def test_a_grid_of_tiny_runs_and_its_rules(tiny, clutter_file, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_t_is_used_by_runs_of_another_seed_width_and_data(tiny, clutter_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(results.DATA, "shapes", results.DATA["clutter"])  # drawing shapes takes seconds a cell
+@pytest.mark.usefixtures("cells_here", "quick_probes")
+def test_a_t_is_used_by_runs_of_another_seed_width_and_data(tiny, clutter_file, tmp_path, capsys):
     out = tmp_path / "grid"
-    arguments = [
-        "--transfer",
-        "--seeds",
-        "2",
-        "--first-seed",
-        "0",
-        "--workers",
-        "1",
-        "--out",
-        str(out),
-        "--clutter",
-        str(clutter_file),
-    ]
-    assert results.main(arguments) == 0
+    words = ["--transfer", "--seeds", 2, "--first-seed", 0, "--workers", 1, "--out", out, "--clutter", clutter_file]
+    assert results.main([*map(str, words)]) == 0
     printed = capsys.readouterr().out.splitlines()
     rows = {(row["data"], row["method"]): row for row in json.loads(printed[-1])["rows"]}
     own = ["MAE", "MLO-MAE", "MLO-MAE, T given", "T of {}", "MAE, width 96", "T of width 64, width 96"]
@@ -373,6 +361,7 @@ def test_a_t_is_used_by_runs_of_another_seed_width_and_data(tiny, clutter_file, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("images", ["shapes", "clutter"])
+@pytest.mark.usefixtures("cells_here", "quick_probes")
 def test_dense_tasks_on_the_encoders_of_a_grid(tiny, clutter_file, tmp_path, monkeypatch, capsys, images):
     for task, dense in results.DENSE.items():
         monkeypatch.setitem(results.DENSE, task, dense._replace(recipe={"epochs": 1, "warmup_epochs": 0.0}))

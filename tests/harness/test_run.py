@@ -587,7 +587,12 @@ def test_a_closed_terminal_saves(sides, tmp_path):
     to_take = pytest.importorskip("termios").TIOCSCTTY
     ours, its = os.openpty()
     flags = arguments(sides, tmp_path / "run", "--epochs", 2000, "--checkpoint-minutes", 60)
-    how = {"start_new_session": True, "preexec_fn": lambda: run_module.fcntl.ioctl(0, to_take, 0)}
+
+    def in_a_terminal():
+        run_module.fcntl.ioctl(0, to_take, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
+    how = {"start_new_session": True, "preexec_fn": in_a_terminal}
     process = subprocess.Popen([sys.executable, SCRIPT, *map(str, flags)], stdin=its, stdout=its, stderr=its, **how)
     os.close(its)
     while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
