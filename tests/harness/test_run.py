@@ -394,15 +394,20 @@ CHANGED = {  # and what is then said of them
 }
 
 
-@pytest.mark.parametrize("change", CHANGED)
-def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
-    """A copy of the data, elsewhere and of another day, is the same; what differs is named, and nothing is written."""
-    data_file, run, (changed, words) = write_sides(tmp_path / "sides.npz"), tmp_path / "run", CHANGED[change]
-    with bare():
-        assert main(arguments(data_file, run)) == 0
-        os.utime(data_file, (1, 1))
-        assert main(arguments(data_file, run, "--resume")) == 0
-        assert main(["finetune", str(run), "--epochs", "2"]) == 0
+@pytest.fixture(scope="module")
+def data_and_run(tmp_path_factory):
+    """A file of images, and a finished run on it that was fine-tuned."""
+    folder = tmp_path_factory.mktemp("own")
+    data_file = write_sides(folder / "sides.npz")
+    run = finished_run(data_file, folder / "run")
+    assert main(["finetune", str(run), "--epochs", "2"]) == 0
+    return data_file, run
+
+
+def test_a_run_goes_on_with_a_copy_of_its_data(data_and_run, tmp_path, capsys):
+    """Elsewhere, and of another day."""
+    data_file, run = data_and_run
+    os.utime(data_file, (1, 1))
     moved = data_file.rename(tmp_path / "moved.npz")
     refused(["probe", run], capsys, data_file, "--data")
     with bare():
@@ -413,7 +418,15 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
             arguments(moved, run, "--resume"),
         ):
             assert main([*map(str, command), "--data", str(moved)]) == 0, command
-    moved.rename(data_file)
+        moved.rename(data_file)
+        assert main(arguments(data_file, run, "--resume")) == 0
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_run_does_not_go_on_with_other_data(data_and_run, capsys, change):
+    """What differs is named, and nothing is written."""
+    (data_file, run), (changed, words) = data_and_run, CHANGED[change]
+    whole = data_file.read_bytes()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
     arrays = dict(np.load(data_file))
     images, labels = changed(arrays["train_images"], arrays["train_labels"])
@@ -421,6 +434,7 @@ def test_a_run_goes_on_with_its_own_data_alone(tmp_path, capsys, change):
     refused(arguments(data_file, run, "--resume"), capsys, run, "started with other data: ", words, "another --out")
     for command in (["probe", run], ["show", run], ["finetune", run, "--resume"]):
         refused(command, capsys, data_file, f"not the data that {run} was trained on: ", words)
+    data_file.write_bytes(whole)
     assert before == {path: path.read_bytes() for path in before}
 
 
