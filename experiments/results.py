@@ -241,7 +241,7 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
 
 
 def clock_of(threads: int) -> Callable[[], float]:
-    """What tells seconds: of this process alone, which other programs hardly change, where one thread does all the work."""
+    """What tells seconds: of this process alone, which other programs change less, where one thread does all the work."""
     return time.process_time if threads == 1 and cli.choose_device("auto").type == "cpu" else time.perf_counter
 
 
@@ -544,8 +544,8 @@ RATES_NOTE = (
 )
 NOTE = 'Epochs and seconds are pretraining\'s; "no pretraining" fine-tunes for as long instead.'
 CLOCKS = {
-    time.process_time: "Seconds: the loop's, with all that T costs, as CPU time of a process with one thread, which what else "
-    "the machine does hardly changes.",
+    time.process_time: "Seconds: the loop's, with all that T costs, as CPU time of a process with one thread (of like cells "
+    "up to two fifths longer where other programs run beside).",
     time.perf_counter: "Seconds: the loop's, with all that T costs, by the clock on the wall.",
 }
 GIVEN_NOTE = (
