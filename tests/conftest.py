@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def cells_here(monkeypatch, drawn_once):
     """The cells of a grid run in this process, one after another, and draw no pictures: both take seconds each."""
 
     class Here:
-        def submit(self, work, *arguments):
+        def submit(self, *call):
+            work, *arguments = pickle.loads(pickle.dumps(call))  # as another process would get them
             done = concurrent.futures.Future()
             done.set_result(work(*arguments))
             return done
