@@ -207,8 +207,8 @@ AGAINST_NOTE = (
     "1`): other objects of the kinds of shapes, on photographs."
 )
 TRANSFER_NOTE = (
-    "cifar100: 5,000 images, 512 + 512 labelled ones a look, penalty 3; cifar100-coarse: 5,000 (others) with the 20 classes "
-    "that the 100 are of, else alike."
+    "cifar100: 5,000 images, 512 + 512 labelled ones a look, penalty 3; cifar100-coarse: 5,000 with the 20 classes that "
+    "the 100 are of, else alike. With the next seed nine in ten are other images."
 )
 COST_NOTE = (
     "Parts: of the default run, each alone, by the clock on the wall, median [quartiles]; operations are those of matrix "
