@@ -795,8 +795,10 @@ def run_gpu(options: argparse.Namespace, device: torch.device, page: Page) -> di
         path = out / f"{name}.jsonl"
         before = read_rows(path) if path.exists() else []
         left = options.seconds - (time.monotonic() - began)
-        if any(row.get("reported") for row in before):
-            page.row([name, "-", "-", "before"])
+        ended = [row.get("reason", "") for row in before if row.get("reported")]
+        if ended:
+            page.row([name, "-", "-", ended[-1] or "before"])
+            page.wrong += [f"{name}: {ended[-1]}"] if ended[-1] else []
             continue
         if left < 1:
             page.row([name, "-", "-", "no time left"])

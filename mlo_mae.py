@@ -1444,12 +1444,18 @@ def sight_of(content: dict, here: dict, device: torch.device) -> Sight:
     check_size(its, its.image_size, here["channels"])
     with torch.device("meta"):
         encoder = Encoder(its.image_size, its.patch_size, here["channels"], its.width, its.depth, its.heads)
-    pairs = [[torch.tensor(each[name])[:, None, None].to(device) for name in ("mean", "std")] for each in (here, facts)]
+    return Sight(encoder, facts, *(part.to(device) for part in renormalised(here, facts)))
+
+
+def renormalised(here: dict, there: dict) -> tuple[Tensor, Tensor]:
+    """Scale and shift [C, 1, 1] that make pixels normalised as these data are (`Splits.facts`) those of others. Raises
+    UserError."""
+    pairs = [[torch.tensor(each[name])[:, None, None] for name in ("mean", "std")] for each in (here, there)]
     (mean, std), (its_mean, its_std) = pairs
     scale, shift = std / its_std, (mean - its_mean) / its_std
     if len(its_mean) != len(mean) or not (scale.isfinite() & (scale > 0) & shift.isfinite()).all():
         raise UserError("the mean and deviation of its pixels are not finite, or no deviation above 0")
-    return Sight(encoder, facts, scale, shift)
+    return scale, shift
 
 
 def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
@@ -1481,10 +1487,9 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     losses3 = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if losses3 and losses3[-1] >= chance:
         mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"
-        about = f"L3 {losses3[-1]:.3f}, chance {chance:.3f}"
-        print(
-            f"T learned from a head no better than chance ({about}), so its weights may mean nothing; {mend}", file=sys.stderr
-        )
+        about = f"a head no better than chance (L3 {losses3[-1]:.3f}, chance {chance:.3f})"
+        learned, never = f"T learned from {about}, so its weights may mean nothing", f"T had {about}, and never learned"
+        print(f"{learned if state.psi.t else never}; {mend}", file=sys.stderr)
     report = updates | ({"level3_loss": losses3[-1], "level3_chance": chance} if losses3 else {}) | rows[-1]
     with all_cores():
         if splits.class_names:

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import mlo_mae
 from data import Images, Splits
 from harness import UserError, cli
-from harness.checkpoints import fitting, read_saved
+from harness.checkpoints import fitting, newest, read_saved
 from harness.cli import flag
 from harness.processes import world
 from harness.randomness import PARTS, torch_generator
@@ -238,8 +238,7 @@ def learned_parts(net: Networks, splits: Splits, device: torch.device) -> Parts:
 
     Raises UserError where that encoder does not see these images in these patches, Interrupted where a signal stops it."""
     cfg = net.cfg
-    path = Path(cfg.parts_from)
-    encoder = frozen_encoder(cfg, splits, path / "checkpoint.pt" if path.is_dir() else path).to(device)
+    encoder = frozen_encoder(cfg, splits, Path(cfg.parts_from)).to(device)
     seed = torch_generator(cfg.seed, PARTS).initial_seed()
     torch.manual_seed(seed)
     learner = PartLearner(encoder.pos_embed.shape[2], cfg.parts, splits.channels * cfg.patch_size**2)
@@ -258,9 +257,10 @@ def learned_parts(net: Networks, splits: Splits, device: torch.device) -> Parts:
 
 
 def frozen_encoder(cfg: Config, splits: Splits, path: Path) -> Encoder:
-    """The encoder of a run's checkpoint, for part learning; it may be of another size than this run's, but not see
-    other images or patches. Raises UserError."""
-    content = read_saved(path, mlo_mae.FORMAT)
+    """The encoder of a run's folder or checkpoint, for part learning; it may be of another size than this run's, but not see
+    images of another size or other patches. Where its pixels were normalised otherwise, its first layer is changed so that it
+    sees those of this run as it knows them. Raises UserError."""
+    content = newest(path, mlo_mae.FORMAT) if path.is_dir() else read_saved(path, mlo_mae.FORMAT)
     with fitting(path):
         theirs, facts = content["config"], content["data"]
         found = {"pixels": facts["image_size"], "channels": facts["channels"], "pixels a patch": theirs["patch_size"]}
@@ -270,8 +270,13 @@ def frozen_encoder(cfg: Config, splits: Splits, path: Path) -> Encoder:
                     f"its images have {found[name]} {name}, this run's {value}; "
                     "give --parts-from a run on the same images and patches"
                 )
-        encoder = empty_encoder(cfg, splits, theirs["width"], theirs["depth"], theirs["heads"])
-        return frozen(encoder, content["model"])
+        encoder = frozen(empty_encoder(cfg, splits, theirs["width"], theirs["depth"], theirs["heads"]), content["model"])
+        scale, shift = (part.cpu() for part in mlo_mae.renormalised(splits.facts(), facts))
+        first = encoder.patch_embed.proj
+        with torch.no_grad():
+            first.bias += (first.weight * shift).sum((1, 2, 3))
+            first.weight *= scale
+        return encoder
 
 
 def empty_encoder(cfg: Config, splits: Splits, width: int, depth: int, heads: int) -> Encoder:

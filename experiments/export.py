@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import mlo_mae
 from experiments import finetune
 from harness import UserError, cli
-from harness.checkpoints import fitting, read_saved, whole_number
+from harness.checkpoints import fitting, newest, whole_number
 from harness.files import write_whole
 from harness.vectors import flatten
 from harness.weights import STANDARD, is_decoder, write_safetensors
@@ -75,7 +75,7 @@ def read_trained(run: Path) -> Trained:
     """What the checkpoint of a run or of a fine-tuning holds. Raises UserError where it is absent, damaged or has no
     finished epoch yet."""
     path = run / "checkpoint.pt"
-    content = read_saved(path, mlo_mae.FORMAT, finetune.FORMAT)
+    content = newest(run, mlo_mae.FORMAT, finetune.FORMAT)
     with fitting(path):
         tuned = content["format"] == finetune.FORMAT
         found = content["best"] if tuned else content

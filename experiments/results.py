@@ -21,6 +21,7 @@ import concurrent.futures
 import json
 import math
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -40,13 +41,15 @@ from experiments import baselines, finetune, open_run, show, transfer
 from experiments.baselines import UMAE, SemMAE
 from experiments.probe import probe
 from harness import UserError, cli, counted
+from harness.checkpoints import fitting
 from harness.files import write_whole
 from harness.measure import BENCHMARKS, machine, table_page
 from harness.pictures import panel_of, panels
 from harness.processes import after_parent, end_children
-from harness.run import read_metrics
+from harness.run import difference as what_differs
+from harness.run import read_metrics, read_settings
 from harness.signals import SIGNALS, handled, ignore
-from mlo_mae import Config
+from mlo_mae import MACHINE_FIELDS, Config
 
 
 class Method(NamedTuple):
@@ -78,6 +81,7 @@ METHODS = {
     "MLO-MAE, drawn by p": Method(Config, {"mask_choice": "odds"}),
     "MLO-MAE, first-order": Method(Config, {"hypergradient": "first-order"}),
     "MLO-MAE, identity": Method(Config, {"update_jacobian": "identity"}),
+    "MLO-MAE, T at rest": Method(Config, {"mask_lr": 0.0} | ALIKE),
     # of --transfer alone
     "T of the other data": Method(Config, given="other"),
     "MAE, width 96": Method(Config, MAE | WIDE, rival="MAE, width 96"),
@@ -170,7 +174,7 @@ def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
     config, recipe = grid.sets[cell.data]
     config = {name: str(grid.clutter) if value == "{clutter}" else value for name, value in config.items()}
     method, lender = grid.methods[cell.method], lender_of(cell, grid)
-    given = {lender[0]: str(folder_of(grid.out, lender[1]))} if lender else {}
+    given = {lender[0]: os.path.abspath(folder_of(grid.out, lender[1]))} if lender else {}
     shared = {"data_dir": grid.data_dir, "seed": cell.seed, "checkpoint_minutes": 0.25}  # a signal leaves little time to save
     cfg = (method.kind or Config)(**shared | method.changes | config | given)
     how = {"seed": cell.seed, "from_scratch": method.kind is None}
@@ -186,21 +190,40 @@ def folder_of(out: Path, cell: Cell) -> Path:
     return out / cell.data / name / (cell.rule if dense else "")
 
 
-def read_cell(out: Path, cell: Cell) -> dict | None:
-    """A cell's numbers, as far as there are any."""
-    path = folder_of(out, cell) / ("result.json" if cell.rule in DENSE else "cell.json")
-    return json.loads(path.read_text()) if path.exists() else None
+PATHS = ("data", "masking_from", "parts_from")  # settings that name files, which may lie elsewhere by now
+
+
+def read_cell(grid: Grid, cell: Cell) -> dict | None:
+    """A cell's numbers, as far as there are any. Raises UserError where they are damaged, or were made otherwise than this
+    grid would make them."""
+    folder, dense = folder_of(grid.out, cell), cell.rule in DENSE
+    path = folder / ("result.json" if dense else "cell.json")
+    if not path.exists():
+        return None
+    (cfg, recipe), config = settings(cell, grid), folder / "config.json"
+    with fitting(path):
+        found = json.loads(path.read_text())
+        threads = found.get("threads", grid.threads)  # on others, seconds are of another clock: see `clock_of`
+        unlike = f"--threads {threads}, not --threads {grid.threads}" if threads != grid.threads else ""
+    if config.exists() and dense:
+        with fitting(config):
+            unlike = what_differs(json.loads(config.read_text())["recipe"], asdict(recipe), MACHINE_FIELDS, flags=True)
+    elif config.exists():
+        theirs, ours = (
+            values | {name: Path(values[name]).name for name in PATHS if values.get(name)}
+            for values in (read_settings(config, type(cfg)), asdict(cfg))
+        )
+        free = (MACHINE_FIELDS - {"data"}) | ({"epochs"} if cell.rule == "time" else set())  # as many as there was time for
+        unlike = unlike or what_differs(theirs, ours, free, flags=True)
+    if unlike:  # the last seed's lender is the first's, so that it depends on how many there are
+        seeds = ", or as many --seeds as there" * bool(not dense and lender_of(cell, grid))
+        raise UserError(f"{folder} was made with {unlike}; move it away, or give another --out{seeds}")
+    return found
 
 
 def is_finished(cell: Cell, grid: Grid) -> bool:
     """Whether nothing is left to do for a cell."""
-    found, lender = read_cell(grid.out, cell), None if cell.rule in DENSE else lender_of(cell, grid)
-    if found and lender:  # the last seed's lender is the first, so that it depends on how many there are
-        given = Path(json.loads((folder_of(grid.out, cell) / "config.json").read_text())[lender[0]]).name
-        if given != (wanted := folder_of(grid.out, lender[1]).name):
-            raise UserError(
-                f"{folder_of(grid.out, cell)} was given {given}, not {wanted}; give another --out, or as many --seeds"
-            )
+    found = read_cell(grid, cell)
     return found is not None and (cell.rule in DENSE or not grid.tuned or "finetune" in found)
 
 
@@ -211,10 +234,10 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
     Under the rule "time" a method gets the seconds of MLO-MAE's pretraining, and the epochs that fit, by its own pace
     under the rule "steps": so a cell is a run like any other, and follows from its flags."""
     torch.set_num_threads(grid.threads)
-    folder, found, pretrained = folder_of(grid.out, cell), read_cell(grid.out, cell), not recipe.from_scratch
+    folder, found, pretrained = folder_of(grid.out, cell), read_cell(grid, cell), not recipe.from_scratch
     if cell.rule == "time":
-        budget = read_cell(grid.out, cell._replace(method="MLO-MAE", rule="steps"))["seconds"]
-        pace = read_cell(grid.out, cell._replace(rule="steps"))
+        budget = read_cell(grid, cell._replace(method="MLO-MAE", rule="steps"))["seconds"]
+        pace = read_cell(grid, cell._replace(rule="steps"))
         if pretrained:
             cfg = replace(cfg, epochs=max(1, round(cfg.epochs * budget / pace["seconds"])))
         else:  # no pretraining: its seconds go to fine-tuning
@@ -225,13 +248,14 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
             found = probed_again(cfg, cell._replace(method=method.encoder), method, grid)
             folder.mkdir(parents=True, exist_ok=True)
         else:
-            found = {"epochs": cfg.epochs} | pretrain(cfg, folder, grid.threads, method.prepare)
+            found = {"epochs": cfg.epochs, "threads": grid.threads} | pretrain(cfg, folder, grid.threads, method.prepare)
         write_whole(folder / "cell.json", json.dumps(found).encode())
     if grid.tuned:
         if pretrained:
             start = finetune.encoder_and_data(folder, recipe, {"data_dir": cfg.data_dir})
         else:
-            found, start = {"epochs": 0, "seconds": 0.0}, finetune.encoder_and_data(None, recipe, asdict(cfg))
+            found = {"epochs": 0, "threads": grid.threads, "seconds": 0.0}
+            start = finetune.encoder_and_data(None, recipe, asdict(cfg))
             folder.mkdir(parents=True, exist_ok=True)
         clock = clock_of(grid.threads)
         began = clock()
@@ -249,7 +273,7 @@ def probed_again(cfg: Config, lender: Cell, method: Method, grid: Grid) -> dict:
     """What a cell has of another's run whose labels `method` prepares."""
     net, state, splits = open_run(folder_of(grid.out, lender), data_dir=cfg.data_dir)
     method.prepare(replace(net, cfg=cfg), splits, state.theta.params.device, None)
-    pretrained = {name: value for name, value in read_cell(grid.out, lender).items() if not name.startswith("finetune")}
+    pretrained = {name: value for name, value in read_cell(grid, lender).items() if not name.startswith("finetune")}
     return pretrained | probed(net, state, splits)
 
 
@@ -342,7 +366,7 @@ def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
     try:
         while todo or running:
             for cell in list(todo):
-                if len(running) < workers and all(read_cell(grid.out, other) for other in needed(cell, grid)):
+                if len(running) < workers and all(read_cell(grid, before) for before in needed(cell, grid)):
                     work, process = run_dense if cell.rule in DENSE else run_cell, idle.pop() if idle else cell_process()
                     with handled(signal.SIG_IGN):  # which it takes over: Ctrl-C must not meet its imports
                         running[process.submit(work, *settings(cell, grid), cell, grid)] = cell, process
@@ -392,7 +416,7 @@ def difference(ours: list[float], theirs: list[float]) -> str:
 
 def numbers(grid: Grid, data: str, method: str, rule: str) -> list[dict]:
     """The numbers of a row's cells, of all seeds; none where one is missing."""
-    found = [read_cell(grid.out, Cell(data, method, rule, seed)) for seed in grid.numbers]
+    found = [read_cell(grid, Cell(data, method, rule, seed)) for seed in grid.numbers]
     return found if all(found) else []
 
 
@@ -591,7 +615,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.transfer and (options.data or options.methods):
         raise UserError("--transfer has its own rows, on shapes and on clutter; leave out --data and --methods")
-    options.data, options.methods = options.data or "shapes", options.methods or (TRANSFERRED if options.transfer else MAIN)
+    options.data = options.data or "shapes"
+    options.methods = list(dict.fromkeys(options.methods or (TRANSFERRED if options.transfer else MAIN)))
     if "MAE" not in options.methods or "MLO-MAE" not in options.methods:
         raise UserError("--methods needs MLO-MAE, whose time is the rule, and MAE, which it is compared with")
     if options.first_seed < 0:

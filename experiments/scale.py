@@ -17,6 +17,7 @@ from harness.measure import positive, table, table_page
 # An H100 SXM by its data sheet: dense operations a second, bytes a second; four fifths of its 80 GB. Bytes a second that it
 # sends: half of NVLink's 900 GB/s within a machine of 8, InfiniBand NDR's 400 Gb/s beyond (data sheet of the DGX H100).
 PEAK, HBM, MEMORY, NVLINK, INFINIBAND, MACHINE = {"bf16": 989e12, "fp32": 67e12}, 3.35e12, 64e9, 450e9, 50e9, 8
+KNOWN = {"shapes": (32, 8), "cifar10": (32, 10), "cifar100": (32, 100), "imagenet": (224, 1000)}  # pixels, classes
 SHARE, CHANNELS = 0.18, 3  # share of PEAK: 62.9 TFLOP in 347 ms, benchmarks/step-cifar100-bf16-nvidia-h100-80gb-hbm3.md
 
 
@@ -24,7 +25,7 @@ SHARE, CHANNELS = 0.18, 3  # share of PEAK: 62.9 TFLOP in 347 ms, benchmarks/ste
 class Settings(mlo_mae.Config):
     """Of a run, and what else it is priced by."""
 
-    classes: int = cli.flag(1000, "of the labels", least=1)
+    classes: int = cli.flag(0, "of the labels (0: as the data has it)", least=0)
     share: float = cli.flag(SHARE, "of the peak rate that is reached", above=0, most=1)
 
 
@@ -171,7 +172,12 @@ def run_command(argv: list[str]) -> dict:
     flags = vars(parser.parse_args(argv))
     gpus, preset = flags.pop("gpus"), flags.get("preset", "imagenet-large")
     cfg = Settings(**{"preset": preset, "precision": "bf16"} | mlo_mae.PRESETS[preset] | flags)
-    cfg = replace(cfg, image_size=cfg.image_size or 224, images=cfg.images or TRAINING_IMAGES["imagenet"])
+    if cfg.data in KNOWN:
+        pixels, classes = KNOWN[cfg.data]
+        own = {"images": TRAINING_IMAGES[cfg.data], "image_size": pixels, "classes": classes}
+        cfg = replace(cfg, **{name: value for name, value in own.items() if not getattr(cfg, name)})
+    if not cfg.images or not cfg.image_size or not cfg.classes:
+        raise UserError(f"--data {cfg.data} is not looked into: give its --images, --image-size and --classes")
     cfg = replace(cfg, precision="bf16") if cfg.precision == "auto" else cfg  # these GPUs have it
     mlo_mae.check(cfg)
     mlo_mae.check_size(cfg, cfg.image_size, CHANNELS)

@@ -257,17 +257,23 @@ def choose_device(name: str) -> torch.device:
         current()
     except ValueError as error:
         raise UserError(str(error)) from None
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
-    if not available.get(name.split(":")[0], False):
-        have = ", ".join(kind for kind, here in available.items() if here)
+        name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
+    try:
+        device = torch.device(name)
+        here = (device.index or 0) < counts.get(device.type, 0)
+    except RuntimeError:  # no device's name
+        here = False
+    if not here:
+        have = ", ".join(kind + f" (0 to {count - 1})" * (count > 1) for kind, count in counts.items() if count)
         raise UserError(f"--device {name} is not available here; this machine has: {have}")
     if world() > 1 and name not in ("cpu", "cuda"):
         raise UserError(f"--device {name} does not go with several processes; choose cpu or cuda (each its own GPU)")
-    if name == "cpu":
+    if device.type == "cpu":
         keep_freed()
-    return torch.device(name)
+    return device
 
 
 # The programs in experiments/ are commands. They are found by their names: nothing imports what stands on it.

@@ -41,10 +41,16 @@ def check_free(path: Path) -> None:
 
 
 def append_line(path: Path, row: dict) -> None:
-    """Add a row, as a line of JSON, to a file. Raises UserError where it cannot be written."""
+    """Add a row, as a line of JSON, to a file, in place of a last line that a crash cut short. Raises UserError where it
+    cannot be written."""
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with open(path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(row).encode() + b"\n")
     except OSError as error:
         raise unwritable(path, error) from None
 

@@ -440,7 +440,8 @@ class Decoder:
 
     def __init__(self, files: Files, workers: int = 0):
         self.files, self.ahead = files, 2 * workers
-        self.executor = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(files,)) if workers else None
+        processes = min(workers, 61) if sys.platform == "win32" else workers  # Windows waits for no more
+        self.executor = ProcessPoolExecutor(processes, initializer=start_worker, initargs=(files,)) if workers else None
 
     def decoded(
         self, split: str, requests: Iterable[tuple[np.ndarray, list[Key] | None]]

@@ -73,6 +73,7 @@ class Run:
             raise UserError("--tensorboard needs the package of that name: pip install tensorboard, or leave the flag out")
         if not self.writer:
             return
+        self.seen = state_of(out)
         if not resume:
             refuse_taken(out)
         elif any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
@@ -103,6 +104,9 @@ class Run:
         if self.writer:
             self.out.mkdir(parents=True, exist_ok=True)  # not before all that the user may have to mend
             self._claim()
+            if state_of(self.out) != self.seen:
+                mend = "go on with it by --resume, or choose another --out"
+                raise UserError(f"another process has written to {self.out} meanwhile; {mend}")
             for name, content in self.beside.items():
                 if self.checkpoint is None or name == "config.json":
                     write_whole(self.out / name, content)
@@ -158,7 +162,7 @@ class Run:
         except (BlockingIOError, PermissionError):
             raise UserError(f"another process is at work in {self.out}; wait until it ends, or choose another --out") from None
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
                 raise
             print(f"no locks where {self.out} is: nothing keeps a second process from writing there", file=sys.stderr)
 
@@ -351,6 +355,18 @@ def first_name(cfg: Any, presets: dict[str, dict]) -> str:
     experiment's own preset, which is not among these, is named after its data.)"""
     own = cfg.data == presets.get(cfg.preset, {}).get("data", type(cfg).data)
     return cfg.preset if own else Path(os.path.abspath(cfg.data)).stem or cfg.preset  # the root folder has no name
+
+
+def state_of(out: Path) -> list[tuple[int, int] | None]:
+    """What tells whether another process has written to a run's folder: of what a run adds to, time (ns) and size (bytes)."""
+    found = []
+    for name in ("checkpoint.pt", "metrics.jsonl"):
+        try:
+            facts = (out / name).stat()
+            found.append((facts.st_mtime_ns, facts.st_size))
+        except OSError:
+            found.append(None)
+    return found
 
 
 def refuse_taken(out: Path) -> None:

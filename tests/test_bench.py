@@ -441,6 +441,10 @@ def test_a_fault_may_well_have_the_status_of_a_wrong_result(capsys, fake, tmp_pa
     status, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"))
     assert status == 1 and [(row["status"], row["reported"]) for row in report["rows"]] == [(1, True), (1, False)]
     assert "wrong: WRONG: off by 2" in text and "raising: ValueError: no" in text
+    fake("wrong")
+    status, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"))  # what was wrong still is
+    assert status == 1 and not report["rows"] and "wrong: WRONG: off by 2" in text
+    fake("wrong", "raising")
     _, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"))
     assert [row["measured"] for row in report["rows"]] == ["raising"]
 

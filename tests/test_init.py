@@ -21,6 +21,7 @@ from helpers import (
 
 import mlo_mae
 from experiments import show
+from harness import UserError
 from harness.vectors import call, named
 from harness.weights import starting_weights
 from kernels import gather_patches, select_patches
@@ -67,6 +68,17 @@ def test_the_patch_embedding_is_a_convolution():
 
 
 # ------------------------------------------------------------------------------------------------ public weights
+
+
+def test_a_run_whose_checkpoint_is_damaged_gives_the_one_before(tmp_path, capsys):
+    net, theta = network()
+    torch.save(by_name(net, theta), tmp_path / "checkpoint.previous.pt")
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    assert torch.equal(started(net, torch.zeros_like(theta), tmp_path), theta)
+    assert f"taking {tmp_path / 'checkpoint.previous.pt'}" in capsys.readouterr().err
+    (tmp_path / "checkpoint.previous.pt").write_bytes(b"damaged, too")
+    with pytest.raises(UserError, match="checkpoint.pt"):
+        started(net, theta, tmp_path)
 
 
 @pytest.mark.parametrize("kind", WRAPPED)

@@ -911,23 +911,26 @@ def test_a_penalty_is_added_to_level_1_and_not_to_the_error():
     assert not torch.equal(moved.theta.mu, plain.theta.mu)
 
 
+@pytest.mark.parametrize("moved", [0, 3])
 @pytest.mark.parametrize(
     "level2, loss, said", [("ridge", 0.57, True), ("ridge", 0.55, False), ("steps", 0.96, True), ("steps", 0.94, False)]
 )
-def test_a_t_that_learned_from_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path, capsys, level2, loss, said):
+def test_a_t_that_had_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path, capsys, level2, loss, said, moved):
     """What the classes' shares alone give. A later line, of a T that stays as it is, has no L3."""
     labels = torch.tensor([0] * 6 + [1] * 2 + [3] * 2)  # 1 - 0.44, and their entropy 0.950
     cfg = Config(level2=level2)
     splits = types.SimpleNamespace(
         class_names="abcd", train=range(1000), labelled=(None, types.SimpleNamespace(labels=labels))
     )
-    monkeypatch.setattr(mlo_mae, "train", lambda *arguments, announce: (None, None, splits))
+    state = types.SimpleNamespace(psi=types.SimpleNamespace(t=moved))
+    monkeypatch.setattr(mlo_mae, "train", lambda *arguments, announce: (None, state, splits))
     monkeypatch.setattr(mlo_mae, "read_metrics", lambda path: [{"level3_loss": 9.0}, {"level3_loss": loss}, {"epoch": 1}])
     quiet = types.SimpleNamespace(after_training=lambda *arguments: [], announce=None)
     monkeypatch.setattr(mlo_mae.cli, "command", lambda name: quiet)
     assert mlo_mae.reported_run(cfg, tmp_path)["epoch"] == 1
     told = capsys.readouterr().err
     assert told.count("\n") == said and said == ("no better than chance" in told and "--labelled-batch-size" in told)
+    assert ("T learned from" in told, "never learned" in told) == (said and moved > 0, said and moved == 0)
 
 
 @pytest.mark.parametrize(

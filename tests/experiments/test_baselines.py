@@ -531,6 +531,26 @@ def test_a_damaged_run_gives_no_parts(folder, tmp_path):
             baselines.frozen_encoder(net.cfg, splits, tmp_path / "bad.pt")
 
 
+def test_an_encoder_of_pixels_normalised_otherwise_sees_the_same(folder, tmp_path, capsys):
+    """And where the newest checkpoint of its run is damaged, it is that of the one before."""
+    net, _, splits = open_run(folder / "semantic", "cpu")
+    content = torch.load(folder / "mae" / "checkpoint.pt", weights_only=True)
+    facts, images = content["data"], next(iter(splits.val.ordered(4))).images
+    plain = baselines.frozen_encoder(net.cfg, splits, folder / "mae")
+    assert all(torch.equal(weight, content["model"][name]) for name, weight in plain.state_dict().items())
+    mean, std = ([value + shift for value in facts[name]] for name, shift in (("mean", 0.1), ("std", 0.2)))
+    (tmp_path / "other").mkdir()
+    torch.save(content | {"data": facts | {"mean": mean, "std": std}}, tmp_path / "other" / "checkpoint.previous.pt")
+    (tmp_path / "other" / "checkpoint.pt").write_bytes(b"damaged")
+    other = baselines.frozen_encoder(net.cfg, splits, tmp_path / "other")
+    assert "checkpoint.previous.pt" in capsys.readouterr().err
+    raw = images * torch.tensor(facts["std"])[:, None, None] + torch.tensor(facts["mean"])[:, None, None]
+    theirs = (raw - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), plain(theirs))
+        assert not torch.allclose(other(images), plain(images), atol=1e-2)
+
+
 def test_baselines_that_need_the_whole_batch_say_so(monkeypatch):
     sizes = dict.fromkeys(("width", "decoder_width", "masking_width"), 16)
     sizes |= {"depth": 2, "heads": 2, "batch_size": 12, "labelled_batch_size": 8}

@@ -208,6 +208,15 @@ def test_a_classifier_of_another_kind_is_refused(tuned):
         read_trained(tuned)
 
 
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(run, capsys):
+    (run / "checkpoint.previous.pt").write_bytes((run / "checkpoint.pt").read_bytes())
+    expected = read_trained(run)
+    (run / "checkpoint.pt").write_bytes(b"damaged")
+    found = read_trained(run)
+    assert "checkpoint.previous.pt" in capsys.readouterr().err and found.cfg == expected.cfg
+    assert all(torch.equal(found.model[name], tensor) for name, tensor in expected.model.items())
+
+
 def test_what_is_no_run_is_named(tmp_path, capsys):
     refused(["export", tmp_path / "nothing", "--to", "timm"], capsys, tmp_path / "nothing", "does not exist")
     refused(["export", tmp_path], capsys, "--to")

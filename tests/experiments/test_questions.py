@@ -294,17 +294,19 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results.show, "draw_run", lambda *arguments: [])
     ran, rows = [], {}
 
+    def small_settings(cell, grid, usual=results.settings):
+        cfg, recipe = usual(cell, grid)
+        cfg = replace(cfg, data=str(files / f"{'tissue' if cell.data == 'tissue' else 'clutter'}.npz"), **TINY)
+        return replace(cfg, **grid.methods[cell.method].changes), recipe
+
     def here(cells, grid, workers):
         for cell in cells:
-            assert all(results.read_cell(grid.out, other) for other in results.needed(cell, grid))
+            assert all(results.read_cell(grid, other) for other in results.needed(cell, grid))
             if not results.is_finished(cell, grid):
-                cfg, recipe = results.settings(cell, grid)
-                cfg = replace(cfg, data=str(files / f"{'tissue' if cell.data == 'tissue' else 'clutter'}.npz"), **TINY)
-                for name, value in grid.methods[cell.method].changes.items():
-                    cfg = replace(cfg, **{name: value})
-                results.run_cell(cfg, recipe, cell, grid)
+                results.run_cell(*small_settings(cell, grid), cell, grid)
                 ran.append(cell)
 
+    monkeypatch.setattr(results, "settings", small_settings)
     monkeypatch.setattr(questions, "run_grid", here)
     words = ["--seeds", "2", "--first-seed", "0", "--out", str(tmp_path / "grid"), "--save"]
     for name, question in QUESTIONS.items():

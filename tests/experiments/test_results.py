@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,9 +120,16 @@ def test_methods_differ_in_their_settings_alone(tmp_path):
     names = [name for name in results.METHODS if name.startswith("MLO-MAE, ")]
     given = {"masking_from"}
     settings = ["mask_restart", "level2", "pooling", "masking_network", "mask_choice", "hypergradient", "update_jacobian"]
-    assert [changed[name] for name in names] == [given, *({name} for name in settings)]
+    assert [changed[name] for name in names] == [given, *({name} for name in settings), {"mask_lr", "lr"}]
     assert changed["MAE, width 96"] == {"masking", "width", "lr"} and changed["T of width 64, width 96"] == given | {"width"}
-    alike = {"MAE", "MAE, no restart", "MAE, width 96", "SemMAE", "U-MAE"}  # at a learning rate of their own
+    alike = {
+        "MAE",
+        "MAE, no restart",
+        "MAE, width 96",
+        "SemMAE",
+        "U-MAE",
+        "MLO-MAE, T at rest",
+    }  # at a learning rate of their own
     assert {name for name, cfg in found.items() if cfg.lr != plain.lr} == alike
     assert {results.settings(Cell("cifar100", name, "steps", 3), at(tmp_path, 4))[0].lr for name in results.ROWS} == {2e-3}
     assert [name for name, (_, recipe) in both.items() if recipe.from_scratch] == ["no pretraining"]
@@ -145,19 +153,59 @@ def test_a_cell_that_was_given_another_t_is_not_taken(tmp_path):
     """The last seed's T is the first one's, so with more seeds it is another's."""
     given = Cell("shapes", "MLO-MAE, T given", "steps", 2)
     cell(tmp_path, given.method, "steps", 2, finetune=0.5)
-    config = {"masking_from": "elsewhere/shapes/MLO-MAE-steps-0"}
+    cfg, recipe = results.settings(given._replace(rule="segment"), at(tmp_path, 3))
+    config = asdict(cfg) | {"masking_from": "elsewhere/shapes/MLO-MAE-steps-0"}
     (results.folder_of(tmp_path, given) / "config.json").write_text(json.dumps(config))
     assert results.is_finished(given, at(tmp_path, 3))
     dense = given._replace(rule="segment")  # on the encoder of that cell
     folder = results.folder_of(tmp_path, dense)
     folder.mkdir()
     (folder / "result.json").write_text(json.dumps({"test_miou": 0.5}))
-    (folder / "config.json").write_text(json.dumps({"recipe": {}, "config": config}))
+    (folder / "config.json").write_text(json.dumps({"recipe": asdict(recipe), "config": config}))
     assert results.is_finished(dense, at(tmp_path, 3))
     with pytest.raises(
-        UserError, match="was given MLO-MAE-steps-0, not MLO-MAE-steps-3; give another --out, or as many --seeds"
+        UserError, match="made with --masking-from MLO-MAE-steps-0, not MLO-MAE-steps-3; .* --out, or as many --seeds"
     ):
         results.is_finished(given, at(tmp_path, 5))
+
+
+def test_a_cell_of_other_settings_is_not_taken(tmp_path):
+    """What is made with other settings, by another clock or with another recipe would stand in the table as today's."""
+    made, grid = Cell("clutter", "MAE", "time", 0), at(tmp_path, 2)
+    folder, config = results.folder_of(tmp_path, made), asdict(results.settings(made, grid)[0])
+    cell(tmp_path, "MAE", "time", 0, data="clutter", threads=1)
+    with pytest.raises(UserError, match="made with --threads 1, not --threads 2"):
+        results.numbers(replace(grid, threads=2, seeds=1), "clutter", "MAE", "time")
+    free = {"epochs": 31, "data_dir": "elsewhere", "data": "elsewhere/file.npz", "device": "cuda"}
+    (folder / "config.json").write_text(json.dumps(config | free))
+    assert results.read_cell(grid, made)["threads"] == 1
+    for name, value, said in (
+        ("lr", 1e-3, "--lr 0.001, not 0.006"),
+        ("data", "other.npz", "--data other.npz, not file.npz"),
+        ("flip", False, "--no-flip, not --flip"),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | free | {name: value}))
+        with pytest.raises(UserError, match=f"made with {said}; move it away, or give another --out$"):
+            results.read_cell(grid, made)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="damaged or of another version"):
+        results.read_cell(grid, made)
+    steps = made._replace(rule="steps")
+    cell(tmp_path, "MAE", "steps", 0, data="clutter")
+    steps_folder = results.folder_of(tmp_path, steps)
+    (steps_folder / "config.json").write_text(json.dumps(config | {"epochs": 31}))
+    with pytest.raises(UserError, match="made with --epochs 31, not 24"):  # which time alone decides
+        results.read_cell(grid, steps)
+    (steps_folder / "config.json").unlink()
+    (steps_folder / "cell.json").write_text("{")
+    with pytest.raises(UserError, match="cell.json is damaged"):
+        results.read_cell(grid, steps)
+    dense = made._replace(rule="detect")
+    (folder := results.folder_of(tmp_path, dense)).mkdir()
+    (folder / "result.json").write_text(json.dumps({"test_ap": 0.5}))
+    (folder / "config.json").write_text(json.dumps({"recipe": asdict(results.settings(dense, grid)[1]) | {"epochs": 3}}))
+    with pytest.raises(UserError, match="made with --epochs 3, not 10"):
+        results.read_cell(grid, dense)
 
 
 def test_without_fine_tuning_there_is_nothing_to_do_without_pretraining(tmp_path):

@@ -217,6 +217,19 @@ def test_a_batch_is_cut_until_it_fits(monkeypatch):
         assert scale.fitting(cfg, 4).accumulate == parts and sum(scale.memory(scale.fitting(cfg, 4), 4).values()) == most
 
 
+@pytest.mark.parametrize("preset, images, pixels, classes", [("shapes", 6000, 32, 8), ("cifar100", 50_000, 32, 100)])
+def test_a_preset_is_priced_with_its_own_data(preset, images, pixels, classes, capsys):
+    report = {}
+    for more in ([], ["--images", "1000"]):
+        assert mlo_mae.main(["scale", "--preset", preset, "--gpus", "1", "--json", *more]) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]
+        found = report["images"], report["image_size"], report["classes"]
+        assert found == (1000 if more else images, pixels, classes)
+    own = ["--data", "photos", "--images", "500", "--image-size", "32"]
+    refused(["scale", "--preset", preset, "--gpus", "1", *own], capsys, "--data photos", "--classes")
+    assert mlo_mae.main(["scale", "--preset", preset, "--gpus", "1", *own, "--classes", "3"]) == 0
+
+
 FLAGS = ["--preset", "imagenet", "--batch-size", "4096", "--labelled-batch-size", "4096", "--gpus", "8", "512"]
 
 
@@ -269,7 +282,7 @@ def test_the_page_says_what_the_command_prints(capsys):
         (["--gpus", "512"], ["--gpus 512", "--batch-size"]),
         (["--gpus", "0"], ["--gpus", "0 is not a positive whole number"]),
         (["--share", "1.5"], ["--share 1.5", "at most 1"]),
-        (["--classes", "0"], ["--classes 0"]),
+        (["--classes", "-1"], ["--classes -1"]),
         (["--width", "30"], ["--width 30"]),
         (["--image-size", "225"], ["225", "--patch-size"]),
         (["--masking", "random"], ["plain MAE stands beside it"]),

@@ -267,14 +267,22 @@ def test_what_is_printed_cannot_steer_a_terminal():
 def test_the_device_is_cuda_else_mps_else_cpu(monkeypatch):
     for cuda, mps, chosen in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda here=cuda: here)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda here=mps: here)
         assert cli.choose_device("auto").type == chosen
-    with pytest.raises(UserError, match="this machine has: cpu"):
-        cli.choose_device("mps")
+    for name in ("mps", "cpu:x", "cpu:", "cpu:1", "cuda:", "gpu", "meta", "", "cuda:0"):
+        with pytest.raises(UserError, match=f"--device {name} is not available here; this machine has: cpu$"):
+            cli.choose_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert cli.choose_device("cuda:1").index == 1 and cli.choose_device("cpu:0").type == "cpu"
+    with pytest.raises(UserError, match=r"--device cuda:2 is not available here; this machine has: cpu, cuda \(0 to 1\)"):
+        cli.choose_device("cuda:2")
 
 
 def test_several_processes_have_a_gpu_each_or_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert cli.choose_device("cuda:1").index == 1
     monkeypatch.setattr(cli, "world", lambda: 2)
     assert cli.choose_device("cuda").type == "cuda" and cli.choose_device("cpu").type == "cpu"

@@ -66,6 +66,11 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     with open(tmp_path / "rows.jsonl", "a") as file:
         file.write('{"iteration": 3, "lo')  # a crash cut it short
     assert read_rows(tmp_path / "rows.jsonl") == rows
+    append_line(tmp_path / "rows.jsonl", rows[0])  # takes its place
+    assert read_rows(tmp_path / "rows.jsonl") == [*rows, rows[0]]
+    (tmp_path / "torn.jsonl").write_text('{"it')
+    append_line(tmp_path / "torn.jsonl", rows[1])
+    assert read_rows(tmp_path / "torn.jsonl") == [rows[1]]
     (tmp_path / "empty.jsonl").write_text("")
     assert read_rows(tmp_path / "empty.jsonl") == []
     with pytest.raises(UserError, match="rows.jsonl cannot be written"):

@@ -627,8 +627,22 @@ def test_time_spent_on_waiting_for_data_is_counted(tmp_path):
     assert [next(stream) for _ in range(3)] == [0, 1, 2] and 0.06 <= run.waiting < 1
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_another_process_has_written_meanwhile_is_left_alone(tmp_path, resume):
+    """Between looking at the folder and locking it lies the reading of the data, which may take minutes."""
+    late = run_in(tmp_path / "run", resume=resume)
+    with run_in(tmp_path / "run", resume=resume).at_work(1, 0, ""):
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="has written to .*run meanwhile"), late.at_work(1, 0, ""):
+        pass
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
 @pytest.mark.skipif(os.name == "nt", reason="locks are POSIX's")
-@pytest.mark.parametrize("number, goes_on", [(errno.ENOSYS, True), (errno.ENOLCK, True), (errno.EIO, False)])
+@pytest.mark.parametrize(
+    "number, goes_on", [(errno.ENOSYS, True), (errno.ENOLCK, True), (errno.ENOTSUP, True), (errno.EIO, False)]
+)
 def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path, capsys, monkeypatch, number, goes_on):
     def fail(*arguments):
         raise OSError(number, os.strerror(number))
