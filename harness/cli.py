@@ -273,6 +273,8 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name} does not go with several processes; choose cpu or cuda (each its own GPU)")
     if device.type == "cpu":
         keep_freed()
+    if device.type == "cuda" and device.index is not None:  # streams, graphs and Triton's kernels go to the current one
+        torch.cuda.set_device(device)
     return device
 
 

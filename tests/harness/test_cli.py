@@ -275,7 +275,10 @@ def test_the_device_is_cuda_else_mps_else_cpu(monkeypatch):
             cli.choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     assert cli.choose_device("cuda:1").index == 1 and cli.choose_device("cpu:0").type == "cpu"
+    assert chosen == [torch.device("cuda:1")]  # the current one, where streams, graphs and Triton's kernels go
     with pytest.raises(UserError, match=r"--device cuda:2 is not available here; this machine has: cpu, cuda \(0 to 1\)"):
         cli.choose_device("cuda:2")
 
@@ -283,6 +286,7 @@ def test_the_device_is_cuda_else_mps_else_cpu(monkeypatch):
 def test_several_processes_have_a_gpu_each_or_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert cli.choose_device("cuda:1").index == 1
     monkeypatch.setattr(cli, "world", lambda: 2)
     assert cli.choose_device("cuda").type == "cuda" and cli.choose_device("cpu").type == "cpu"
