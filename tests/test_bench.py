@@ -443,7 +443,7 @@ def test_a_fault_may_well_have_the_status_of_a_wrong_result(capsys, fake, tmp_pa
     assert "wrong: WRONG: off by 2" in text and "raising: ValueError: no" in text
     fake("wrong")
     status, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"))  # what was wrong still is
-    assert status == 1 and not report["rows"] and "wrong: WRONG: off by 2" in text
+    assert status == 1 and not report["rows"] and "wrong: WRONG: off by 2" in text and "before" not in text
     fake("wrong", "raising")
     _, report, text = run(capsys, "gpu", "--out", str(tmp_path / "out"))
     assert [row["measured"] for row in report["rows"]] == ["raising"]
