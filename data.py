@@ -601,8 +601,6 @@ def split_parts(
         parts = parts | {"val": parts["train"]}
         kept_names = None if names is None else [names[i] for i in kept]
         pool["train"], pool["val"] = (kept[part] for part in hold_out(labels[kept], val_fraction, seed, kept_names))
-    if len(pool["train"]) < 2:  # features have no deviation then
-        raise UserError(f"{what}: only one training image is left; use more images")
     return {split: tuple(array[pool[split]] for array in part) for split, part in parts.items()}
 
 

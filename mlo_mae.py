@@ -1272,6 +1272,8 @@ def train(
     if not alike({name: value for name, value in splits.facts().items() if name not in data.COMPUTED}):
         raise UserError(f"the processes do not read the same data; give all of them the same --data {cfg.data}")
     run.compare("data", splits.facts(), data.COMPUTED)
+    if splits.class_names and len(splits.train) < 2:
+        raise UserError(f"--data {cfg.data}: features of one training image have no deviation; use more images")
     if splits.channels * cfg.patch_size**2 == 1:
         raise UserError("a patch of one value has no deviation, by which pixels are normalised; give --patch-size 2 or more")
     source = (out if run.checkpoint else Path(cfg.masking_from)) / "checkpoint.pt"  # a run keeps what it needs of another's T

@@ -288,7 +288,6 @@ def test_limit_and_hold_out(tmp_path):
     assert ids(again.train) == ids(some.train) != ids(other.train)
     data_refused("101", "100 images", name=tmp_path / "a.npz", limit=101)
     data_refused("held out", name=tmp_path / "a.npz", limit=1)
-    data_refused("only one training image is left", name=tmp_path / "a.npz", limit=2, val_fraction=0.5)
     for options in ({"val_fraction": 0}, {"val_fraction": 1.0}, {"limit": -1}, {"image_size": -1}, {"workers": -1}):
         data_refused("--", name=tmp_path / "a.npz", **options)
     data_refused("shapes, shapes-stripes, cifar10", name="no such thing")

@@ -6,10 +6,11 @@ import json
 import math
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEFAULT, TINY, arguments, as_recorded, noise_batches, other_sight
+from helpers import DEFAULT, TINY, arguments, as_recorded, noise_batches, other_sight, refused
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -931,6 +932,15 @@ def test_a_t_that_had_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path
     told = capsys.readouterr().err
     assert told.count("\n") == said and said == ("no better than chance" in told and "--labelled-batch-size" in told)
     assert ("T learned from" in told, "never learned" in told) == (said and moved > 0, said and moved == 0)
+
+
+def test_one_training_image_is_too_few(tmp_path, capsys):
+    """Which the probe at the end would find out, after all."""
+    images, labels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), np.arange(2)
+    np.savez(tmp_path / "two.npz", train_images=images, train_labels=labels, test_images=images, test_labels=labels)
+    flags = ["--data", tmp_path / "two.npz", "--val-fraction", 0.5, "--out", tmp_path / "run"]
+    refused(["pretrain", *flags], capsys, "one training image", "use more images")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
