@@ -7,8 +7,9 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from harness import UserError, printable
 from harness.vectors import flatten, named, ordinary
 
+Content = TypeVar("Content")
 Level = tuple[Tensor, Tensor, Tensor, int]  # parameters, first and second moments (vectors of one length), steps made
 FOREIGN = re.compile(r"GLOBAL (\S+) (?:was not an allowed|whose module)")  # how torch's unpickler names what it does not make
 
@@ -104,20 +106,28 @@ def read_saved(path: Path, *formats: str) -> dict:
 
 
 def newest(out: Path, *formats: str) -> dict:
-    """The content of a run's checkpoint or, where that is absent or damaged, of the one before it, saying so on stderr.
-    Raises UserError, about the former, where neither can be read."""
+    """`of_newest`'s content, of one of these formats."""
+
+    def place(content: dict) -> str:
+        return f", mask update {content['iteration']}" if "iteration" in content else f", step {content.get('step')}"
+
+    return of_newest(out, lambda path: read_saved(path, *formats), place)
+
+
+def of_newest(out: Path, read: Callable[[Path], Content], place: Callable[[Content], str] = lambda found: "") -> Content:
+    """What `read` makes of a run's checkpoint or, where that is absent or damaged, of the one before it, saying so, and its
+    `place`, on stderr. Raises UserError, about the former, where neither can be read."""
     previous = out / "checkpoint.previous.pt"
     try:
-        return read_saved(out / "checkpoint.pt", *formats)
+        return read(out / "checkpoint.pt")
     except UserError as error:
         try:
-            content = read_saved(previous, *formats)
+            found = read(previous)
         except UserError:
             also = f" ({previous.name} cannot be read either)" if previous.exists() else ""
             raise UserError(f"{error}{also}") from None
-        place = f"mask update {content['iteration']}" if "iteration" in content else f"step {content.get('step')}"
-        print(f"mlo_mae: {error}; going on from {previous}, {place}", file=sys.stderr)
-        return content
+        print(f"mlo_mae: {error}; going on from {previous}{place(found)}", file=sys.stderr)
+        return found
 
 
 @contextlib.contextmanager

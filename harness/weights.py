@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harness import UserError, printable
-from harness.checkpoints import load, reason_of
+from harness.checkpoints import load, of_newest, reason_of
 from harness.vectors import named
 
 ANCHOR = "patch_embed.proj.weight"  # a ViT has it; what stands before it, in names and dicts, is a wrapper's affair
@@ -364,21 +364,6 @@ def resize_positions(table: Tensor, shape: Shape) -> Tensor:
 # --------------------------------------------------------------------------------------------- a network's first weights
 
 
-def read_newest_weights(run: Path) -> Found:
-    """The weights in a run's checkpoint or, where that is absent or damaged, in the one before it, saying so on stderr. Raises
-    UserError, about the former, where neither can be read."""
-    try:
-        return read_weights(run / "checkpoint.pt")
-    except UserError as error:
-        previous = run / "checkpoint.previous.pt"
-        try:
-            found = read_weights(previous)
-        except UserError:
-            raise error from None
-        print(f"mlo_mae: {error}; taking {previous}", file=sys.stderr)
-        return found
-
-
 def starting_weights(path: str | Path, modules: list[nn.Module], params: Tensor, heads: dict[str, int]) -> Tensor:
     """The vector `params` of these modules (encoder, or encoder and decoder) with the weights found in `path` in their
     places: a run's folder, or a public .pth or .safetensors. The encoder must be there whole; a decoder that is absent or
@@ -387,7 +372,7 @@ def starting_weights(path: str | Path, modules: list[nn.Module], params: Tensor,
     heads: {"heads", "decoder_heads": of these modules}, which must be those that the file states, if it does.
     Says what was used, one line on stderr. Raises UserError."""
     path, fresh = Path(path), named(modules, params)
-    found = read_newest_weights(path) if path.is_dir() else read_weights(path)
+    found = of_newest(path, read_weights) if path.is_dir() else read_weights(path)
     both = (found.heads["heads"], heads["heads"]) if "heads" in found.heads else None
     try:
         taken, line = fit(found.weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()}, found.others, both)

@@ -75,7 +75,7 @@ def test_a_run_whose_checkpoint_is_damaged_gives_the_one_before(tmp_path, capsys
     torch.save(by_name(net, theta), tmp_path / "checkpoint.previous.pt")
     (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
     assert torch.equal(started(net, torch.zeros_like(theta), tmp_path), theta)
-    assert f"taking {tmp_path / 'checkpoint.previous.pt'}" in capsys.readouterr().err
+    assert f"going on from {tmp_path / 'checkpoint.previous.pt'}" in capsys.readouterr().err
     (tmp_path / "checkpoint.previous.pt").write_bytes(b"damaged, too")
     with pytest.raises(UserError, match="checkpoint.pt"):
         started(net, theta, tmp_path)
