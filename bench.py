@@ -42,7 +42,7 @@ import data
 import kernels
 import mlo_mae
 from harness import cli, measure, printable
-from harness.files import append_line, read_rows
+from harness.files import append_line, check_free, read_rows, write_whole
 from harness.measure import Page, interleaved, operations, operators, peak_memory, product_rate, quartiles, relative_error
 from harness.pictures import Panel, caption, draw_panels, save_figure
 from harness.randomness import REDRAWN, draw_dropout
@@ -546,7 +546,7 @@ def input_rate(split: data.Images | data.Folder, cfg: Config, device: torch.devi
 def run_step(options: argparse.Namespace, device: torch.device, page: Page) -> dict:
     """One outer iteration and its parts, the floor of a mask update, and the projection of the preset's whole run."""
     if options.profile:
-        options.profile.touch()  # rather fail now than after the measurements
+        check_free(options.profile)  # rather fail now than after the measurements
     preset = options.preset or "shapes"
     given = {"precision": options.precision} if options.precision else {}
     cfg = mlo_mae.with_precision(Config(**{"preset": preset} | mlo_mae.PRESETS[preset] | given), device)
@@ -563,7 +563,10 @@ def run_step(options: argparse.Namespace, device: torch.device, page: Page) -> d
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
         with profile(activities=activities) as record:
             whole()
-        record.export_chrome_trace(str(options.profile))
+        with tempfile.TemporaryDirectory() as folder:
+            trace = Path(folder) / options.profile.name  # whose ending says whether to compress
+            record.export_chrome_trace(str(trace))
+            write_whole(options.profile, trace.read_bytes())
     return {"rows": page.rows, "summary": summary}
 
 
@@ -776,8 +779,7 @@ def gpu_commands(device: torch.device, out: Path) -> dict[str, list[str]]:
     for preset, precision in (("cifar100", "bf16"), ("shapes", "bf16"), ("cifar100", "fp32"), ("imagenet", "bf16")):
         commands[f"step-{preset}-{precision}"] = ["step", "--preset", preset, "--precision", precision]
     trace = out / "step-cifar100-bf16-trace.json.gz"
-    there = trace.exists() and trace.stat().st_size > 0
-    commands["step-cifar100-bf16"] += [] if there else ["--profile", str(trace)]
+    commands["step-cifar100-bf16"] += [] if trace.exists() else ["--profile", str(trace)]
     for shape, dtype in (("cifar", "bf16"), ("imagenet", "bf16"), ("cifar", "fp32"), ("imagenet", "fp32")):
         commands[f"kernels-{shape}-{dtype}"] = ["kernels", "--shapes", shape, "--dtypes", dtype]
     return commands

@@ -16,7 +16,8 @@ last theta'. Losses are means over images:
 
     m_ij = 1 for a fixed share of each image's patches: at random by default, so that p weighs patches and chance hides
         them; as published, those of highest p_ij; or drawn by the odds p/(1-p). Before --mask-start, unless T is
-        another run's, p = 1 and m is random: plain MAE                                                           (1)
+        another run's, p = 1 and m is random: plain MAE. At all times what a crop has beside its image does not
+        count: p is times the share of a patch that the image covers                                              (1)
     L1(p, l) = sum_ij m_ij p_ij l_ij / sum_ij m_ij                          (linear in p and in l)                (2)
     theta' = U(theta, g1),   g1 = dL1(p, l(theta))/dtheta                   (one AdamW step)                      (3)
     L2(phi, z2) = |C(z2; phi) - y2|^2 + penalty |phi|^2,   z2 = E'(x2)      (features of whole images)            (4)
@@ -325,6 +326,7 @@ class Step(NamedTuple):
     restore: Tensor  # [B, N] each patch's place in the shuffled order
     mask: Tensor  # [B, N] 1 = hidden
     eyes: Tensor | None = None  # parameters of the encoder that T read
+    covered: Tensor | None = None  # [B, N] share of each patch that the image covers; None: all of it
 
 
 class Sight(NamedTuple):
@@ -363,6 +365,12 @@ def masking_probability(net: Networks, psi: Tensor, images: Tensor, eyes: Tensor
     return call(net.masking, psi, masking_input(net, images, eyes))
 
 
+def weights_of(net: Networks, psi: Tensor, step: Step) -> Tensor:
+    """p of a step that T is told of, [B, N]: what a crop has beside its image does not count."""
+    prob = masking_probability(net, psi, step.images, step.eyes)
+    return prob if step.covered is None else prob * step.covered
+
+
 def draw_masks(
     net: Networks,
     psi: Tensor,
@@ -370,16 +378,19 @@ def draw_masks(
     eyes: Tensor,
     *keys: int,
     progress: float = 1.0,
+    covered: Tensor | None = None,
     known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p [B, N], and the choice (1): visible ids [B, K], restore ids [B, N], mask [B, N].
 
-    `keys` seed the draw; `progress` is the share of the run that is done; `known` is p, where T need not be asked
-    (a baseline's: see `Networks`)."""
+    `keys` seed the draw; `progress` is the share of the run that is done; `covered` is the share of each patch that the image
+    covers (None: all of it); `known` is p, where T need not be asked (a baseline's: see `Networks`)."""
     cfg, weighs = net.cfg, weighed_by(net.cfg, progress) and not net.score
-    prob = torch.ones(len(images), net.patches, device=images.device)
+    prob = torch.ones(len(images), net.patches, device=images.device) if covered is None else covered
     if weighs:
-        prob = masking_probability(net, psi, images, eyes) if known is None else known
+        prob = prob * masking_probability(net, psi, images, eyes) if known is None else known
+    elif known is not None:  # maps of parts, which cover the image together
+        prob = known.unflatten(1, (-1, net.patches)).sum(1)
     if net.score:
         score = net.score(images, known, torch_generator(*keys), progress)
     elif weighs and cfg.mask_choice == "highest":
@@ -642,7 +653,7 @@ def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Label
     for number, step in reversed(list(enumerate(steps))):
         cotangent, c = adamw_pullback(step.theta, step.gradient, step.rates, jacobian, cotangent, whole=number > 0)  # (8)
         psi_leaf = psi.detach().requires_grad_()
-        prob = masking_probability(net, psi_leaf, step.images, step.eyes)
+        prob = weights_of(net, psi_leaf, step)
         if number == 0:
             d = directional_errors(net, step, c)  # (9)
         else:  # the steps before moved D as well, and through g1 L3 sees that: from here on (E, D) count
@@ -693,7 +704,7 @@ def unrolled(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: La
     with kernels.use("reference"):  # the plain operations have derivatives of every order
         for step in steps:
             encoder_params, decoder_params = theta.params.tensor_split([net.encoder_size])
-            prob = masking_probability(net, psi, step.images, step.eyes)
+            prob = weights_of(net, psi, step)
             loss1 = level1_loss(prob, step.mask, patch_errors(net, encoder_params, decoder_params, step))  # (2)
             (gradient,) = torch.autograd.grad(loss1, theta.params, create_graph=True)
             gradient = step.gradient + (gradient - gradient.detach())  # value: as made; derivative: of all batches
@@ -750,19 +761,20 @@ def level1_step(
     *keys: int,
     progress: float = 1.0,
     eyes: Tensor | None = None,
+    covered: Tensor | None = None,
     known: Tensor | None = None,
     in_place: bool = False,
 ) -> tuple[Level, Step, Tensor, Tensor]:
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3). eyes: parameters of the encoder that T reads
-    (None: those of theta); known: p, where T need not be asked; in_place: theta' is put where theta was, and the Step is not
+    (None: those of theta); covered, known: as in `draw_masks`; in_place: theta' is put where theta was, and the Step is not
     to be differentiated.
 
     Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
     hidden patches."""
     eyes = theta.params[: net.encoder_size] if eyes is None else eyes
     with torch.no_grad():
-        prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress, known=known)  # (1)
-    step = Step(theta, None, rates, images, *choice, eyes)
+        prob, *choice = draw_masks(net, psi, images, eyes, *keys, progress=progress, covered=covered, known=known)  # (1)
+    step = Step(theta, None, rates, images, *choice, eyes, covered)
     update = net.replay if in_place and net.replay else functools.partial(level1_update, net, in_place=in_place)
     theta, gradient, loss, error = update(step, prob)
     return theta, step._replace(gradient=gradient), loss, error
@@ -812,9 +824,8 @@ def in_one_launch(net: Networks, decay: Tensor, **how) -> Callable[[Step, Tensor
 def joined(steps: list[Step]) -> Step:
     """The last step, with the images and masks of all: (9) and (10) over more batches, for one a. What another batch would
     have changed in dU/dg1 is left out."""
-    batches = zip(*((step.images, step.keep, step.restore, step.mask) for step in steps))
-    images, keep, restore, mask = map(torch.cat, batches)
-    return steps[-1]._replace(images=images, keep=keep, restore=restore, mask=mask)
+    names = [name for name in ("images", "keep", "restore", "mask", "covered") if getattr(steps[-1], name) is not None]
+    return steps[-1]._replace(**{name: torch.cat([getattr(step, name) for step in steps]) for name in names})
 
 
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
@@ -857,6 +868,11 @@ def stays(cfg: Config, iteration: int, total: int, waited: int) -> bool:
     return cfg.masking == "learned" and (is_given(cfg) or iteration >= window(cfg, total, waited)[1])
 
 
+def is_known(net: Networks, iteration: int, total: int, waited: int) -> bool:
+    """Whether this outer iteration's masks follow from maps of whole images that were made before."""
+    return bool(net.maps) or stays(net.cfg, iteration, total, waited)
+
+
 def outer_iteration(
     net: Networks,
     state: State,
@@ -868,7 +884,8 @@ def outer_iteration(
 ) -> tuple[State, dict[str, Tensor]]:
     """Some level-1 steps, then (where T learns) level 2 and one step of T.
 
-    batches: of levels 1, 2, 3, and, where `weight_maps` gives it, p of level 1's; total: outer iterations of the whole run;
+    batches: of levels 1, 2, 3, and perhaps maps of level 1's images: p or a baseline's where it `is_known`, else what they
+    cover; total: outer iterations of the whole run;
     decay: of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr; hypergradient: another
     form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
@@ -881,8 +898,9 @@ def outer_iteration(
     for n in range(cfg.level1_steps):
         lr = level1_rate(cfg, state.iteration, n, total, waited)
         images, keys = next(batches[0]).images, (cfg.seed, MASKS, state.iteration * cfg.level1_steps + n)
-        how = {"progress": progress, "eyes": state.eyes, "known": next(batches[3]) if batches[3:] else None}
-        how["in_place"] = n < unwatched
+        how = {"progress": progress, "eyes": state.eyes, "in_place": n < unwatched}
+        if batches[3:]:
+            how["known" if is_known(net, state.iteration, total, waited) else "covered"] = next(batches[3])
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
         if not all_steps:  # of earlier steps the images and masks alone are looked at
             steps = [earlier._replace(theta=None, gradient=None) for earlier in steps]
@@ -926,13 +944,18 @@ def with_kept_eyes(net: Networks, state: State, total: int) -> State:
 @torch.no_grad()
 def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images:
     """p of each whole image, as maps that its crops and flips move with it: once T stays as it is, it need look no more at
-    images in memory, and a step costs what MAE's does. Beside an image p is 0."""
+    images in memory, and a step costs what MAE's does."""
     p = [masking_probability(net, state.psi.params, batch.images, eyes_of(net, state)) for batch in images.ordered(256)]
     return images.accompanied(torch.cat(p).unflatten(1, (math.isqrt(net.patches), -1)))
 
 
+def coverage(images: data.Images) -> data.Images:
+    """Maps of 1 on each whole image, which moved with its crops tell what it covers of them."""
+    return images.accompanied(torch.ones(len(images), 1, 1, device=images.images.device))
+
+
 def moved_weights(maps: Iterator[data.Batch], patch_size: int) -> Iterator[Tensor]:
-    """Each batch of maps that have been cropped and flipped, by patch: [B, N] of p, [B, n*N] of n maps an image."""
+    """Each batch of maps that have been cropped and flipped, by patch: [B, N] of one map an image, [B, n*N] of n."""
     return (F.avg_pool2d(batch.images, patch_size).flatten(1) for batch in maps)
 
 
@@ -1335,6 +1358,12 @@ def train(
             row["level3_chance"] = chance
         return {"epoch": epoch} | row | ({"waited": waited} if waited else {})
 
+    def along(maps):
+        return moved_weights(stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps), cfg.patch_size)
+
+    resident, placed = isinstance(splits.train, data.Images), False
+    batches += [along(coverage(splits.train))] if resident and cfg.crop else []
+
     per_update = cfg.level1_steps * cfg.batch_size  # images of a mask update
     if run.writer and (epochs := total * per_update / len(splits.train)) > 1.05 * cfg.epochs:
         why = f"a mask update takes {per_update} images (--batch-size times --level1-steps)"
@@ -1342,12 +1371,10 @@ def train(
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_eyes(net, state, total)
-            settled = net.maps or stays(cfg, state.iteration, total, state.waited)
-            if settled and len(batches) == 3 and isinstance(splits.train, data.Images):
+            if resident and not placed and is_known(net, state.iteration, total, state.waited):
                 with run.at_once():
                     maps = net.maps(splits.train) if net.maps else weight_maps(net, state, splits.train)
-                maps = stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps)
-                batches.append(moved_weights(maps, cfg.patch_size))
+                batches[3:], placed = [along(maps)], True
             moves = state.psi.t
             state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
             epoch, moved = round(state.iteration * per_update / len(splits.train), 3), state.psi.t > moves

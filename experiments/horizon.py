@@ -52,15 +52,15 @@ mean ± standard error over looks, and t, their ratio; below 0 where T is told t
 
 
 class ObjectWeights(nn.Module):
-    """T of the weights of objects and of the rest. What it knows of images is told it: {images: share of each patch that
-    objects cover, [B, N]}."""
+    """T of the weights of objects and of the rest. What it knows of images is told it: {images: share of what they cover of
+    each patch that is an object's, [B, N]}."""
 
     def __init__(self):
         super().__init__()
-        self.weights, self.covered = nn.Parameter(torch.ones(2)), WeakTensorKeyDictionary()
+        self.weights, self.objects = nn.Parameter(torch.ones(2)), WeakTensorKeyDictionary()
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> p [B, N]
-        share = self.covered[images]
+        share = self.objects[images]
         return share * self.weights[0] + (1 - share) * self.weights[1]
 
 
@@ -110,11 +110,12 @@ def go_on(training: Training, weighted: str, count: int, order: int = 0) -> tupl
     psi = torch.tensor(WEIGHTED[weighted])
     batches = training.masked.stream(cfg.batch_size, 1000 * order + cfg.seed, start=training.number)
     for number, (images, classes) in zip(range(training.number, training.number + count), batches):
-        inside = ((classes > 0) & (classes != IGNORED)).float()  # class 0 is the background
-        patch = {"p": cfg.patch_size, "q": cfg.patch_size}
-        net.masking.covered[images] = reduce(inside, "b (h p) (w q) -> b (h w)", "mean", **patch)
+        known = classes != IGNORED  # the others are beside the image
+        pixels, patch = torch.stack([known, known & (classes > 0)]).float(), {"p": cfg.patch_size, "q": cfg.patch_size}
+        covered, inside = reduce(pixels, "n b (h p) (w q) -> n b (h w)", "mean", **patch)  # class 0 is the background
+        net.masking.objects[images] = inside / covered.clamp_min(1e-6)
         rates = Rates(cfg.lr * schedule(number, training.total, cfg.warmup * training.total), training.decay)
-        theta, step, _, _ = mlo_mae.level1_step(net, theta, psi, images, rates, cfg.seed, order, number)
+        theta, step, _, _ = mlo_mae.level1_step(net, theta, psi, images, rates, cfg.seed, order, number, covered=covered)
         made.append(step)
     return theta, made
 
@@ -138,18 +139,18 @@ def fitted_loss3(training: Training) -> float:
 def derivatives(training: Training, steps_ahead: int, look: int) -> dict[str, float]:
     """By each question, the exact derivative of L3 by the weight of an object's pixels less that by the others', through
     `steps_ahead` steps (through one, over the latest batches, as in a run): below 0 where objects should weigh more."""
-    covered, batches = training.net.masking.covered, CONFIG.mask_batches if steps_ahead == 1 else steps_ahead
+    known, batches = training.net.masking.objects, CONFIG.mask_batches if steps_ahead == 1 else steps_ahead
     theta, steps = go_on(training, "all alike", batches, order=1 + look)
-    share = torch.cat([covered[step.images] for step in steps])
+    share, covered = torch.cat([known[step.images] for step in steps]), torch.cat([step.covered for step in steps])
     if steps_ahead == 1:
         steps = [mlo_mae.joined(steps)]
-        covered[steps[0].images] = share
-    objects, found = share.mean(), {}
+        known[steps[0].images] = share
+    objects, others, found = (share * covered).mean(), ((1 - share) * covered).mean(), {}
     for question, net in training.asked.items():
         batches = labelled(training, question, 100 + look)
         psi = torch.tensor(WEIGHTED["all alike"])
         of_a, of_b = mlo_mae.exact(net, theta, psi, training.heads[question], batches, steps).hypergradient
-        found[question] = ((of_a / objects - of_b / (1 - objects)) / steps_ahead).item()
+        found[question] = ((of_a / objects - of_b / others) / steps_ahead).item()
     return found
 
 

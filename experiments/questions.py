@@ -75,12 +75,14 @@ from mlo_mae import (
     State,
     Step,
     adamw_pullback,
+    coverage,
     directional_errors,
     labelled_of,
     level1_step,
     load_data,
     mask_updates,
     masking_probability,
+    moved_weights,
     outer_iteration,
     params_only,
     patch_errors,
@@ -209,7 +211,7 @@ AGAINST_NOTE = (
 )
 TRANSFER_NOTE = (
     "cifar100: 5,000 images, 512 + 512 labelled ones a look, penalty 3; cifar100-coarse: 5,000 with the 20 classes that "
-    "the 100 are of, else alike. With the next seed nine in ten are other images."
+    "the 100 are of, else alike. With another seed nine in ten are other images."
 )
 COST_NOTE = (
     "Parts: of the default run, each alone, by the clock on the wall, median [quartiles]; operations are those of matrix "
@@ -454,7 +456,8 @@ def told_over_a_run(cfg: Config) -> tuple[list[Told], Tensor, Splits]:
     splits = load_data(cfg, torch.device("cpu"))
     net, state, decay, total = begun(cfg, splits)
     seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
-    batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(())]
+    maps = moved_weights(coverage(splits.train).stream(cfg.batch_size, seed), cfg.patch_size)
+    batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), maps]
     images, objects = splits.watched(TOLD)
     points, found = {max(1, round(share * total)): share for share in EARLY_AND_LATE}, []
     with tqdm(total=total, desc=f"told, seed {cfg.seed}", unit="update") as bar:
@@ -474,9 +477,11 @@ def told(
     cfg, split = net.cfg, net.encoder_size
     level2, level3 = (part.stream(cfg.labelled_batch_size, 1) for part in splits.labelled)
     level1, keys = splits.train.stream(cfg.batch_size, 2), itertools.count()
+    maps = moved_weights(coverage(splits.train).stream(cfg.batch_size, 2), cfg.patch_size)
     total, hidden, losses = 0, 0, []
     for look in range(LOOKS):
-        _, step, _, _ = level1_step(net, state.theta, state.psi.params, next(level1).images, rates, 3, next(keys))
+        images1, how = next(level1).images, {"covered": next(maps)}
+        _, step, _, _ = level1_step(net, state.theta, state.psi.params, images1, rates, 3, next(keys), **how)
         labelled = labelled_of(cfg, next(level2), next(level3), Rates(cfg.head_lr, head_decay), look)
         params = state.theta.params[:split].detach().requires_grad_()
         loss3 = upper_levels(net, params, state.head, labelled)[0]

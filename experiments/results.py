@@ -163,9 +163,9 @@ def lender_of(cell: Cell, grid: "Grid") -> tuple[str, Cell] | None:
     method = grid.methods[cell.method]
     if method.kind is SemMAE:
         return "parts_from", Cell(cell.data, "MAE", "steps", cell.seed)
-    if method.given:  # of another seed: what T has seen is no part of this run
+    if method.given:  # of another seed, the one before: what T has seen is no part of this run
         data = {"this": cell.data, "other": OTHER.get(cell.data)}.get(method.given, method.given)
-        return "masking_from", Cell(data, "MLO-MAE", "steps", grid.first + (cell.seed + 1 - grid.first) % grid.seeds)
+        return "masking_from", Cell(data, "MLO-MAE", "steps", grid.first + abs(cell.seed - grid.first - 1))
     return None
 
 
@@ -215,9 +215,8 @@ def read_cell(grid: Grid, cell: Cell) -> dict | None:
         )
         free = (MACHINE_FIELDS - {"data"}) | ({"epochs"} if cell.rule == "time" else set())  # as many as there was time for
         unlike = unlike or what_differs(theirs, ours, free, flags=True)
-    if unlike:  # the last seed's lender is the first's, so that it depends on how many there are
-        seeds = ", or as many --seeds as there" * bool(not dense and lender_of(cell, grid))
-        raise UserError(f"{folder} was made with {unlike}; move it away, or give another --out{seeds}")
+    if unlike:
+        raise UserError(f"{folder} was made with {unlike}; move it away, or give another --out")
     return found
 
 
@@ -573,7 +572,7 @@ CLOCKS = {
     time.perf_counter: "Seconds: the loop's, with all that T costs, by the clock on the wall.",
 }
 GIVEN_NOTE = (
-    "+ T: and what the T cost that was given: it is that of MLO-MAE with the next seed (of the last seed: with the first), as "
+    "+ T: and what the T cost that was given: it is that of MLO-MAE with the seed before (of the first: with the second), as "
     "it was in the end, and weighs from the first step on."
 )
 SEMMAE_NOTE = (

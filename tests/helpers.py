@@ -275,13 +275,19 @@ def other_sight(channels: int = 3, **changes: object) -> mlo_mae.Sight:
 
 
 def hypergradient_problem(
-    warm: bool = True, count: int = 1, seed: int = 0, join: bool = False, eyes: str = "", **changes: object
+    warm: bool = True,
+    count: int = 1,
+    seed: int = 0,
+    join: bool = False,
+    eyes: str = "",
+    crops: bool = False,
+    **changes: object,
 ) -> tuple:
     """Networks, and the arguments of a hypergradient function after them, in float64, of a tiny run in which `count`
     level-1 steps were really made; `changes` are of TINY.
 
     join: the last step with the batches of all. eyes: what T reads, "" (the encoder as it is), "kept" (another one of its
-    size), or "other" (one of another run)."""
+    size), or "other" (one of another run). crops: images cover a part of some patches, and nothing of others."""
     cfg = dataclasses.replace(TINY, **{"batch_size": 6, "dropout": 0.5} | changes)
     net, params = mlo_mae.build(cfg, 16, 3, 5, other_sight() if eyes == "other" else None)
     random = torch.Generator().manual_seed(seed)
@@ -305,7 +311,8 @@ def hypergradient_problem(
     steps = []
     for number in range(count):
         images, rates = normal(cfg.batch_size, 3, 16, 16), mlo_mae.Rates(1e-2, decay[0])
-        theta, step, _, _ = mlo_mae.level1_step(net, theta, psi.params, images, rates, 0, number, eyes=kept)
+        covered = (1.5 * torch.rand(cfg.batch_size, 16, generator=random) - 0.25).clamp(0, 1).double() if crops else None
+        theta, step, _, _ = mlo_mae.level1_step(net, theta, psi.params, images, rates, 0, number, eyes=kept, covered=covered)
         steps.append(step)
     pairs = [(normal(cfg.batch_size, 3, 16, 16), torch.arange(cfg.batch_size) % 5) for _ in (2, 3)]
     dropout = draw_dropout(cfg.dropout, (cfg.head_steps, cfg.batch_size, cfg.width), seed, 1).double()

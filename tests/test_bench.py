@@ -500,8 +500,11 @@ def test_bad_flags_end_in_one_line(capsys, argv):
 
 
 def test_what_the_user_can_mend_ends_in_one_line(capsys, tmp_path):
-    bad = ["step", "--batch-size", "2", "--repeats", "1", "--profile", str(tmp_path / "no" / "folder")]
-    assert bench.main([*bad, "--device", "cpu"]) == 2
+    (tmp_path / "kept").write_text("a trace of before")
+    for where in ("no/folder", "kept"):
+        bad = ["step", "--batch-size", "2", "--repeats", "1", "--profile", str(tmp_path / where)]
+        assert bench.main([*bad, "--device", "cpu"]) == 2
+    assert (tmp_path / "kept").read_text() == "a trace of before"
     if not torch.cuda.is_available():
         assert bench.main(["step", "--device", "cuda"]) == 2
     error = capsys.readouterr().err

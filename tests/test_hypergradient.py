@@ -68,6 +68,15 @@ def test_exact_equals_unrolled_whatever_t_reads_and_over_joined_batches(jacobian
     assert error_of_form(mlo_mae.exact, eyes=eyes, update_jacobian=jacobian, **how | DEFAULT) < 1e-9
 
 
+@pytest.mark.parametrize("how", [{"count": 1}, {"count": 3}, {"count": 3, "join": True}], ids=str)
+def test_exact_equals_unrolled_where_crops_reach_beyond_the_image(how):
+    assert error_of_form(mlo_mae.exact, crops=True, **how | DEFAULT) < 1e-9
+    net, (*problem, steps) = hypergradient_problem(crops=True, **how | DEFAULT)
+    whole = [step._replace(covered=None) for step in steps]
+    found = [mlo_mae.exact(net, *problem, some).hypergradient for some in (steps, whole)]
+    assert relative_error(*found) > 1e-2
+
+
 @pytest.mark.parametrize("level2", ["ridge", "steps"])
 @pytest.mark.parametrize("masking_network, choice", [("mlp", "highest"), ("shared", "odds"), ("tokens", "odds")])
 def test_exact_equals_unrolled_over_joined_batches_however_masks_are_chosen(level2, masking_network, choice):
@@ -76,13 +85,13 @@ def test_exact_equals_unrolled_over_joined_batches_however_masks_are_chosen(leve
 
 
 def test_joined_batches_are_those_of_all_steps_at_the_last():
-    net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=3, **DEFAULT)
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(count=3, crops=True, **DEFAULT)
     together = mlo_mae.joined(steps)
     assert together.theta is steps[-1].theta and together.gradient is steps[-1].gradient and together.eyes is steps[-1].eyes
-    for name in ("images", "keep", "restore", "mask"):
+    for name in ("images", "keep", "restore", "mask", "covered"):
         assert torch.equal(getattr(together, name), torch.cat([getattr(step, name) for step in steps]))
     # (10) is linear in the batches: the mean over steps that are the last with another batch.
-    batches = [{name: getattr(step, name) for name in ("images", "keep", "restore", "mask")} for step in steps]
+    batches = [{name: getattr(step, name) for name in ("images", "keep", "restore", "mask", "covered")} for step in steps]
     alone = [mlo_mae.exact(net, theta, psi, head, labelled, [steps[-1]._replace(**batch)]) for batch in batches]
     expected = torch.stack([result.hypergradient for result in alone]).mean(0)
     found = mlo_mae.exact(net, theta, psi, head, labelled, [together]).hypergradient

@@ -532,6 +532,43 @@ def test_a_t_that_stays_looks_at_each_whole_image_once():
     assert (F.avg_pool2d(found.images, 4).flatten(1) - p).abs().max() < 3e-4
 
 
+@pytest.mark.parametrize("masking, progress", [("random", 1.0), ("learned", 0.1), ("learned", 0.9)])
+def test_what_a_crop_has_beside_its_image_does_not_count(masking, progress):
+    net, state, rest = fresh_state(**DEFAULT | {"masking": masking, "mask_start": 0.5})
+    white = data.Images(torch.full((12, 3, 16, 16), 255, dtype=torch.uint8), torch.arange(12), (0.0,) * 3, (1.0,) * 3)
+    batch = next(white.stream(12, 3))  # what is beside them is black
+    covered = next(mlo_mae.moved_weights(mlo_mae.coverage(white).stream(12, 3), 4))
+    assert torch.equal(covered, F.avg_pool2d(batch.images[:, 0], 4).flatten(1)) and 0 < covered.mean() < 1
+    images, how = torch.randn(12, 3, 16, 16), {"progress": progress, "covered": covered}
+    _, step, loss, _ = mlo_mae.level1_step(
+        net, state.theta, state.psi.params, images, mlo_mae.Rates(0.0, rest[2][0]), 0, **how
+    )
+    p = mlo_mae.masking_probability(net, state.psi.params, images, mlo_mae.eyes_of(net, state)) if progress > 0.5 else 1.0
+    p = 1.0 if masking == "random" else p
+    errors = mlo_mae.patch_errors(net, *state.theta.params.tensor_split([net.encoder_size]), step)
+    assert loss.item() == pytest.approx(mlo_mae.level1_loss(p * covered, step.mask, errors).item(), rel=1e-5)
+
+
+def test_a_run_counts_nothing_beside_its_images(tmp_path, monkeypatch):
+    """From the first step to the last: MAE, while T learns, and with maps of p."""
+    seen, real = [], mlo_mae.level1_step
+
+    def watching(net, theta, psi, images, *given, **how):
+        seen.append(tuple(how))
+        return real(net, theta, psi, images, *given, **how)
+
+    monkeypatch.setattr(mlo_mae, "level1_step", watching)
+    small = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2, "images": 320}
+    cfg = Config(**small, epochs=2, level1_steps=2, mask_batches=2, labelled_batch_size=32, mask_start=0.2, mask_until=0.6)
+    mlo_mae.train(cfg, None)
+    kinds = ["covered" in names for names in seen]
+    assert all("covered" in names or "known" in names for names in seen)
+    assert kinds[0] and not kinds[-1] and kinds == sorted(kinds, reverse=True)
+    seen.clear()
+    mlo_mae.train(dataclasses.replace(cfg, masking="random"), None)
+    assert seen and all("covered" in names for names in seen)
+
+
 def test_weights_that_are_known_weigh_in_place_of_t():
     net, state, rest = fresh_state(**DEFAULT)
     state = state._replace(psi=state.psi._replace(params=torch.full_like(state.psi.params, float("nan"))))  # T is not asked

@@ -290,7 +290,7 @@ def flat(tree, path=""):
 
 def test_a_run_with_uniformity(folder, bare_runs, tmp_path):
     shutil.copy(folder / "small.npz", tmp_path)
-    assert main(arguments(tmp_path, "run", "baselines", "u-mae", "--uniformity", 0.5, "--epochs", 5)) == 0
+    assert main(arguments(tmp_path, "run", "baselines", "u-mae", "--uniformity", 0.5, "--epochs", 5, "--no-crop")) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     terms = [row["level1_loss"] - row["reconstruction_error"] for row in rows]  # p is 1: what L1 has beyond the error
     assert all(0 < term <= 0.5 + 1e-6 for term in terms) and terms[-1] < terms[0]
@@ -299,7 +299,7 @@ def test_a_run_with_uniformity(folder, bare_runs, tmp_path):
 
 def test_semmae_may_have_the_term_as_well(folder, bare_runs, tmp_path):
     shutil.copy(folder / "small.npz", tmp_path)
-    flags = *semmae(folder), "--uniformity", 0.5, "--epochs", 1
+    flags = *semmae(folder), "--uniformity", 0.5, "--epochs", 1, "--no-crop"
     assert main(arguments(tmp_path, "run", *flags)) == 0
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(0 < row["level1_loss"] - row["reconstruction_error"] <= 0.5 + 1e-6 for row in rows)

@@ -30,13 +30,14 @@ def test_its_masking_network_is_told_the_objects_as_they_lie_in_the_moved_images
     painted = plain.objects[:, None].expand(-1, 3, -1, -1) * torch.tensor(255, dtype=torch.uint8)
     masked.images = painted
     _, steps = horizon.go_on(training, "background", 4)
-    known = training.net.masking.covered
+    known = training.net.masking.objects
     for step in steps:
         share = reduce(step.images, "b c (h p) (w q) -> b (h w)", "mean", p=8, q=8)
         share = (share + (masked.mean / masked.std).mean()) / (255 / masked.std).mean()  # black is 0, white 1
-        assert 0.1 < share.mean() < 0.4 and torch.allclose(known[step.images], share, atol=1e-4)
-        prob = mlo_mae.masking_probability(training.net, torch.tensor([0.2, 1.0]), step.images, step.eyes)
-        assert torch.allclose(prob, 1 - 0.8 * share, atol=1e-4)
+        assert 0.1 < share.mean() < 0.4 and torch.allclose(known[step.images] * step.covered, share, atol=1e-4)
+        assert 0.8 < step.covered.mean() < 0.93  # of a side, 4 / 9 * 5 pixels of 32 lie beside the image on average
+        prob = mlo_mae.weights_of(training.net, torch.tensor([0.2, 1.0]), step)
+        assert torch.allclose(prob, step.covered - 0.8 * share, atol=1e-4)
 
 
 @pytest.mark.parametrize("ahead, made", [(2, 2), (1, TINY.mask_batches)])
@@ -44,18 +45,19 @@ def test_the_derivative_is_that_of_the_steps_it_names(training, ahead, made):
     """Through two steps; through one, over the latest batches."""
     look = 3
     theta, steps = horizon.go_on(training, "all alike", made, order=1 + look)
-    covered = training.net.masking.covered
-    objects = np.mean([covered[step.images].mean() for step in steps])
+    known = training.net.masking.objects
+    objects = np.mean([(known[step.images] * step.covered).mean() for step in steps])
+    rest = np.mean([step.covered.mean() for step in steps]) - objects
     if ahead == 1:
         steps, each = [mlo_mae.joined(steps)], steps
-        covered[steps[0].images] = torch.cat([covered[step.images] for step in each])
+        known[steps[0].images] = torch.cat([known[step.images] for step in each])
         assert made == 4 and len(steps[0].images) == 4 * TINY.batch_size
     found, others = (horizon.derivatives(training, ahead, number) for number in (look, look + 1))
     assert list(found) == list(horizon.QUESTIONS) == ["closed form, mean token", "ten head steps, CLS token"]
     for question, net in training.asked.items():
         labelled, head = horizon.labelled(training, question, 100 + look), training.heads[question]
         of_a, of_b = mlo_mae.unrolled(net, theta, torch.ones(2), head, labelled, steps).hypergradient
-        expected = (of_a / objects - of_b / (1 - objects)) / ahead
+        expected = (of_a / objects - of_b / rest) / ahead
         assert found[question] == pytest.approx(float(expected), rel=1e-3)
         assert others[question] != pytest.approx(float(expected), rel=1e-3)
 

@@ -112,7 +112,7 @@ def test_methods_differ_in_their_settings_alone(tmp_path):
         ("T of the other data", "clutter"),
         ("T of width 64, width 96", "shapes"),
     ):
-        assert found[name].masking_from == str(tmp_path / lender / "MLO-MAE-steps-0")  # of four seeds the one after 3
+        assert found[name].masking_from == str(tmp_path / lender / "MLO-MAE-steps-2")  # the one before 3
         assert not found[name].masking_learns
     changed = {
         name: {key for key, value in vars(cfg).items() if vars(plain).get(key, value) != value} for name, cfg in found.items()
@@ -144,17 +144,23 @@ def test_what_a_cell_waits_for(tmp_path):
     assert before(*ours) == before("clutter", "no pretraining", "segment", 2) == []
     assert before("clutter", "MAE", "time", 2) == [ours, Cell("clutter", "MAE", "steps", 2)]
     assert before("clutter", "MLO-MAE", "detect", 2) == [ours]
-    assert before("clutter", "MLO-MAE, T given", "steps", 1) == before("shapes", "T of the other data", "steps", 1) == [ours]
-    assert before("clutter", "T of width 64, width 96", "steps", 2) == [ours._replace(seed=0)]
+    for seed, other in ((0, 1), (1, 0), (2, 1)):  # however many there are
+        for seeds in (3, 5):
+            cells = [
+                ("clutter", "MLO-MAE, T given"),
+                ("clutter", "T of width 64, width 96"),
+                ("shapes", "T of the other data"),
+            ]
+            found = [before(*names, "steps", seed, seeds=seeds) for names in cells]
+            assert found == 3 * [[ours._replace(seed=other)]]
     assert before("shapes", "SemMAE", "steps", 1) == [Cell("shapes", "MAE", "steps", 1)]
 
 
 def test_a_cell_that_was_given_another_t_is_not_taken(tmp_path):
-    """The last seed's T is the first one's, so with more seeds it is another's."""
     given = Cell("shapes", "MLO-MAE, T given", "steps", 2)
     cell(tmp_path, given.method, "steps", 2, finetune=0.5)
     cfg, recipe = results.settings(given._replace(rule="segment"), at(tmp_path, 3))
-    config = asdict(cfg) | {"masking_from": "elsewhere/shapes/MLO-MAE-steps-0"}
+    config = asdict(cfg) | {"masking_from": "elsewhere/shapes/MLO-MAE-steps-1"}
     (results.folder_of(tmp_path, given) / "config.json").write_text(json.dumps(config))
     assert results.is_finished(given, at(tmp_path, 3))
     dense = given._replace(rule="segment")  # on the encoder of that cell
@@ -163,10 +169,9 @@ def test_a_cell_that_was_given_another_t_is_not_taken(tmp_path):
     (folder / "result.json").write_text(json.dumps({"test_miou": 0.5}))
     (folder / "config.json").write_text(json.dumps({"recipe": asdict(recipe), "config": config}))
     assert results.is_finished(dense, at(tmp_path, 3))
-    with pytest.raises(
-        UserError, match="made with --masking-from MLO-MAE-steps-0, not MLO-MAE-steps-3; .* --out, or as many --seeds"
-    ):
-        results.is_finished(given, at(tmp_path, 5))
+    assert results.is_finished(given, at(tmp_path, 5))
+    with pytest.raises(UserError, match="made with --masking-from MLO-MAE-steps-1, not MLO-MAE-steps-3; .* --out"):
+        results.is_finished(given, at(tmp_path, 5, first=2))
 
 
 def test_a_cell_of_other_settings_is_not_taken(tmp_path):
