@@ -97,7 +97,7 @@ def finite_difference(
             lambda params: mlo_mae.patch_errors(net, params, decoder_before, step), encoder_before, c
         )
     psi_leaf = psi.detach().requires_grad_()
-    prob = mlo_mae.masking_probability(net, psi_leaf, step.images, step.eyes)
+    prob = mlo_mae.weights_of(net, psi_leaf, step)
     (hypergradient,) = torch.autograd.grad(mlo_mae.level1_loss(prob, step.mask, d), psi_leaf)  # (10)
     return Result(hypergradient, head, loss2.detach(), loss3.detach())
 
@@ -198,11 +198,11 @@ def in_double(net: Networks, arguments: Problem) -> Problem:
     _, psi, head, labelled, steps = measure.to_double(arguments)
     split, theta, made = net.encoder_size, steps[0].theta, []
     for step in steps:
-        params, eyes = theta.params.clone().requires_grad_(), theta.params[:split]
-        prob = mlo_mae.masking_probability(net, psi, step.images, eyes)
+        params, step = theta.params.clone().requires_grad_(), step._replace(eyes=theta.params[:split])
+        prob = mlo_mae.weights_of(net, psi, step)
         loss = mlo_mae.level1_loss(prob, step.mask, mlo_mae.patch_errors(net, params[:split], params[split:], step))
         (gradient,) = torch.autograd.grad(loss, params)
-        made.append(step._replace(theta=theta, gradient=gradient, eyes=eyes))
+        made.append(step._replace(theta=theta, gradient=gradient))
         theta = mlo_mae.adamw(theta, gradient, step.rates)
     return theta, psi, head, labelled, made
 
@@ -499,7 +499,7 @@ def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
 
     def masking():
         psi_leaf = psi.detach().requires_grad_()
-        prob = mlo_mae.masking_probability(net, psi_leaf, looked_at.images, looked_at.eyes)
+        prob = mlo_mae.weights_of(net, psi_leaf, looked_at)
         return step_of_masks(torch.autograd.grad(mlo_mae.level1_loss(prob, looked_at.mask, prob.detach()), psi_leaf)[0])
 
     launched = {}
@@ -586,6 +586,8 @@ def measure_step(
     record(True)
     batch, labelled, compared = cfg.batch_size, cfg.labelled_batch_size, parts_of(net, arguments)
     streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
+    if isinstance(split, data.Images):
+        streams.append(mlo_mae.moved_weights(mlo_mae.coverage(split).stream(batch, 0), cfg.patch_size))
 
     def whole(net: Networks = net):
         return mlo_mae.outer_iteration(net, state, streams, 1000, *rates)
@@ -595,7 +597,7 @@ def measure_step(
             return whole(off)
 
     def batches():
-        return [next(streams[0]) for _ in range(cfg.level1_steps)], next(streams[1]), next(streams[2])
+        return [next(stream) for stream in (*streams[::3] * cfg.level1_steps, *streams[1:3])]
 
     calls = {"outer iteration": whole, "data": batches} | compared
     for name, block in RIVALS.items():

@@ -283,7 +283,7 @@ class Networks:
     """The four architectures (parameters on the meta device) and what depends on them alone.
 
     For baselines: score(images, known, generator, progress) -> [B, N], another way to choose the masks (the highest are
-    hidden, with p = 1), where known [B, n] is of maps(training images), maps of which there is one for each image, or None;
+    hidden, and T does not weigh), where known [B, n] is of maps(training images), of which there is one for each, or None;
     penalty(CLS tokens [B, D]) -> scalar, a term added to L1. sight: of a T of another run. replay: `in_one_launch`, for steps
     that are made in place."""
 
@@ -326,7 +326,7 @@ class Step(NamedTuple):
     restore: Tensor  # [B, N] each patch's place in the shuffled order
     mask: Tensor  # [B, N] 1 = hidden
     eyes: Tensor | None = None  # parameters of the encoder that T read
-    covered: Tensor | None = None  # [B, N] share of each patch that the image covers; None: all of it
+    covered: Tensor | None = None  # [B, N] share of each patch that the image covers; None: all, or p knows it
 
 
 class Sight(NamedTuple):

@@ -103,7 +103,7 @@ def by_betty(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: La
     theta, phi, psi = (torch.nn.Parameter(x) for x in (theta.params.clone(), head.params.clone(), psi))  # T stays put
 
     def loss1(_):
-        prob = mlo_mae.masking_probability(net, psi, step.images, step.eyes)
+        prob = mlo_mae.weights_of(net, psi, step)
         return mlo_mae.level1_loss(prob, step.mask, mlo_mae.patch_errors(net, theta[:split], theta[split:], step))
 
     def loss2(_):

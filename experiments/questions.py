@@ -197,7 +197,7 @@ CHOICES_NOTE = (
     "Head steps: level 2 is 10 AdamW steps on cross-entropy a look. CLS: features are the CLS token. T on pixels: a small "
     "network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: dU/dg = -1. First-order: the "
     "head is held constant. No restart: the learning rate of level 1 is one cosine. T at rest: p is the same everywhere, "
-    "but for 0 beside the image, as it is with T; at MAE's rate."
+    "at MAE's rate."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "

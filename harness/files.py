@@ -38,6 +38,8 @@ def check_free(path: Path) -> None:
         raise UserError(f"{path} exists already; move it away, or name another")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is no folder; make it, or name another file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path.parent} cannot be written to; name a file elsewhere")
 
 
 def append_line(path: Path, row: dict) -> None:

@@ -163,10 +163,18 @@ def test_the_picture_has_the_slopes_of_the_toy():
         assert slopes[0] == pytest.approx(float(seen), rel=1e-2) and slopes[0] * sign > 0 > slopes[1]
 
 
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_what_the_pages_point_at_is_there():
-    for name in ("docs/hypergradient.md", "README.md"):
-        page = SCRIPT.parent / name
-        targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
-        assert len(targets) > 5
-        for target in targets:
-            assert (page.parent / target).exists(), f"{name} points at {target}"
+    root, found = SCRIPT.parent, 0
+    for page in (root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))):
+        for name, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name} points at {name}"
+            assert not anchor or anchor in anchors(target), f"{page.name} points at {name}#{anchor}"
+            found += bool(anchor)
+    assert found > 20

@@ -551,22 +551,44 @@ def test_what_a_crop_has_beside_its_image_does_not_count(masking, progress):
 
 def test_a_run_counts_nothing_beside_its_images(tmp_path, monkeypatch):
     """From the first step to the last: MAE, while T learns, and with maps of p."""
-    seen, real = [], mlo_mae.level1_step
+    kinds, real = [], mlo_mae.level1_step
 
     def watching(net, theta, psi, images, *given, **how):
-        seen.append(tuple(how))
+        black = images.amin()  # which no image has, so that it lies beside them
+        covered = F.avg_pool2d((images > black + 1e-3).all(1).float(), 8).flatten(1)
+        assert 0 < covered.mean() < 1
+        if "covered" in how:
+            assert torch.equal(how["covered"], covered)
+        else:
+            assert torch.equal(how["known"] > 0, covered > 0) and (how["known"] <= covered).all()
+        kinds.append("covered" in how)
         return real(net, theta, psi, images, *given, **how)
 
     monkeypatch.setattr(mlo_mae, "level1_step", watching)
-    small = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2, "images": 320}
-    cfg = Config(**small, epochs=2, level1_steps=2, mask_batches=2, labelled_batch_size=32, mask_start=0.2, mask_until=0.6)
+    pixels = np.random.default_rng(0).integers(100, 256, (400, 32, 32, 3), dtype=np.uint8)
+    labels = np.arange(400) % 4
+    np.savez(
+        tmp_path / "grey.npz",
+        train_images=pixels[:320],
+        train_labels=labels[:320],
+        test_images=pixels[320:],
+        test_labels=labels[320:],
+    )
+    small = {"data": str(tmp_path / "grey.npz"), "patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8}
+    steps = {
+        "epochs": 2,
+        "level1_steps": 2,
+        "mask_batches": 2,
+        "labelled_batch_size": 32,
+        "mask_start": 0.2,
+        "mask_until": 0.6,
+    }
+    cfg = Config(**small, **steps, decoder_heads=2, mask_wait=0)
     mlo_mae.train(cfg, None)
-    kinds = ["covered" in names for names in seen]
-    assert all("covered" in names or "known" in names for names in seen)
     assert kinds[0] and not kinds[-1] and kinds == sorted(kinds, reverse=True)
-    seen.clear()
+    kinds.clear()
     mlo_mae.train(dataclasses.replace(cfg, masking="random"), None)
-    assert seen and all("covered" in names for names in seen)
+    assert kinds and all(kinds)
 
 
 def test_weights_that_are_known_weigh_in_place_of_t():

@@ -9,9 +9,10 @@ from bench import finite_difference
 from harness.randomness import draw_dropout
 
 
+@pytest.mark.parametrize("crops", [False, True])
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
-def test_finite_differences_agree_while_dropout_is_held(jacobian):
-    assert error_of_form(finite_difference, update_jacobian=jacobian) < 1e-3
+def test_finite_differences_agree_while_dropout_is_held(jacobian, crops):
+    assert error_of_form(finite_difference, crops=crops, update_jacobian=jacobian) < 1e-3
 
 
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])

@@ -359,6 +359,7 @@ def test_parts_move_with_the_crops_and_flips_of_their_images(folder, monkeypatch
     assert len(maps) == 40 and maps.images.shape == (40, 3, 4, 4)
     shares = mlo_mae.moved_weights(maps.stream(10, 5), 4)
     images.images += 1  # black, which is around, is now none of them
+    net.score = semantic_masks(net, parts)
     for batch, known, _ in zip(images.stream(10, 5), shares, range(8)):
         patches = gather_patches(batch.images, None, 4).long()  # [B, L, 16]
         covered = torch.stack([(patches == one).sum(2) for one in (1, 2, 3, 0)], 2)
@@ -366,6 +367,8 @@ def test_parts_move_with_the_crops_and_flips_of_their_images(folder, monkeypatch
         clear = most[..., 3] > most[..., 2]
         ids = moved_ids(known, 3)
         assert torch.equal(ids[clear], covered.argmax(2)[clear]) and clear.float().mean() > 0.4
+        counts = mlo_mae.draw_masks(net, None, batch.images, None, 0, known=known)[0]  # what is beside the image does not
+        assert torch.allclose(counts, covered[..., :3].sum(2) / 16) and counts.min() < 1
         seen |= set(ids.unique().tolist())
     assert seen == {0, 1, 2, 3}
 

@@ -233,7 +233,9 @@ def test_what_is_told_is_the_derivative_by_each_weight(splits, monkeypatch):
         return mlo_mae.upper_levels(net, theta[: net.encoder_size], state.head, labelled)[0]
 
     assert loss3 == pytest.approx(loss3_of(params[0]).item())
-    _, step, _, _ = mlo_mae.level1_step(net, state.theta, state.psi.params, images, rates, 3, 0)
+    covered = next(mlo_mae.moved_weights(mlo_mae.coverage(splits.train).stream(8, 2), net.cfg.patch_size))
+    assert 0 < covered.min() < covered.max() == 1
+    _, step, _, _ = mlo_mae.level1_step(net, state.theta, state.psi.params, images, rates, 3, 0, covered=covered)
     theta = params[0].clone().requires_grad_()
     a = torch.autograd.grad(loss3_of(theta), theta)[0]
     g = step.gradient.detach().requires_grad_()
