@@ -1362,7 +1362,8 @@ def train(
         return moved_weights(stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps), cfg.patch_size)
 
     resident, placed = isinstance(splits.train, data.Images), False
-    batches += [along(coverage(splits.train))] if resident and cfg.crop else []
+    if resident and cfg.crop:
+        batches.append(along(coverage(splits.train)))
 
     per_update = cfg.level1_steps * cfg.batch_size  # images of a mask update
     if run.writer and (epochs := total * per_update / len(splits.train)) > 1.05 * cfg.epochs:
