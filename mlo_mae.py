@@ -615,9 +615,8 @@ def upper_levels(net: Networks, encoder_params: Tensor, head: Level, labelled: L
     its penalty; of steps: before the first).
 
     through_head=False holds phi' constant: L3 then sees E' through its own features alone."""
-    images = torch.cat([labelled.images2, labelled.images3])
-    features = encode(net, encoder_params, images).split([len(labelled.images2), len(labelled.images3)])
-    features2, features3 = map(gather, features)  # the head is small: every process has it see the whole batch
+    # The head is small: every process has it see the whole batch.
+    features2, features3 = (gather(encode(net, encoder_params, images)) for images in (labelled.images2, labelled.images3))
     features2 = features2 if through_head else features2.detach()
     if net.cfg.level2 == "ridge":
         head = head._replace(params=solved_head(net, features2, labelled.labels2), t=head.t + 1)  # all that (5) needs

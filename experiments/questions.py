@@ -215,8 +215,8 @@ TRANSFER_NOTE = (
 )
 COST_NOTE = (
     "Parts: of the default run, each alone, by the clock on the wall, median [quartiles]; operations are those of matrix "
-    "products. Levels 2 and 3 see 512 whole images, d four batches of level 1. p is asked of each batch while T learns, then "
-    "once of every image."
+    "products. Levels 2 and 3 see 256 whole images each, d four batches of level 1. p is asked of each batch while T learns, "
+    "then once of every image."
 )
 QUESTIONS = {
     "labels": Question(
