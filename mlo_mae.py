@@ -1408,8 +1408,8 @@ def foresee_memory(net: Networks, theta: Tensor, size: tuple[int, int, int]) -> 
 
     foresee(level1, at_a_time(net.cfg.batch_size), "level 1", theta.device, cli.LESS_MEMORY)
     if trains(net.cfg):
-        pairs = at_a_time(2 * net.cfg.labelled_batch_size)
-        foresee(levels_2_and_3, pairs, "levels 2 and 3", theta.device, cli.LESS_MEMORY)
+        count = at_a_time(net.cfg.labelled_batch_size) * (2 if net.cfg.accumulate == 1 else 1)  # whole: both levels' are held
+        foresee(levels_2_and_3, count, "levels 2 and 3", theta.device, cli.LESS_MEMORY)
 
 
 def mask_updates(cfg: Config, splits: data.Splits) -> int:

@@ -189,15 +189,16 @@ def test_what_a_batch_needs_is_foreseen_from_two_images(monkeypatch, level):
 
 
 def test_the_images_of_a_step_are_those_of_one_part(monkeypatch):
-    """Of one process; and T as it is needs no labelled images."""
+    """Of one process; levels 2 and 3 hold both batches where they are whole; and T as it is needs no labelled images."""
     counts = []
     monkeypatch.setattr(mlo_mae, "foresee", lambda function, images, what, *rest: counts.append((what, images)))
     monkeypatch.setattr(mlo_mae, "world", lambda: 3)
-    for settings in ({"accumulate": 2}, {"masking": "random"}, {"masking_from": "elsewhere"}):
+    for settings in ({}, {"accumulate": 2}, {"masking": "random"}, {"masking_from": "elsewhere"}):
         cfg = dataclasses.replace(TINY, batch_size=24, labelled_batch_size=9, **settings)
         net, (theta, _, _) = mlo_mae.build(cfg, 16, 3, 5)
         mlo_mae.foresee_memory(net, theta, (3, 16, 16))
-    assert counts == [("level 1", 4), ("levels 2 and 3", 3), ("level 1", 8), ("level 1", 8)]
+    whole, parts = [("level 1", 8), ("levels 2 and 3", 6)], [("level 1", 4), ("levels 2 and 3", 2)]
+    assert counts == [*whole, *parts, ("level 1", 8), ("level 1", 8)]
 
 
 KIB = {"MemTotal": 900, "MemAvailable": 300, "SwapFree": 100}
