@@ -257,7 +257,8 @@ def test_a_rival_does_the_same_work(block):
 
 # Operators of an outer iteration, which do not depend on widths, batches or patches. Each is a launch on a GPU, where whatever
 # has a kernel of its own takes fewer. Before LayerNorm's tangent and AdamW were brought down there were 4,862 and 14,165.
-LAUNCHES = {"cifar100": (mlo_mae.CIFAR, 3940), "width 192": ({"depth": 12}, 13370)}
+# Some 520 are there since levels 2 and 3 encode each by itself, which on a CPU takes a quarter less time than both at once.
+LAUNCHES = {"cifar100": (mlo_mae.CIFAR, 4467), "width 192": ({"depth": 12}, 13887)}
 
 
 @pytest.mark.slow
