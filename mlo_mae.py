@@ -1389,11 +1389,17 @@ def train(
     return net, state, splits
 
 
+def held_at_once(cfg: Config, processes: int) -> tuple[int, int]:
+    """Images whose activations a process holds at a time: of level 1, and of levels 2 and 3 (0: no T is trained), both of
+    these unless they are made in parts."""
+    level1, labelled = (math.ceil(size / processes / cfg.accumulate) for size in (cfg.batch_size, cfg.labelled_batch_size))
+    return level1, trains(cfg) * labelled * (2 if cfg.accumulate == 1 else 1)
+
+
 def foresee_memory(net: Networks, theta: Tensor, size: tuple[int, int, int]) -> None:
     """Raise UserError where the images [C, H, W] of a step cannot fit in memory."""
     whole = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, accumulate=1))
-    params, processes = theta.detach().requires_grad_(), world()
-    encoder_params, decoder_params = params.tensor_split([net.encoder_size])
+    encoder_params, decoder_params = theta.detach().requires_grad_().tensor_split([net.encoder_size])
 
     def level1(count: int) -> Tensor:
         choice = select_patches(theta.new_zeros(count, net.patches), net.visible)
@@ -1403,13 +1409,10 @@ def foresee_memory(net: Networks, theta: Tensor, size: tuple[int, int, int]) -> 
     def levels_2_and_3(count: int) -> Tensor:
         return encode(whole, encoder_params, theta.new_zeros(count, *size))
 
-    def at_a_time(images: int) -> int:
-        return math.ceil(images / processes / net.cfg.accumulate)
-
-    foresee(level1, at_a_time(net.cfg.batch_size), "level 1", theta.device, cli.LESS_MEMORY)
-    if trains(net.cfg):
-        count = at_a_time(net.cfg.labelled_batch_size) * (2 if net.cfg.accumulate == 1 else 1)  # whole: both levels' are held
-        foresee(levels_2_and_3, count, "levels 2 and 3", theta.device, cli.LESS_MEMORY)
+    of_level1, labelled = held_at_once(net.cfg, world())
+    foresee(level1, of_level1, "level 1", theta.device, cli.LESS_MEMORY)
+    if labelled:
+        foresee(levels_2_and_3, labelled, "levels 2 and 3", theta.device, cli.LESS_MEMORY)
 
 
 def mask_updates(cfg: Config, splits: data.Splits) -> int:

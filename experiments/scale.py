@@ -6,6 +6,7 @@ docs/scale.md says what is left out. Operations are those of matrix products. Im
 """
 
 import math
+import operator
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -114,14 +115,13 @@ def activations(cfg: Settings) -> dict[str, int]:
 
 def memory(cfg: Settings, gpus: int) -> dict[str, int]:
     """Bytes on each GPU, temporaries left out. Weights and moments: of now, the iteration's start, the last step's start."""
-    (encoder, decoder, head, masking), (level1, labelled) = parameters(cfg).values(), activations(cfg).values()
-    pairs = (level1, cfg.batch_size), (labelled, 2 * cfg.labelled_batch_size * (learned := cfg.masking == "learned"))
+    (encoder, decoder, head, masking), learned = parameters(cfg).values(), cfg.masking == "learned"
     theta, levels = encoder + decoder, min(2 + learned, cfg.level1_steps + 1)  # of three vectors each
     return {
         "vectors of theta": 4 * theta * (3 * levels + 2 + learned),  # decays, a gradient, and the one that T is told of
         "bfloat16 copies": 2 * theta * (cfg.precision == "bf16"),
         "vectors of head and T": 4 * (4 * head + 6 * masking),
-        "activations": max(size * math.ceil(images / gpus / cfg.accumulate) for size, images in pairs),
+        "activations": max(map(operator.mul, activations(cfg).values(), mlo_mae.held_at_once(cfg, gpus))),
     }
 
 

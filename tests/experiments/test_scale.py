@@ -212,7 +212,7 @@ def test_a_batch_is_cut_until_it_fits(monkeypatch):
     least = sum(size for name, size in scale.memory(cfg, 4).items() if name != "activations")
     for parts in (1, 2, 3, 4, 6):
         level1, labelled = scale.activations(cfg).values()
-        most = least + max(24 // parts * level1, -(-24 // parts) * labelled)
+        most = least + max(24 // parts * level1, (24 if parts == 1 else -(-12 // parts)) * labelled)
         monkeypatch.setattr(scale, "MEMORY", most)
         assert scale.fitting(cfg, 4).accumulate == parts and sum(scale.memory(scale.fitting(cfg, 4), 4).values()) == most
 
