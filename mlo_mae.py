@@ -10,14 +10,14 @@ nested in the next:
     level 3  mask       the masking network T, psi, by how well E and C do on labelled validation images
 
 Let i run over images and j over patches. T gives each patch p_ij = sigmoid(T(x_i; psi))_j; l_ij is its reconstruction
-error, and m_ij is 1 where it is hidden. By default T is one linear layer on E's own tokens of the whole image, which it
-holds constant. One outer iteration makes --level1-steps steps, (1) to (3); where T learns, it then computes (4) to (6) of the
-last theta'. Losses are means over images:
+error, and m_ij is 1 where it is hidden. By default T is one linear layer on E's own tokens of the whole image; no
+derivative passes through these tokens. One outer iteration (flags call it a mask update, also where T does not learn) makes
+--level1-steps steps, (1) to (3); where T learns, it then computes (4) to (6) of the last theta'. Losses are means over images:
 
     m_ij = 1 for a fixed share of each image's patches: at random by default, so that p weighs patches and chance hides
         them; as published, those of highest p_ij; or drawn by the odds p/(1-p). Before --mask-start, unless T is
-        another run's, p = 1 and m is random: plain MAE. At all times what a crop has beside its image does not
-        count: p is times the share of a patch that the image covers                                              (1)
+        another run's, p = 1 and m is random: plain MAE. A crop may reach beyond its image, and what is there does
+        not count: p is at all times multiplied by the share of the patch that the image covers                   (1)
     L1(p, l) = sum_ij m_ij p_ij l_ij / sum_ij m_ij                          (linear in p and in l)                (2)
     theta' = U(theta, g1),   g1 = dL1(p, l(theta))/dtheta                   (one AdamW step)                      (3)
     L2(phi, z2) = |C(z2; phi) - y2|^2 + penalty |phi|^2,   z2 = E'(x2)      (features of whole images)            (4)
@@ -50,7 +50,7 @@ U is AdamW's step number t, with moments mu and nu:
 --unroll full differentiates all level-1 steps since the last mask update. The cotangent then covers a step's whole result,
 A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last step. From the last step to the first,
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
-H = d2L1/dtheta2.                                                                                                (13)
+H = d2L1/dtheta2. The hypergradient is the sum of (10) over these steps.                                         (13)
 
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that does no better on the validation
 images than their classes' shares has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later
@@ -58,10 +58,11 @@ by as much as T has waited), T and the encoder it reads stay as they are, p of e
 once, and E and D, which have far to go under these weights, get a learning rate that starts again (--mask-restart; MAE,
 --masking random, gains by that, too, and has it).
 
-Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge, the loop;
-then the networks, a whole run, the command line. Shapes: B images, N patches, K of them visible, D channels of a token; in
-shapes alone, C channels of an image, H and W its sides, p a patch's side. What any run needs and no equation mentions
-(files, processes, flags) is in harness/.
+Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge (plain
+autograd, at a higher price), the loop; then the networks, a whole run, the command line. Images come from data.py; kernels/
+has five operations, each as plain PyTorch (the "reference") and as GPU kernels. What any run needs and no equation mentions
+(files, processes, flags) is in harness/. Shapes: B images, N patches, K of them visible, D channels of a token; in
+shapes alone, C channels of an image, H and W its sides, p a patch's side.
 
     python mlo_mae.py                                        # built-in images: pretrain, probe, pictures
     python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
@@ -144,7 +145,7 @@ class Config:
     val_fraction: float = flag(0.2, "share of the training images held out for level 3", above=0, below=1)
     skip_corrupt: bool = flag(False, "replace images that cannot be decoded instead of stopping")
     workers: int = flag(0, "processes that decode images (folders only)", least=0, most=1024)
-    flip: bool = flag(True, "mirror images at random, at all levels (not where left and right tell classes apart)")
+    flip: bool = flag(True, "mirror images at random, at all levels; --no-flip where left and right tell classes apart")
     crop: bool = flag(True, "cut pieces out of images at random, at all levels")
 
     patch_size: int = flag(4, "pixels, square", least=1, most=65536, group="networks")
@@ -160,7 +161,7 @@ class Config:
     mask_ratio: float = flag(0.5, "share of the patches that is hidden", above=0, below=1)
     mask_choice: Literal["random", "odds", "highest"] = flag("random", "how (1) hides: by chance, by the odds of p, highest p")
     masking_network: Literal["tokens", "shared", "mlp"] = flag("tokens", "T: linear on tokens, a small net, or the paper's")
-    masking_blocks: int = flag(4, "blocks of E before the tokens that T reads, or all that E has", least=0, most=1000)
+    masking_blocks: int = flag(4, "T reads tokens after so many blocks of E, or after all (tokens)", least=0, most=1000)
     masking_input: Literal["pixels", "embeddings"] = flag("pixels", "what shared and mlp read: pixels, or detached embeddings")
     masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
@@ -179,8 +180,8 @@ class Config:
     ridge: float = flag(0.3, "penalty of the ridge regression, on standardised features", above=0)
     head_norm: Literal["batch", "layer"] = flag("batch", "of the head's input (steps); layer as published")
 
-    hypergradient: Literal["exact", "unrolled", "first-order"] = flag("exact", "form of dL3/dpsi")
-    update_jacobian: Literal["adamw", "identity"] = flag("adamw", "dU/dg of (8): AdamW's own, or -1 as published")
+    hypergradient: Literal["exact", "unrolled", "first-order"] = flag("exact", "of dL3/dpsi: (7) to (10), autograd, phi' held")
+    update_jacobian: Literal["adamw", "identity"] = flag("adamw", "dU/dg in (8) and head steps: its own, or -1 as published")
     unroll: Literal["last", "full"] = flag("last", "differentiate the last level-1 step, or all since the last mask update")
 
     epochs: int = flag(24, "passes of level 1 over its training images", least=1, most=65536, group="steps and rates")
@@ -207,7 +208,7 @@ class Config:
     checkpoint_minutes: float = flag(5.0, "minutes between checkpoints (0: after every mask update)", least=0)
 
 
-# Masks, T, head and steps as published.
+# Masks, T, head and steps as published, but that T reads pixels (published: embeddings) and the hypergradient is exact.
 PUBLISHED = (
     {"mask_ratio": 0.75, "masking_network": "mlp", "masking_width": 512, "mask_choice": "highest", "mask_batches": 1}
     | {"mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_restart": False}
@@ -262,11 +263,11 @@ def check(cfg: Config) -> None:
         raise UserError("--masking-from goes with --masking learned and --masking-network tokens")
     if cfg.masking_learns and not cfg.masking_from:
         raise UserError("--masking-learns trains the T of another run; name it with --masking-from")
-    if trains(cfg) and cfg.hypergradient == "unrolled" and world() * cfg.accumulate > 1:
+    parts = world() * cfg.accumulate
+    if trains(cfg) and cfg.hypergradient == "unrolled" and parts > 1:
         raise UserError("--hypergradient unrolled goes with one process and --accumulate 1")
     if trains(cfg) and cfg.checkpoint_activations and (cfg.hypergradient == "unrolled" or cfg.unroll == "full"):
         raise UserError("--checkpoint-activations goes with --hypergradient exact or first-order, and --unroll last")
-    parts = world() * cfg.accumulate
     if cfg.batch_size % parts or cfg.labelled_batch_size % world():
         raise UserError(
             f"--batch-size {cfg.batch_size} and --labelled-batch-size {cfg.labelled_batch_size} do not divide evenly: the "
@@ -283,9 +284,9 @@ class Networks:
     """The four architectures (parameters on the meta device) and what depends on them alone.
 
     For baselines: score(images, known, generator, progress) -> [B, N], another way to choose the masks (the highest are
-    hidden, and T does not weigh), where known [B, n] is of maps(training images), of which there is one for each, or None;
-    penalty(CLS tokens [B, D]) -> scalar, a term added to L1. sight: of a T of another run. replay: `in_one_launch`, for steps
-    that are made in place."""
+    hidden, and T does not weigh); maps(training images) -> n maps of each image, made once, which `known` [B, n*N] holds by
+    patch, cropped and flipped as the images are (None: no maps); penalty(CLS tokens [B, D]) -> scalar, a term added to L1.
+    sight: set where T is another run's. replay: `in_one_launch`, for steps that are made in place."""
 
     cfg: Config
     encoder: nn.Module
@@ -366,7 +367,7 @@ def masking_probability(net: Networks, psi: Tensor, images: Tensor, eyes: Tensor
 
 
 def weights_of(net: Networks, psi: Tensor, step: Step) -> Tensor:
-    """p of a step that T is told of, [B, N]: what a crop has beside its image does not count."""
+    """p of (1) as a function of psi, [B, N], of a step that is differentiated."""
     prob = masking_probability(net, psi, step.images, step.eyes)
     return prob if step.covered is None else prob * step.covered
 
@@ -384,7 +385,7 @@ def draw_masks(
     """p [B, N], and the choice (1): visible ids [B, K], restore ids [B, N], mask [B, N].
 
     `keys` seed the draw; `progress` is the share of the run that is done; `covered` is the share of each patch that the image
-    covers (None: all of it); `known` is p, where T need not be asked (a baseline's: see `Networks`)."""
+    covers (None: all of it); `known` is p [B, N], where T need not be asked, or a baseline's maps [B, n*N]: see `Networks`."""
     cfg, weighs = net.cfg, weighed_by(net.cfg, progress) and not net.score
     prob = torch.ones(len(images), net.patches, device=images.device) if covered is None else covered
     if weighs:
@@ -509,13 +510,13 @@ class Level(NamedTuple):
     params: Tensor  # theta, phi or psi
     mu: Tensor  # first moment, of the same length
     nu: Tensor  # second moment
-    t: int  # steps made
+    t: int | Tensor  # steps made; a scalar tensor in `in_one_launch` alone
 
 
 class Rates(NamedTuple):
     """What AdamW needs beside the gradient."""
 
-    lr: float | Tensor  # learning rate, as a number or a scalar, or one a parameter
+    lr: float | Tensor  # learning rate: a number, a scalar tensor, or a vector with one for each parameter
     decay: Tensor  # weight decay of each parameter
     eps: float = EPS
 
@@ -606,7 +607,7 @@ class Labelled(NamedTuple):
 class Result(NamedTuple):
     hypergradient: Tensor | None  # dL3/dpsi; None where T is to wait
     head: Level  # phi' of (5)
-    level2_loss: Tensor  # of steps: before the first
+    level2_loss: Tensor  # without its penalty; with --level2 steps: before the first of them
     level3_loss: Tensor
 
 
@@ -803,7 +804,7 @@ def level1_update(net: Networks, step: Step, prob: Tensor, in_place: bool = Fals
 
 def in_one_launch(net: Networks, decay: Tensor, **how) -> Callable[[Step, Tensor], Update]:
     """`level1_update` in place, as one launch of a GPU. What changes from step to step has to be a tensor, so the learning
-    rate is one, and the number of steps made. how: of `replayed`."""
+    rate and the number of steps made are scalar tensors here. how: what else `replayed` takes."""
 
     def work(params, mu, nu, t, lr, prob, *batch):
         step = Step(Level(params, mu, nu, t), None, Rates(lr, decay), *batch)
@@ -828,17 +829,17 @@ def joined(steps: list[Step]) -> Step:
 
 
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
-    """The outer iteration in which T learns first, and the one after its last (one later at least), which waiting puts off.
-    Where no T learns: shares of the run."""
+    """(first, end): T learns in the outer iterations from `first` to before `end`, in one at least unless the run is over by
+    then. Waiting makes `end` later. Where no T learns, both are just these shares of the run: see `began`."""
     start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.07 x 100 is above 7
     return start, min(max(end, start + 1) + waited if trains(cfg) else end, total)
 
 
 def began(cfg: Config, iteration: int, total: int, waited: int) -> int:
-    """The outer iteration in which the schedule of level 1's learning rate began. The first is laid over the whole run and
-    breaks off at the restart."""
+    """The outer iteration in which the present schedule of level 1's learning rate began. The first schedule is laid over the
+    whole run, though it breaks off at the restart: E is still to move while T learns from it."""
     restart = window(cfg, total, waited)[1] if cfg.mask_restart else total
-    return 0 if iteration < restart else restart  # T learns from an encoder that still moves
+    return 0 if iteration < restart else restart
 
 
 def level1_rate(cfg: Config, iteration: int, step: int, total: int, waited: int) -> float:
@@ -868,7 +869,7 @@ def stays(cfg: Config, iteration: int, total: int, waited: int) -> bool:
 
 
 def is_known(net: Networks, iteration: int, total: int, waited: int) -> bool:
-    """Whether this outer iteration's masks follow from maps of whole images that were made before."""
+    """Whether `batches[3]` of `outer_iteration`, where there is one, holds p or a baseline's maps, not what crops cover."""
     return bool(net.maps) or stays(net.cfg, iteration, total, waited)
 
 
@@ -901,9 +902,10 @@ def outer_iteration(
         if batches[3:]:
             how["known" if is_known(net, state.iteration, total, waited) else "covered"] = next(batches[3])
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
-        if not all_steps:  # of earlier steps the images and masks alone are looked at
-            steps = [earlier._replace(theta=None, gradient=None) for earlier in steps]
-        steps = [*steps, step][-(cfg.level1_steps if all_steps else cfg.mask_batches) :]
+        if learns:
+            if not all_steps:  # of earlier steps the images and masks alone are looked at
+                steps = [earlier._replace(theta=None, gradient=None) for earlier in steps]
+            steps = [*steps, step][-(cfg.level1_steps if all_steps else cfg.mask_batches) :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
     if learns:
@@ -919,7 +921,7 @@ def outer_iteration(
         losses |= {"level2_loss": result.level2_loss, "level3_loss": result.level3_loss}
         if result.hypergradient is None:
             waited += 1
-        else:  # its scale follows the levels below it; eps must stay below any of its elements
+        else:  # its scale depends on the levels below; eps must be far below its elements, however small they are
             psi = adamw(psi, result.hypergradient, Rates(cfg.mask_lr * of_t * mask_rate, decay[2], eps=TINY**0.5))  # (11)
             losses["hypergradient_norm"] = result.hypergradient.norm()
     theta = copied(theta) if net.replay and not watched else theta  # the next replay works in the same memory
@@ -934,10 +936,10 @@ def labelled_of(cfg: Config, level2: data.Batch, level3: data.Batch, rates: Rate
 
 
 def with_kept_eyes(net: Networks, state: State, total: int) -> State:
-    """The state, and from the end of T's part of a run on: with the encoder that T reads kept beside it."""
+    """The state; once T stays as it is, with a copy of the encoder that T reads, which level 1 then leaves alone."""
     if state.eyes is not None or not stays(net.cfg, state.iteration, total, state.waited):
         return state
-    return state._replace(eyes=eyes_of(net, state).clone())  # without D, which may go
+    return state._replace(eyes=eyes_of(net, state).clone())  # a view would keep all of theta in memory
 
 
 @torch.no_grad()
@@ -949,7 +951,7 @@ def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images
 
 
 def coverage(images: data.Images) -> data.Images:
-    """Maps of 1 on each whole image, which moved with its crops tell what it covers of them."""
+    """Maps of 1 on each whole image. Cropped as the image is, they tell how much of each patch it covers."""
     return images.accompanied(torch.ones(len(images), 1, 1, device=images.images.device))
 
 
@@ -1105,7 +1107,8 @@ class Decoder(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm, dropout, linear, on the CLS token (published code). Dropout is an argument: see `draw_dropout`."""
+    """C of --level2 steps: norm, dropout, linear, on the features z. As published, z is the CLS token and the norm a layer
+    norm. Dropout is an argument: see `draw_dropout`."""
 
     def __init__(self, width, classes, norm):
         super().__init__()
@@ -1470,6 +1473,7 @@ def sight_of(content: dict, here: dict, device: torch.device) -> Sight:
     if facts["channels"] != here["channels"]:
         raise UserError(f"its T sees images of {facts['channels']} channels, and these have {here['channels']}")
     names = "image_size", "patch_size", "width", "depth", "heads", "masking_blocks"
+    # Its encoder alone is built; the rest has to pass `check` with as many processes as there are.
     small = {"decoder_width": 4, "decoder_heads": 1, "batch_size": world(), "labelled_batch_size": 2 * world()}
     its = Config(**{name: facts[name] for name in names}, **small)
     check(its)

@@ -568,7 +568,7 @@ RATES_NOTE = (
 NOTE = 'Epochs and seconds are pretraining\'s; "no pretraining" fine-tunes for as long instead.'
 CLOCKS = {
     time.process_time: "Seconds: the loop's, with all that T costs, as CPU time of a process with one thread (of like cells "
-    "up to two fifths longer where other programs run beside).",
+    "up to a half longer where other programs run beside).",
     time.perf_counter: "Seconds: the loop's, with all that T costs, by the clock on the wall.",
 }
 GIVEN_NOTE = (
