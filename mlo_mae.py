@@ -38,7 +38,8 @@ through the autoencoder:
         (jvp) gives all at once.  So dL3/dp_ij = m_ij d_ij / sum(m).                                              (9)
     dL3/dpsi = dL1(p(psi), d)/dpsi: the loss (2) with d in place of l, and one backward pass through T.          (10)
 
-By default (9) and (10) are taken over the last four batches of level 1, with theta and c of the last (--mask-batches).
+By default (9) and (10) are taken over the last four batches of level 1, with theta and c of the last: a mean over four is less
+noise, and of these batches the last alone made the step. With --mask-batches 1 the derivative is exact.
 
 U is AdamW's step number t, with moments mu and nu:
 
