@@ -430,7 +430,7 @@ def with_precision(cfg: Config, device: torch.device) -> Config:
     """The configuration with what --precision auto is on this device. Beside bfloat16 a GPU may multiply float32 as TF32."""
     gpu = device.type == "cuda"
     if cfg.precision == "auto":
-        cfg = dataclasses.replace(cfg, precision="bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32")
+        cfg = dataclasses.replace(cfg, precision="bf16" if gpu and torch.cuda.is_bf16_supported(False) else "fp32")
     if gpu:
         torch.set_float32_matmul_precision("high" if cfg.precision == "bf16" else "highest")
         torch.backends.cudnn.allow_tf32 = cfg.precision == "bf16"  # in convolutions, which that does not speak of

@@ -244,8 +244,9 @@ def relative_error(found: torch.Tensor, judge: torch.Tensor) -> float:
 
 
 def largest_error(result: Any, judge: Any) -> float:
-    """Of the tensors that a call returned, the largest relative error against those of the judge."""
-    return max(map(relative_error, tree_leaves(result), map(torch.Tensor.double, tree_leaves(judge))))
+    """Of the tensors that a call returned, the largest relative error against those of the judge; NaN where one is."""
+    errors = [*map(relative_error, tree_leaves(result), map(torch.Tensor.double, tree_leaves(judge)))]
+    return max(errors, key=lambda error: (math.isnan(error), error))
 
 
 # --------------------------------------------------------------------------------------- pages, and lines of JSON

@@ -509,8 +509,8 @@ class Tiles(NamedTuple):
 
 
 def shared_tiles(qkv, direction):
-    """The Tiles of programs that may share a row. On sm_90 the fastest that were measured, elsewhere the largest that spill
-    no registers (`python -m kernels.cross_compile`)."""
+    """The Tiles of programs that may share a row. On sm_90 the fastest that were measured, on NVIDIA's others the largest that
+    spill no registers (`python -m kernels.cross_compile`); of float32 and of short rows the same on all."""
     N, D, chip = qkv.shape[1], qkv.shape[4], architecture(qkv.device)
     if qkv.dtype == torch.float32:  # outside the tensor cores, and in twice the registers
         ROWS, KEYS, warps = {"forward": (64, 32, 8), "jvp": (32, 32, 8), "backward": (64, 16, 8)}[direction]
@@ -637,6 +637,8 @@ def backward_torch(out, lse, qkv, grad):
 
 def attention_on_a_cpu(qkv):
     """Without an N x N matrix but where a tangent is wanted: there it is of a few images at a time."""
+    if not qkv.numel():
+        return attention_reference(qkv)  # torch's own operation divides by the number of tokens
     if fwAD.unpack_dual(qkv).tangent is None:
         return Attention.apply(TORCH, qkv)[0]
     B, N, _, H, _ = qkv.shape

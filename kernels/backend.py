@@ -22,6 +22,7 @@ except ImportError:  # macOS, Windows: the names below are all that reading the 
 
 BACKENDS = ("auto", "triton", "reference")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what the kernels read; they compute in float32
+BYTES = {"gather_patches": [torch.uint8]}  # and what some read besides, as their first tensor
 DEVICES = {"cuda"}  # AMD's too: torch calls them so
 if triton is not None and triton.knobs.runtime.interpret:  # TRITON_INTERPRET=1: on the CPU, slowly, for tests
     DEVICES.add("cpu")
@@ -50,9 +51,9 @@ def current():
 class use:
     """Choose the backend of the whole process, `kernels.use("triton")`, or of a block, `with kernels.use("reference"):`.
 
-    "auto" runs Triton on GPU tensors of float32, float16 and bfloat16 and the reference elsewhere (on a CPU, attention by
-    torch's tiles); "triton" raises where Triton cannot run; "reference" is plain PyTorch, differentiable to
-    any order. ValueError for other names.
+    "auto" runs Triton on tensors of float32, float16 and bfloat16 on a GPU that Triton knows, and the reference elsewhere
+    (on a CPU, attention by torch's tiles); "triton" raises where Triton cannot run; "reference" is plain PyTorch,
+    differentiable to any order. ValueError for other names.
     """
 
     def __init__(self, backend):
@@ -76,7 +77,8 @@ def runs_triton(operation, *tensors, limit=None):
     backend = current()
     if backend == "reference":
         return False
-    odd = [t.dtype for t in tensors if t.is_floating_point() and t.dtype not in FLOATS]
+    values = [tensors[0].dtype, *(t.dtype for t in tensors[1:] if t.is_floating_point())]  # the others are ids, masks, bytes
+    odd = [dtype for dtype in values if dtype not in (*FLOATS, *BYTES.get(operation, ()))]
     devices = {t.device for t in tensors}
     if triton is None:
         obstacle = "triton is not installed (pip install triton, on Linux)"
@@ -90,10 +92,18 @@ def runs_triton(operation, *tensors, limit=None):
     elif odd:
         obstacle = f"{odd[0]} is not supported (cast to float32, float16 or bfloat16)"
     else:
-        obstacle = limit
+        obstacle = too_old(tensors[0].device) or limit
     if backend == "triton" and obstacle:
         raise RuntimeError(f'{operation}: Triton was asked for, but {obstacle}; kernels.use("auto") picks what can run')
     return not obstacle and (backend == "triton" or tensors[0].is_cuda)
+
+
+@functools.cache
+def too_old(device):
+    """What is in the way of Triton on this GPU, in words, or None."""
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
+        return None
+    return "the GPU's compute capability is {}.{}, and Triton needs 8.0".format(*torch.cuda.get_device_capability(device))
 
 
 @functools.cache

@@ -95,13 +95,12 @@ def compile_all(targets=TARGETS, calls=model_calls):
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **configuration)
         if compiled.hash not in rows:
             registers, spills = resources(compiled, target)
-            shown = {k: v for k, v in configuration.items() if k != "LOG2_E"}
             dtypes = [str(x.dtype).removeprefix("torch.") for x in arguments if torch.is_tensor(x)]
             rows[compiled.hash] = {
                 "target": target,
                 "kernel": kernel.__name__,
                 "dtypes": dtypes,
-                "configuration": shown,
+                "configuration": configuration,
                 "registers": registers,
                 "spills": spills,
                 "shared": compiled.metadata.shared,

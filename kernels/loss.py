@@ -5,7 +5,7 @@ import math
 import torch
 
 from .backend import ByFormula, Function, apply_fused, jit, launch, pushforward, runs_triton, tl, triton
-from .patches import gather_patches_reference, image_offsets, load_pixels, patch_tiles, patch_values
+from .patches import addressable, gather_patches_reference, image_offsets, load_pixels, patch_tiles, patch_values
 
 LONGEST_PATCH = 8192  # values: a program holds at least one whole patch, 64 values a thread of 4 warps
 
@@ -125,7 +125,7 @@ def patch_loss_backward_kernel(
 
 
 def _launch(kernel, tensors, images, mask, outputs, pred_shape, **flags):
-    (B, L, values), (_, C, _, W) = pred_shape, images.shape
+    (B, L, values), (_, C, _, W), images = pred_shape, images.shape, addressable(images)
     config = patch_tiles(L, _side(values, C), C, LONGEST_PATCH)  # whole patches: their statistics stay on chip
     launch(
         kernel,
@@ -149,7 +149,8 @@ def loss_triton(images, mask, pred):
 
 
 def loss_jvp_triton(images, mask, pred, tangent):
-    loss, loss_tangent = torch.empty(2, *mask.shape, device=pred.device, dtype=torch.float32)
+    # Two tensors: autograd copies a tangent that does not lie in its memory as its primal does.
+    loss, loss_tangent = (torch.empty(mask.shape, device=pred.device, dtype=torch.float32) for _ in range(2))
     tensors, outputs = [pred.contiguous(), tangent.contiguous()], [loss, loss_tangent]
     _launch(patch_loss_kernel, tensors, images, mask, outputs, pred.shape, TANGENT=True)
     return loss, loss_tangent
@@ -218,5 +219,5 @@ def patch_loss(pred, images, mask):
     padded = side * side * 2 ** (C - 1).bit_length()  # channels up to a power of two
     limit = f"patches of {padded} values, padding included, exceed {LONGEST_PATCH}" if padded > LONGEST_PATCH else None
     if runs_triton("patch_loss", pred, images, mask, limit=limit):
-        return apply_fused(PatchLoss.apply, loss_with_tangent, pred, images, mask)
+        return apply_fused(PatchLoss.apply, loss_with_tangent, pred, images.detach(), mask.detach())
     return patch_loss_reference(pred, images, mask)

@@ -139,8 +139,14 @@ def _programs(images, rows, patch, config):
     return images * triton.cdiv(rows, config["ROWS"]) * triton.cdiv(patch * patch * config["CHANNELS"], config["VALUES"])
 
 
+def addressable(images):
+    """The images, copied where an offset within one of them would not fit 32 bits (the batch lies innermost, and is large)."""
+    reach = sum((size - 1) * stride for size, stride in zip(images.shape[1:], images.stride()[1:]))
+    return images if reach < 2**31 else images.contiguous()
+
+
 def gather_triton(images, keep, patch):
-    B, C, H, W = images.shape
+    (B, C, H, W), images = images.shape, addressable(images)
     K = (H // patch) * (W // patch) if keep is None else keep.shape[1]
     dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
     out, config = torch.empty(B, K, patch * patch * C, device=images.device, dtype=dtype), patch_tiles(K, patch, C)

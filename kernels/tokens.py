@@ -53,7 +53,7 @@ def scatter_tokens_kernel(p_tokens, p_mask_token, p_pos, p_restore, p_out, K, L,
     o_n, o_d = i_block % blocks * ROWS + tl.arange(0, ROWS), i_d * COLS + tl.arange(0, COLS)
     m_n, m_d = o_n < 1 + L, o_d < D
     o_rank = tl.load(p_restore + i_b * L + o_n - 1, mask=m_n & (o_n > 0), other=-1).to(tl.int32)  # -1: the class token
-    m_visible = o_rank < K
+    m_visible = (o_rank < K) & (o_rank >= -1)  # a rank out of range must not be an address
     o_out, m = o_n[:, None] * D + o_d[None, :], m_n[:, None] & m_d[None, :]
     o_token = (1 + o_rank)[:, None] * D + o_d[None, :]
     # [ROWS, COLS]: b_token, b_pos, b_out; [COLS]: b_mask
@@ -78,7 +78,7 @@ def collect_tokens_kernel(
         m_b = o_b < B
         m = m_b[:, None] & m_d[None, :]
         o_rank = tl.load(p_restore + o_b * L + i_n - 1, mask=m_b & (i_n > 0), other=-1)
-        m_visible = (o_rank < K)[:, None]
+        m_visible = ((o_rank < K) & (o_rank >= -1))[:, None]
         # [ROWS, COLS]
         b_grad = tl.load(p_grad + (o_b * (1 + L) + i_n)[:, None] * D + o_d[None, :], mask=m, other=0)
         o_token = (o_b * (1 + K) + 1 + o_rank)[:, None] * D + o_d[None, :]

@@ -723,7 +723,7 @@ def test_automatic_precision_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
         ("bf16", gpu, True, "bf16"),
         ("fp32", gpu, True, "fp32"),
     ):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda able=able: able)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated, able=able: able or emulated)
         assert mlo_mae.with_precision(Config(precision=name), device) == Config(precision=expected)
         assert device == cpu or torch.backends.cudnn.allow_tf32 == (expected == "bf16")
     assert products == ["high", "highest", "high", "highest"]  # TF32 beside bfloat16 alone

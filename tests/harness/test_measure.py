@@ -110,6 +110,8 @@ def test_errors():
     judge = torch.tensor([3.0, 4.0], dtype=torch.float64)
     assert measure.relative_error(torch.tensor([3.0, 4.5]), judge) == pytest.approx(0.1)
     assert measure.largest_error((judge, {"b": judge * 1.2}), (judge, {"b": judge})) == pytest.approx(0.2)
+    for wrong in ((judge * math.nan, judge), (judge, judge * math.nan)):
+        assert math.isnan(measure.largest_error(wrong, (judge, judge)))
     tree = measure.to_double([torch.ones(1), torch.ones(1, dtype=torch.int64), "text"])
     assert [getattr(x, "dtype", x) for x in tree] == [torch.float64, torch.int64, "text"]
 

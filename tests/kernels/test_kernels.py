@@ -272,6 +272,17 @@ def test_scatter_tokens_with_only_some_tangents(some):
         assert ours is None and theirs is None if not any(some) else torch.equal(ours, theirs)
 
 
+@needs_triton
+def test_a_rank_out_of_range_is_no_address():
+    inputs, grad, right = [normal(2, 5, 8), normal(1, 1, 8), normal(1, 10, 8)], normal(2, 10, 8), permutations(2, 9)
+    wrong = right.clone()
+    wrong[1, 8] = -2  # of the second image: were it an address, that of the first one's last token
+    output, pull = torch.func.vjp(lambda *x: kernels.scatter_tokens(*x, wrong), *inputs)
+    assert torch.equal(output[1, 9], (inputs[1] + inputs[2])[0, 9])  # hidden
+    of_right = torch.func.vjp(lambda *x: kernels.scatter_tokens(*x, right), *inputs)[1](grad)[0]
+    assert torch.equal(pull(grad)[0][0], of_right[0])
+
+
 LOSSES = [  # B, C, grid height, grid width, patch, share hidden
     (1, 3, 1, 1, 2, 1.0),
     (3, 3, 7, 7, 2, 0.75),
@@ -310,6 +321,28 @@ def test_patch_loss_reads_hidden_patches_only(backend):
         _, tangent = torch.func.jvp(lambda x: kernels.patch_loss(x, images, mask), (clean,), (dirty.detach(),))
     assert torch.equal(loss == 0, mask == 0) and torch.equal(tangent == 0, mask == 0)
     assert torch.equal(grad, grad.masked_fill(mask[..., None] == 0, 0)) and grad.isfinite().all()
+
+
+@needs_triton
+def test_a_tangent_of_the_images_is_left_out_of_patch_loss_beside_one_of_the_prediction():
+    images, pred, mask = uniform(2, 3, 6, 6), normal(2, 9, 12), permutations(2, 9) % 2
+    along = normal(*images.shape), normal(*pred.shape)
+    for loss in (kernels.patch_loss, patch_loss_reference):
+        value, tangent = torch.func.jvp(lambda x, y: loss(y, x, mask), (images, pred), along)
+        _, of_pred = torch.func.jvp(lambda y: patch_loss_reference(y, images, mask), (pred,), along[1:])
+        torch.testing.assert_close(value, patch_loss_reference(pred, images, mask))
+        torch.testing.assert_close(tangent, of_pred)
+        with fwAD.dual_level():
+            duals = map(fwAD.make_dual, (pred, images), reversed(along))
+            torch.testing.assert_close(fwAD.unpack_dual(loss(*duals, mask)).tangent, of_pred)
+
+
+def test_images_are_copied_only_where_an_offset_within_one_exceeds_32_bits():
+    addressable = sys.modules["kernels.patches"].addressable
+    innermost = torch.zeros(3, 224, 224, 16384, dtype=torch.uint8, device="meta").permute(3, 0, 1, 2)
+    assert addressable(innermost).is_contiguous() and addressable(innermost).shape == innermost.shape
+    for images in (innermost[:, :, :100], innermost[:, :2], innermost.contiguous(), torch.zeros(0, 3, 4, 4)):
+        assert addressable(images) is images
 
 
 ATTENTION = [  # B, N, H, d: every length and head dim, whole rows and several tiles
@@ -365,6 +398,14 @@ def test_chips_are_told_apart(capability, hip, name, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
     assert kernels.backend.architecture.__wrapped__(torch.device("cuda:0")) == name
+
+
+@pytest.mark.parametrize("capability, hip, known", [((7, 5), None, False), ((8, 0), None, True), ((7, 5), "6.4", True)])
+def test_a_gpu_that_triton_does_not_know_is_told_apart(capability, hip, known, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    said = kernels.backend.too_old.__wrapped__(torch.device("cuda:0"))
+    assert said is None if known else "is 7.5, and Triton needs 8.0" in said
 
 
 @needs_triton
@@ -485,6 +526,14 @@ def test_long_rows_on_a_cpu_that_are_not_contiguous(shape, arranged):
     for cotangent in (normal(4, 128, 2).permute(2, 1, 0), normal(128, 4).expand(2, -1, -1)):
         measured, exact = (torch.autograd.grad(f(x), x, cotangent)[0] for f in (on_a_cpu, attention_reference))
         torch.testing.assert_close(measured, exact)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
+@pytest.mark.parametrize("shape", [(2, 0, 3, 1, 4), (0, 5, 3, 1, 4), (2, 5, 3, 0, 4)])
+def test_nothing_on_a_cpu(shape):
+    x, output = normal(*shape), attention_reference(normal(*shape))
+    assert torch.equal(on_a_cpu(x), output) and torch.equal(torch.func.jvp(on_a_cpu, (x,), (x,))[1], output)
+    assert torch.equal(torch.func.grad(lambda y: on_a_cpu(y).sum())(x), x)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="of a CPU")
@@ -753,6 +802,10 @@ def test_auto_computes_on_the_cpu_by_torchs_tiles_and_by_reference_where_asked()
     "call, remedy",
     [
         (lambda: kernels.attention(normal(1, 4, 3, 1, 16).double()), "float64 is not supported .cast"),
+        (lambda: kernels.attention(normal(1, 4, 3, 1, 16).to(torch.uint8)), "uint8 is not supported .cast"),
+        (lambda: kernels.gather_patches(normal(1, 1, 2, 2).int(), None, 2), "int32 is not supported .cast"),
+        (lambda: kernels.select_patches(normal(1, 4).int(), 2), "int32 is not supported .cast"),
+        (lambda: kernels.scatter_tokens(*(normal(1, n, 8).double() for n in (3, 1, 5)), permutations(1, 4)), "float64 is not"),
         (lambda: kernels.attention(normal(1, 4, 3, 1, 160)), "head dim 160 exceeds 128"),
         (
             lambda: kernels.patch_loss(normal(1, 1, 6348), normal(1, 3, 46, 46), normal(1, 1)),

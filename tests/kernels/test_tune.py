@@ -55,9 +55,10 @@ def test_tiles_are_cut_as_named_and_a_wrong_kernel_is_named(capsys, monkeypatch)
         tiles = [row["tiles"] for row in report["rows"] if row["direction"] == direction]
         assert set(tiles) == seen[direction] and len(set(tiles)) == len(tiles) > 2
     assert all(set(row) == {"shape", "dtype", "direction", "tiles"} | TIMES and row["seconds"] > 0 for row in report["rows"])
-    factor = 1.01
-    status, report, out = run(capsys, *arguments, device=device)
-    assert status == 1 and not report["rows"] and out.count(f"WRONG: {dtype} short") == 3
+    for wrong_by in (1.01, float("nan")):
+        factor = wrong_by
+        status, report, out = run(capsys, *arguments, device=device)
+        assert status == 1 and not report["rows"] and out.count(f"WRONG: {dtype} short") == 3
 
 
 def test_tiles_need_a_gpu(capsys, monkeypatch):
