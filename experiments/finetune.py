@@ -78,7 +78,9 @@ class Recipe(Training):
     pooling: Literal["cls", "mean"] = flag("mean", "what the head reads: the CLS token, or the mean of the patches' tokens")
 
 
-MAE = {  # facebookresearch/mae, FINETUNE.md: batch 1024, lr 5e-4 (ViT-L: 1e-3) x 1024 / 256
+# facebookresearch/mae, FINETUNE.md: batch 1024, lr 5e-4 (ViT-L: 1e-3) x 1024 / 256. Crops are those of pretraining (of a
+# folder 20 to 100 % of the area), where MAE fine-tunes on 8 to 100 %.
+MAE = {
     **{"epochs": 100, "batch_size": 1024, "lr": 2e-3, "min_lr": 1e-6, "warmup_epochs": 5.0, "layer_decay": 0.65},
     **{"weight_decay": 0.05, "drop_path": 0.1, "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0},
     **{"randaugment": 9.0, "erasing": 0.25, "pooling": "mean", "precision": "bf16"},

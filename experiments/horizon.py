@@ -178,7 +178,8 @@ def table(runs: list[Found]) -> tuple[list[str], list[dict]]:
     for steps_ahead in LOOKS:
         losses = np.array([list(run[steps_ahead][0].values()) for run in runs])  # [seeds, 3]
         gaps = losses - losses[:, 1:2]
-        columns = [f"{x.mean():.3f}" for x in losses.T] + [f"{x.mean():+.3f} ± {deviation(x):.3f}" for x in gaps[:, ::2].T]
+        columns = [f"{x.mean():.3f}" for x in losses.T]
+        columns += [f"{x.mean():+.3f}" + f" ± {deviation(x):.3f}" * (len(x) > 1) for x in gaps[:, ::2].T]
         told = {name: np.array([look[name] for run in runs for look in run[steps_ahead][1]]) for name in QUESTIONS}
         columns += map(told_text, told.values())
         lines.append(f"| {steps_ahead} | {' | '.join(columns)} |")
@@ -191,6 +192,8 @@ def told_text(looks: np.ndarray) -> str:
     """Mean, standard error and t of some derivatives; nothing of none."""
     if len(looks) == 0:
         return ""
+    if len(looks) == 1:
+        return f"{looks.mean():+.1e} (1 look)"
     error = deviation(looks) / len(looks) ** 0.5
     ratio = f", t {looks.mean() / error:+.1f}" if error else ""
     return f"{looks.mean():+.1e} ± {error:.0e}{ratio} ({len(looks)} looks)"

@@ -70,9 +70,13 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
 
     theta = mlo_mae.copied(state.theta)
 
-    def step(in_place: bool = True):
+    def step(in_place: bool = True, progress: float = 0.0):
         problem = theta, state.psi.params, images, Rates(0.0, decay[0])
-        return mlo_mae.level1_step(net, *problem, 0, progress=0.0, eyes=state.eyes, in_place=in_place)[1]
+        return mlo_mae.level1_step(net, *problem, 0, progress=progress, eyes=state.eyes, in_place=in_place)[1]
+
+    def asks(n: int) -> bool:  # T in each step of this outer iteration
+        known = isinstance(splits.train, Images) and mlo_mae.is_known(net, n, total, state.waited)
+        return mlo_mae.weighed_by(cfg, n / total) and not known
 
     def look():
         pairs = batch(splits.train, cfg.labelled_batch_size), batch(splits.val, cfg.labelled_batch_size)
@@ -87,7 +91,10 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
     if (first := min(seconds(step, device) for _ in range(2))) > SLOW:  # the first of all is slower than others
         return f"at least {cli.duration(steps * first)}" if looks else f"about {cli.duration(steps * first)}"
     made, of_step = step(in_place=False), seconds(step, device)
-    return f"about {cli.duration(steps * of_step + (looks * seconds(look, device) if looks else 0))}"
+    rest = steps * of_step + (looks * seconds(look, device) if looks else 0)
+    if asking := cfg.level1_steps * sum(map(asks, range(state.iteration, total))):
+        rest += asking * max(0.0, seconds(lambda: step(progress=1.0), device) - of_step)
+    return f"about {cli.duration(rest)}"
 
 
 def run_command(argv: list[str] | None) -> dict:

@@ -19,7 +19,7 @@ from harness.files import write_whole
 from harness.probe import PROBES, linear_probe
 
 RECIPE_HELP = (
-    "lbfgs: to convergence, weight decay chosen on validation; mae: MAE's, by SGD, learning rate chosen on validation "
+    "lbfgs: up to 100 iterations, weight decay chosen on validation; mae: MAE's, by SGD, learning rate chosen on validation "
     "(default lbfgs)"
 )
 

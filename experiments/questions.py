@@ -152,8 +152,8 @@ BY_NOISE = {noisy: knowing(f"two in five {words}", {"label_noise": NOISE, "noisy
 SEEN = {
     "MLO-MAE, 1 batch": Method(Config, {"mask_batches": 1}),
     "MLO-MAE, unrolled": Method(Config, {"mask_batches": 1, "unroll": "full"}),
-    "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4}),
-    "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64}),
+    "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4, "log_every": 40}),  # lines of metrics ask T too: as far apart
+    "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64, "log_every": 3}),
 }
 CHOICES = [f"MLO-MAE, {name}" for name in ("head steps", "CLS", "T on pixels", "drawn by p", "identity")]
 TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
@@ -189,15 +189,16 @@ LABELS_NOTE = (
     "MAE."
 )
 UNROLLING_NOTE = (
-    "MLO-MAE itself: 16 level-1 steps a mask update, of which the last is differentiated, for 4 batches at once. 1 batch: for "
-    "one. Unrolled: all 16 are, for their own batch each. 4 and 64 steps: as many a mask update, so more and fewer of these. "
-    "Head steps: level 2 is 10 AdamW steps, not solved. A run has 3,600 level-1 steps; with 64 a mask update, 3,648."
+    f"MLO-MAE itself: {Config.level1_steps} level-1 steps a mask update, of which the last is differentiated, for "
+    f"{Config.mask_batches} batches at once. 1 batch: for one. Unrolled: all {Config.level1_steps} are, for their own batch "
+    "each. 4 and 64 steps: as many a mask update, so more and fewer of these, of which the last is whole. "
+    f"Head steps: level 2 is {Config.head_steps} AdamW steps, not solved."
 )
 CHOICES_NOTE = (
-    "Head steps: level 2 is 10 AdamW steps on cross-entropy a look. CLS: features are the CLS token. T on pixels: a small "
-    "network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: dU/dg = -1. First-order: the "
-    "head is held constant. No restart: the learning rate of level 1 is one cosine. T at rest: p is the same everywhere, "
-    "at MAE's rate."
+    f"Head steps: level 2 is {Config.head_steps} AdamW steps on cross-entropy a look. CLS: features are the CLS token. "
+    "T on pixels: a small network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: "
+    "dU/dg = -1. First-order: the head is held constant. No restart: the learning rate of level 1 is one cosine. "
+    "T at rest: p is the same everywhere, at MAE's rate."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
@@ -215,8 +216,8 @@ TRANSFER_NOTE = (
 )
 COST_NOTE = (
     "Parts: of the default run, each alone, by the clock on the wall, median [quartiles]; operations are those of matrix "
-    "products. Levels 2 and 3 see 256 whole images each, d four batches of level 1. p is asked of each batch while T learns, "
-    "then once of every image."
+    f"products. Levels 2 and 3 see {Config.labelled_batch_size} whole images each, d {Config.mask_batches} batches of level "
+    "1. p is asked of each batch while T learns, then once of every image."
 )
 QUESTIONS = {
     "labels": Question(

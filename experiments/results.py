@@ -215,9 +215,28 @@ def read_cell(grid: Grid, cell: Cell) -> dict | None:
         )
         free = (MACHINE_FIELDS - {"data"}) | ({"epochs"} if cell.rule == "time" else set())  # as many as there was time for
         unlike = unlike or what_differs(theirs, ours, free, flags=True)
+    method = grid.methods[cell.method]
+    if dense and method.kind and not unlike:
+        read_cell(grid, cell._replace(rule="steps"))  # raises where its encoder was made otherwise
+    elif method.encoder:
+        lent = read_cell(grid, cell._replace(method=method.encoder))
+        if lent and lent["seconds"] != found["seconds"]:
+            unlike = unlike or f"an earlier run of {method.encoder}"
+    elif cell.rule == "time" and method.kind:
+        ours, own = (read_cell(grid, other) for other in needed(cell, grid))
+        if ours and own and (epochs := in_time(cfg, ours, own)) != found["epochs"]:
+            unlike = unlike or f"--epochs {found['epochs']}, not {epochs}, for which MLO-MAE's seconds suffice by now"
+    if grid.tuned and "finetune_recipe" in found:
+        free = {"epochs"} if cell.rule == "time" and not method.kind else set()
+        unlike = unlike or what_differs(found["finetune_recipe"], asdict(recipe), free, flags=True)
     if unlike:
         raise UserError(f"{folder} was made with {unlike}; move it away, or give another --out")
     return found
+
+
+def in_time(cfg: Config, ours: dict, own: dict) -> int:
+    """The epochs that a method makes in the seconds of MLO-MAE's cell `ours`, by its pace in its `own` at equal steps."""
+    return max(1, round(cfg.epochs * ours["seconds"] / own["seconds"]))
 
 
 def is_finished(cell: Cell, grid: Grid) -> bool:
@@ -235,17 +254,18 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
     torch.set_num_threads(grid.threads)
     folder, found, pretrained = folder_of(grid.out, cell), read_cell(grid, cell), not recipe.from_scratch
     if cell.rule == "time":
-        budget = read_cell(grid, cell._replace(method="MLO-MAE", rule="steps"))["seconds"]
-        pace = read_cell(grid, cell._replace(rule="steps"))
+        ours, own = (read_cell(grid, other) for other in needed(cell, grid))
         if pretrained:
-            cfg = replace(cfg, epochs=max(1, round(cfg.epochs * budget / pace["seconds"])))
+            cfg = replace(cfg, epochs=in_time(cfg, ours, own))
         else:  # no pretraining: its seconds go to fine-tuning
-            recipe = replace(recipe, epochs=recipe.epochs + round(recipe.epochs * budget / pace["finetune_seconds"]))
+            recipe = replace(recipe, epochs=recipe.epochs + round(recipe.epochs * ours["seconds"] / own["finetune_seconds"]))
+    method = grid.methods[cell.method]
+    if method.encoder or not pretrained:  # there is no run that writes its settings
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / "config.json", json.dumps(asdict(cfg)).encode())
     if pretrained and found is None:
-        method = grid.methods[cell.method]
         if method.encoder:
             found = probed_again(cfg, cell._replace(method=method.encoder), method, grid)
-            folder.mkdir(parents=True, exist_ok=True)
         else:
             found = {"epochs": cfg.epochs, "threads": grid.threads} | pretrain(cfg, folder, grid.threads, method.prepare)
         write_whole(folder / "cell.json", json.dumps(found).encode())
@@ -255,11 +275,10 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
         else:
             found = {"epochs": 0, "threads": grid.threads, "seconds": 0.0}
             start = finetune.encoder_and_data(None, recipe, asdict(cfg))
-            folder.mkdir(parents=True, exist_ok=True)
         clock = clock_of(grid.threads)
         began = clock()
         found |= {"finetune": finetune.finetune(*start, recipe)["test_top1"], "finetune_epochs": recipe.epochs}
-        found["finetune_seconds"] = clock() - began
+        found |= {"finetune_seconds": clock() - began, "finetune_recipe": asdict(recipe)}
         write_whole(folder / "cell.json", json.dumps(found).encode())
 
 
@@ -439,7 +458,8 @@ def seconds_of(method: Method, cells: list[dict]) -> str:
 
 def in_columns(cells: list[dict]) -> dict[str, list]:
     """{name: values over seeds}, for JSON."""
-    return {name: [cell.get(name) for cell in cells] for name in dict.fromkeys(name for cell in cells for name in cell)}
+    names = dict.fromkeys(name for cell in cells for name in cell if name != "finetune_recipe")
+    return {name: [cell.get(name) for cell in cells] for name in names}
 
 
 def markdown(titles: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
@@ -558,8 +578,9 @@ def figure(data: str, methods: list[str], grid: Grid, path: Path) -> bool:
 # ------------------------------------------------------------------------------------------------------- command line
 
 SPREAD_NOTE = """\
-Mean ± standard deviation over seeds, on the test split; "against MAE" is the mean paired difference in points with its
-95 % confidence interval (Student's t), and in how many seeds the method is better : worse."""
+Mean ± standard deviation over seeds, on the test split (how T sees objects: on 256 validation images); "against MAE" is the
+mean paired difference in points with its 95 % confidence interval (Student's t), and in how many seeds the method is better :
+worse."""
 RATES_NOTE = (
     f"Learning rates, each the one that suits it: {ALIKE['lr']:g} where all patches count alike (MAE, SemMAE, U-MAE), "
     f"{Config.lr:g} where T weighs them. Mask ratio {Config.mask_ratio:g}, unless a row says otherwise. On CIFAR-100 "
@@ -567,8 +588,8 @@ RATES_NOTE = (
 )
 NOTE = 'Epochs and seconds are pretraining\'s; "no pretraining" fine-tunes for as long instead.'
 CLOCKS = {
-    time.process_time: "Seconds: the loop's, with all that T costs, as CPU time of a process with one thread (of like cells "
-    "up to a half longer where other programs run beside).",
+    time.process_time: "Seconds: the loop's, with all that T costs, as CPU time of a process with one thread (longer where "
+    "other programs run beside).",
     time.perf_counter: "Seconds: the loop's, with all that T costs, by the clock on the wall.",
 }
 GIVEN_NOTE = (

@@ -189,9 +189,9 @@ def box_errors(logits: Tensor, boxes: Tensor, labels: Tensor, size: int, patch: 
 
 
 def detections(logits: Tensor, boxes: Tensor, size: int, most: int = 100, least: float = 0.05, same: float = 0.5) -> Tensor:
-    """The `most` best boxes of each image, [B, most, 6]: corners within the image, score, class. The score is -1 where
-    it is below `least`, or where a better box of the same class overlaps by more than `same`."""
-    scores, places = logits.sigmoid().flatten(1).topk(min(most, logits[0].numel()), dim=1)  # [B, K]: best first
+    """The `most` best boxes of each image, of four times as many looked at, [B, most, 6]: corners within the image, score,
+    class. The score is -1 where it is below `least`, or where a better box of the same class overlaps by more than `same`."""
+    scores, places = logits.sigmoid().flatten(1).topk(min(4 * most, logits[0].numel()), dim=1)  # [B, K]: best first
     labels = places % logits.shape[2]
     boxes = boxes.gather(1, (places // logits.shape[2])[..., None].expand(-1, -1, 4)).clamp(0, size)
     rivals = overlap(boxes[:, :, None], boxes[:, None])[0] > same  # [B, K, K]
@@ -199,7 +199,9 @@ def detections(logits: Tensor, boxes: Tensor, size: int, most: int = 100, least:
     stays = scores >= least
     for k in range(scores.shape[1]):  # a box that is itself suppressed suppresses none
         stays[:, k + 1 :] &= ~(stays[:, k, None] & rivals[:, k, k + 1 :])
-    return torch.cat([boxes, scores.where(stays, -1)[..., None], labels[..., None]], dim=2)
+    found = torch.cat([boxes, scores.where(stays, -1)[..., None], labels[..., None]], dim=2)  # [B, K, 6]
+    best = found[..., 4].topk(min(most, found.shape[1]), dim=1).indices
+    return found.gather(1, best[..., None].expand(-1, -1, 6))
 
 
 THRESHOLDS = torch.linspace(0.5, 0.95, 10, dtype=torch.float64)  # of IoU

@@ -40,7 +40,8 @@ def accuracy(probe: Probe, features: Tensor, labels: Tensor) -> float:
 
 
 def lbfgs_probes(train: Tensor, labels: Tensor, classes: int) -> dict[float, Probe]:
-    """L-BFGS on standardised features [N, D] and labels [N], to convergence: {weight decay: probe}."""
+    """L-BFGS on standardised features [N, D] and labels [N], at most 100 iterations (at the lowest weight decay a full fit
+    takes 100 to 230 and differs by 0.0 to 0.6 points: eight probes of 64 features and 8 classes): {weight decay: probe}."""
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
 
     def standardised(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias

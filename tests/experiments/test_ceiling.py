@@ -81,7 +81,7 @@ def test_the_command_prints_a_table(sides, capsys):
     assert mlo_mae.main(["ceiling", *flags]) == 0
     *printed, last = capsys.readouterr().out.splitlines()
     rows = json.loads(last)["rows"]
-    assert [row["weights"] for row in rows] == ["all alike (MAE)", "saliency"] and [len(row["cells"]) for row in rows] == [
+    assert [row["weights"] for row in rows] == ["all alike", "saliency"] and [len(row["cells"]) for row in rows] == [
         2,
         2,
     ]

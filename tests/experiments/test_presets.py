@@ -119,26 +119,30 @@ def test_what_is_said_changes_nothing(sides, whole_run, tmp_path, monkeypatch):
 
 
 def test_the_time_is_that_of_the_parts(monkeypatch, sides, tmp_path, capsys):
-    """240 steps of a known length, and 30 looks, of a run whose T learns in a quarter of its 120 mask updates."""
+    """240 steps of a known length, and 30 looks, of a run whose T learns in a quarter of its 120 mask updates; a step that
+    asks T is longer: each of that quarter, and in a folder all that follow."""
     made, timed, real = [], [], mlo_mae.level1_step
 
     def watched(net, theta, psi, images, rates, *rest, **how):
-        made.append(rates.lr)
+        made.append((rates.lr, how["progress"]))
         return real(net, theta, psi, images, rates, *rest, **how)
 
     def seconds(call, device):
         timed.append(call())
-        return 0.4 if timed[-1] is None else 0.05  # a look has nothing to return
+        return 0.4 if timed[-1] is None else 0.08 if made[-1][1] else 0.05  # a look has nothing to return
 
     monkeypatch.setattr(mlo_mae, "level1_step", watched)
     monkeypatch.setattr(presets, "seconds", seconds)
     words = ["--epochs", 80, "--mask-start", 0.25, "--mask-until", 0.5, "--dry-run"]
     assert mlo_mae.main(arguments(sides, tmp_path / "run", *words)) == 0
-    assert announced(capsys.readouterr().err)["time"] == "about 24 seconds"
-    assert made == [0.0] * 4 and len(timed) == 4
+    assert announced(capsys.readouterr().err)["time"] == "about 26 seconds"
+    assert made == [(0.0, 0.0)] * 4 + [(0.0, 1.0)] and len(timed) == 5
+    monkeypatch.setattr(presets, "Images", type(None))  # as if they were in a folder
+    assert mlo_mae.main(arguments(sides, tmp_path / "run", *words)) == 0
+    assert announced(capsys.readouterr().err)["time"] == "about 29 seconds" and len(timed) == 10
     monkeypatch.setattr(presets, "SLOW", 0.04)
     assert mlo_mae.main(arguments(sides, tmp_path / "run", *words)) == 0
-    assert announced(capsys.readouterr().err)["time"] == "at least 12 seconds" and len(timed) == 6
+    assert announced(capsys.readouterr().err)["time"] == "at least 12 seconds" and len(timed) == 12
 
 
 def test_fine_tuning_says_what_it_is_going_to_be(whole_run, tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
         "MLO-MAE, a tenth of the labels": {"label_fraction"},
         "MAE, two in five labels of level 3 wrong": {"label_noise", "noisy", "masking", "lr"},
         "MLO-MAE, unrolled": {"mask_batches", "unroll"},
-        "MLO-MAE, 64 steps": {"level1_steps"},
+        "MLO-MAE, 64 steps": {"level1_steps", "log_every"},
         "MAE, no restart": {"mask_restart", "masking", "lr"},
         "MLO-MAE, these five": {"level2", "pooling", "masking_network", "mask_choice", "update_jacobian"},
     }.items():

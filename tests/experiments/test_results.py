@@ -74,7 +74,7 @@ def test_spread_and_paired_difference():
 
 def cell(out, method, rule, seed, data="shapes", **numbers):
     folder = results.folder_of(out, Cell(data, method, rule, seed))
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "cell.json").write_text(json.dumps({"epochs": 1, "seconds": 1.0} | numbers))
 
 
@@ -211,6 +211,41 @@ def test_a_cell_of_other_settings_is_not_taken(tmp_path):
     (folder / "config.json").write_text(json.dumps({"recipe": asdict(results.settings(dense, grid)[1]) | {"epochs": 3}}))
     with pytest.raises(UserError, match="made with --epochs 3, not 10"):
         results.read_cell(grid, dense)
+    (folder / "config.json").write_text(json.dumps({"recipe": asdict(results.settings(dense, grid)[1])}))
+    with pytest.raises(UserError, match="MAE-steps-0/cell.json is damaged"):  # its encoder's
+        results.read_cell(grid, dense)
+
+
+def test_a_cell_that_what_it_stands_beside_has_left_behind_is_not_taken(tmp_path):
+    """Equal time is that of today's MLO-MAE; a probe, of today's encoder; a fine-tuned encoder, by today's recipe."""
+    grid, timed = at(tmp_path, 1), Cell("shapes", "MAE", "time", 0)
+    cell(tmp_path, "MAE", "time", 0, epochs=36, seconds=150.0)
+    assert results.read_cell(grid, timed)
+    for ours, epochs in ((150.0, 36), (149.0, 36), (120.0, 29)):  # MAE makes its 24 epochs in 100 seconds
+        cell(tmp_path, "MLO-MAE", "steps", 0, epochs=24, seconds=ours)
+        cell(tmp_path, "MAE", "steps", 0, epochs=24, seconds=100.0)
+        if epochs == 36:
+            assert results.read_cell(grid, timed)
+    with pytest.raises(UserError, match="made with --epochs 36, not 29, for which MLO-MAE's seconds suffice by now"):
+        results.read_cell(grid, timed)
+
+    probed = replace(grid, methods=results.METHODS | {"MAE, few": results.Method(results.Config, results.MAE, encoder="MAE")})
+    few = Cell("shapes", "MAE, few", "steps", 0)
+    cell(tmp_path, few.method, "steps", 0, seconds=100.0)
+    assert results.read_cell(probed, few)
+    cell(tmp_path, "MAE", "steps", 0, seconds=101.0)
+    with pytest.raises(UserError, match="made with an earlier run of MAE; move it away"):
+        results.read_cell(probed, few)
+
+    for method in ("MAE", "no pretraining"):
+        made = Cell("shapes", method, "steps", 0)
+        recipe = asdict(results.settings(made, grid)[1])
+        cell(tmp_path, method, "steps", 0, finetune=0.5, finetune_recipe=recipe)
+        assert results.is_finished(made, grid)
+        cell(tmp_path, method, "steps", 0, finetune=0.5, finetune_recipe=recipe | {"epochs": 5})
+        assert results.is_finished(made, replace(grid, tuned=False)) or method == "no pretraining"
+        with pytest.raises(UserError, match="made with --epochs 5, not 3"):
+            results.is_finished(made, grid)
 
 
 def test_without_fine_tuning_there_is_nothing_to_do_without_pretraining(tmp_path):
