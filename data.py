@@ -407,7 +407,7 @@ def draw_shapes(
 def shapes(size: int, background: Background, area: tuple[float, float], seed: int = 0) -> Parts:
     """6,000 training pictures, numbers 0 to 5,999, and 2,000 test pictures of shapes: {"train": (images, labels, objects),
     "test": ...} as `draw_shapes` has them. What is drawn before the background is the same for every background."""
-    in_turn = np.arange(8000).reshape(1000, 8) % len(SHAPES)
+    in_turn = np.arange(8000, dtype=np.int64).reshape(1000, 8) % len(SHAPES)
     labels = numpy_generator(DRAW, 0, seed).permuted(in_turn, axis=1).ravel()  # balanced throughout
     some = zip(np.split(labels, 32), np.split(np.arange(8000), 32))
     drawn = [draw_shapes(numpy_generator(DRAW, 1, i, seed), *pair, size, background, area) for i, pair in enumerate(some)]
@@ -617,6 +617,8 @@ def list_folder(
             about = f"{root}: expected train/<class>/*.jpg and val/<class>/*.jpg (or test/) in it, and found {found}"
             mend = "put about four of five of each class under train/, the rest under val/"
             raise UserError(f"{about}; {mend}, or pretrain without classes by --masking random or --masking-from RUN")
+        if len({os.path.realpath(os.path.join(root, part)) for part in has if has[part]}) < sum(has.values()):
+            raise UserError(f"{root}: two of train/, val/ and test/ are one folder; give each its own images")
         class_names, *pool, left_out = list_images(root, "train")
         listed = {"train": pool}
         own = ("test", "val") if has["test"] and has["val"] else ("test",)

@@ -1293,6 +1293,8 @@ def train(
     device = cli.choose_device(cfg.device)
     cfg = with_precision(cfg, device)
     settings = {"config": dataclasses.asdict(cfg)}
+    if not alike({name: value for name, value in settings["config"].items() if name not in MACHINE_FIELDS}):
+        raise UserError("the processes have other settings; give all of them the same flags, with --resume those of the run")
     run = Run(out, settings, resume, FORMAT, MACHINE_FIELDS, cfg.checkpoint_minutes, cfg.tensorboard)
     splits = first_before_others(lambda: load_data(cfg, device))
     if not alike({name: value for name, value in splits.facts().items() if name not in data.COMPUTED}):
@@ -1321,7 +1323,8 @@ def train(
             state = restored(net, run.checkpoint, device)
     if agree(state.eyes is not None)[0] and state.eyes is None:  # the first process alone has read them
         state = state._replace(eyes=torch.zeros(size_of(net.seer), device=device))
-    state = as_first(state)
+    state, learned = as_first(state), None
+    run.checkpoint = None if run.checkpoint is None else {}  # what it held is in the state
     foresee_memory(net, state.theta.params, (splits.channels, splits.image_size, splits.image_size))
 
     decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]

@@ -28,7 +28,7 @@ from harness import UserError, cli, counted, printable
 from harness.checkpoints import fitting
 from harness.files import check_free, write_whole
 from harness.pictures import as_images, grid
-from harness.readers import account, blaming, list_any, npz_pictures, picture
+from harness.readers import account, blaming, list_any, npz_pictures, picture, say_levels
 from harness.vectors import unflatten
 from harness.weights import ANCHOR, has_cls_row, is_decoder, read_weights, starting_weights
 from kernels import gather_patches
@@ -203,6 +203,8 @@ def public(path: Path, device: torch.device, given: dict[str, int], mean: Sequen
             sizes |= {"decoder_width": 4, "decoder_depth": 1, "decoder_heads": 1}
         if (mean is None) != (std is None):
             raise UserError("mean and std go together; give both, or none")
+        if mean is None and not found.pixels:
+            print(printable(f"{path} does not say its pixels' mean and deviation: ImageNet's taken"), file=sys.stderr)
         stated = (mean, std) if mean is not None else found.pixels or (IMAGENET_MEAN, IMAGENET_STD)
         mean, std = of_pixels(*stated, channels)
         cfg = mlo_mae.Config(**sizes, masking="random", masking_width=1)
@@ -211,6 +213,7 @@ def public(path: Path, device: torch.device, given: dict[str, int], mean: Sequen
     modules = [net.encoder, net.decoder] if decodes else [net.encoder]
     part = theta if decodes else theta[: net.encoder_size]
     taken = starting_weights(path, modules, part, {name: sizes[name] for name in given})
+    decodes = decodes and not torch.equal(taken[net.encoder_size :], part[net.encoder_size :])  # else a fresh one
     levels = (mlo_mae.fresh_level(vector, device) for vector in (torch.cat([taken, theta[len(taken) :]]), phi, psi))
     return Model(net, mlo_mae.State(0, *levels), size, mean, std, decodes)
 
@@ -297,6 +300,7 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
                 raise UserError(f"there are no images in {path} ({account(left_out)})")
             if left_out:
                 bar.write(printable(f"{path}: {account(left_out)}"), file=sys.stderr)
+            say_levels(path, names)
         bar.total += len(files)
         for start in range(0, len(files), AT_A_TIME):
             some, decoded = files[start : start + AT_A_TIME], []
@@ -320,8 +324,7 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
     names, features, first, pooling = [], [], [], pooling or model.net.cfg.pooling
     with tqdm(unit="image", desc="encode", total=0) as bar:
         for some, images in chunks(paths, model.image_size, len(model.mean), bar):
-            with blaming(some[0], "give others"):
-                features.append(model.features(from_bytes(images), pooling).numpy())
+            features.append(model.features(from_bytes(images), pooling).numpy())
             names += some
             bar.update(len(some))
             first = [*first, *images][:DRAWN]
@@ -355,6 +358,8 @@ def run_command(argv: list[str] | None) -> dict:
     parser.add_argument("--pooling", choices=["mean", "cls"], default="", help="default: the run's; of public weights mean")
     parser.add_argument("--heads", type=int, default=0, help="of public weights that do not say them")
     parser.add_argument("--decoder-heads", type=int, default=0, help="of public weights that do not say them")
+    for name in ("mean", "std"):
+        parser.add_argument(f"--{name}", type=float, nargs="+", help="of public weights that do not say it: pixels', 0 to 1")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     flags = vars(parser.parse_args(argv))
     source, images, device = flags.pop("source"), flags.pop("images"), flags.pop("device")
@@ -362,7 +367,7 @@ def run_command(argv: list[str] | None) -> dict:
         if not path.is_file() and not path.is_dir():  # a pipe would block
             found = "is no file" if path.exists() else "does not exist"
             raise UserError(f"{path} {found}; give image files, folders of them, or .npz files")
-    model = load(source, device, flags.pop("heads"), flags.pop("decoder_heads"))
+    model = load(source, device, *(flags.pop(name) for name in ("heads", "decoder_heads", "mean", "std")))
     return {"command": "encode", "run": source} | encode(model, images, **flags)
 
 

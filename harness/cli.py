@@ -189,6 +189,9 @@ MEANINGS = {"object_auc": "chance: 0.5", "object_weight": "all alike: 1", "objec
 MEANINGS |= {"level3_chance": "L3 of a head that sees nothing"}
 
 
+LONGEST = 10_000  # characters of a report's line
+
+
 def in_lines(summary: dict, before: str = "") -> str:
     """A report for people: a line for each number and text but DETAILS, numbers to four digits; shares whose names say so in
     percent."""
@@ -202,13 +205,13 @@ def in_lines(summary: dict, before: str = "") -> str:
         elif isinstance(value, dict):
             lines.append(in_lines(value, f"{name}: "))
         elif isinstance(value, list) and not any(isinstance(x, (dict, list)) for x in value):
-            lines.append(f"{name:<28}{', '.join(map(str, value))}")
+            lines.append(f"{name:<28}{printable(', '.join(map(str, value)), LONGEST)}")
         elif isinstance(value, float):
             percent = re.search(r"accuracy|top\d|share$|miou", name)
             meaning = f"   ({MEANINGS[word]})" if word in MEANINGS else ""
             lines.append(f"{name:<28}{f'{100 * value:.1f} %' if percent else f'{value:.4g}'}{meaning}")
         elif not isinstance(value, list):
-            lines.append(f"{name:<28}{value}")
+            lines.append(f"{name:<28}{printable(str(value), LONGEST)}")
     return "\n".join(lines)
 
 
@@ -310,7 +313,7 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
         return command(name).main(argv)
 
     def work():
-        join()  # first, so that what several processes have to say is said once
+        join(value_in(argv, "--device") != "cpu")  # first, so that what several processes have to say is said once
         if name in commands():
             raise UserError(f"{name} runs as one process; start it without torchrun")
         if name != "pretrain":

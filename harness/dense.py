@@ -147,6 +147,10 @@ def read_mask(book: dict[int, tuple[list[int], Path]], paths: tuple[Path, Path],
             if colour != known:
                 both = f"its palette has the colour {colour} for the value {value}, that of {first} has {known}"
                 raise UserError(f"{path}: {both}; values are classes: write all masks with one palette, or in grey")
+        with open(path, "rb") as file:
+            bits = file.read(25)[24]  # of a value: PIL spreads grey of fewer than 8 over 0 to 255
+        if mask.mode == "L" and bits < 8:
+            mask = mask.point([value * (2**bits - 1) // 255 for value in range(256)])
         mask = mask if turn is None else mask.transpose(turn)
         return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST), np.uint8)
 
@@ -196,7 +200,7 @@ def masked_folder(root: Path, size: int, ignored: int | None) -> tuple[Parts, li
             read_all(partial(read_mask, book), list(zip(masks, images)), size, (size, size), f"masks, {part}"),
             np.array(masks, str),
         )
-        say_levels(image_folder, map(os.fsencode, images))
+        say_levels(image_folder, [os.fsencode(path.name) for path in images])
     parts = with_test(root, parts, "images/train/*.jpg and masks/train/*.png, and the same in val/ or test/")
     return *number_classes(root, parts, ignored), left_out
 

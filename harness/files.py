@@ -23,9 +23,15 @@ def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object], previ
                 content(file) if callable(content) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            if previous is not None and path.exists():
+            aside = previous is not None and path.exists()
+            if aside:
                 os.replace(path, previous)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if aside:
+                    os.replace(previous, path)
+                raise
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -52,17 +52,18 @@ def started() -> int:
     return count
 
 
-def join() -> None:
-    """Join the processes that torchrun started, if it did. Raises UserError where this machine has too few GPUs, and as
-    `started` does."""
+def join(gpu: bool = True) -> None:
+    """Join the processes that torchrun started, if it did; gpu: for work on GPUs, where there are some. Raises UserError where
+    this machine has too few of them, and as `started` does."""
     if started() > 1:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count() if gpu else 0
         one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"  # machines may count differently
         with exchange():
             store, number, count = next(dist.rendezvous("env://"))
             store = dist.PrefixStore(life, store)  # else processes started again find the addresses of those before them
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number, world_size=count)
+            backend = "cpu:gloo,cuda:nccl" if gpus and dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=number, world_size=count)
         if gpus:
             if local_rank >= gpus:
                 raise UserError(f"{gpus} GPUs here, but process number {local_rank} (from 0); lower --nproc_per_node")
@@ -161,8 +162,10 @@ def exchange() -> Iterator[None]:
     try:
         yield
         exchanging += time.monotonic() - began
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"the exchange with another process failed ({reason}); continue with --resume") from None
 
 

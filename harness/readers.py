@@ -195,7 +195,10 @@ def pixels_of(
         wanted = max(1, int(width * size / w)), max(1, int(height * size / h))
         image.draft(None, wanted if image.size == (width, height) else wanted[::-1])
         if image.mode.startswith("I"):  # 16-bit grey
-            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+            values, clear = np.asarray(image), image.info.get("transparency")
+            image = Image.fromarray((values // 256).clip(0, 255).astype(np.uint8))
+            if isinstance(clear, int):
+                image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
         image = in_colour(image)
         if turn is not None:
             image = image.transpose(turn)
@@ -425,8 +428,10 @@ class Files(NamedTuple):
                 with file:
                     out[:] = decode(file, self.size, numpy_generator(*key) if key else None, flip=self.flip, crop=self.crop)
                 return self.labels[split][i]
+            except MemoryError:
+                raise
             except Exception as error:
-                if not self.skip_corrupt:
+                if not self.skip_corrupt or getattr(error, "errno", None):  # the disk's fault, not the file's
                     reason = in_words(error, "not a readable image")
                     remedy = (
                         "put a readable one there, or start a run with --skip-corrupt, which uses the next image in its place"
@@ -462,6 +467,8 @@ class Decoder:
         except UserError as error:
             raise UserError(str(error)) from None  # without the worker's traceback
         except (RuntimeError, OSError) as error:  # BrokenProcessPool is a RuntimeError
+            if not self.executor:
+                raise
             problem = f"a process that decodes images died or ran out of memory ({error})"
             remedy = "close other programs, make more room in /dev/shm, or start a run with fewer --workers (0: none)"
             raise UserError(f"{self.files.root}: {problem}; {remedy}") from None
@@ -515,7 +522,7 @@ def unpickle(raw: bytes) -> object:
     is replaced. Python 2's strings become str of code points 0 to 255; so do the keys of dicts. Raises UserError for a pickle
     that asks for anything to be run or built but arrays, and other exceptions for a damaged one.
     """
-    stack, marks, memo = [], [], {}
+    stack, marks, memo, room = [], [], {}, len(raw)
 
     def pop_to_mark() -> list:
         items = stack[marks[-1] :]
@@ -554,9 +561,9 @@ def unpickle(raw: bytes) -> object:
                 list.extend(stack[-1], items)
             case "SETITEM" | "SETITEMS":
                 items = pop_to_mark() if opcode.name == "SETITEMS" else [stack.pop(), stack.pop()][::-1]
+                if not all(isinstance(key, str | bytes) and len(key) < 1000 for key in items[::2]):
+                    raise ValueError("a key that is no short string")  # nested tuples can take for ever to hash
                 keys = [as_text(key) for key in items[::2]]
-                if not all(isinstance(key, str) for key in keys):  # nested tuples can take for ever to hash
-                    raise ValueError("a key that is not a string")
                 dict.update(stack[-1], zip(keys, items[1::2], strict=True))
             case "GLOBAL" | "STACK_GLOBAL":
                 name = value.replace(" ", ".") if value else str.join(".", [stack.pop(), stack.pop()][::-1])
@@ -566,6 +573,9 @@ def unpickle(raw: bytes) -> object:
             case "REDUCE":
                 args, function = stack.pop(), stack.pop()
                 encoded = function.name == "_codecs.encode"  # how Python 3 writes bytes in protocol 2
+                room -= len(args[0]) if encoded else 0
+                if room < 0:
+                    raise ValueError("more bytes than the file has")
                 stack.append(args[0].encode("latin-1") if encoded else Stub(function.name, args))
             case "BUILD":
                 state = stack.pop()

@@ -114,6 +114,8 @@ def stop_signals() -> Iterator[list[int]]:
         if not received:
             since = time.monotonic()
             received.append(number)
+        elif not since:  # the first has ended what was done at once: see `Run.at_once`
+            since = time.monotonic()
         elif time.monotonic() - since > 1:
             raise Interrupted(number)
 

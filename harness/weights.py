@@ -77,6 +77,8 @@ def read_weights(path: str | Path) -> Found:
     or holds no ViT, or several of which none is first choice."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise UserError("it is no file; give a .pth or .safetensors")
         with open(path, "rb") as file:
             first = file.read(9)
         if first[8:] == b"{":

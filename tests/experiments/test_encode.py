@@ -226,14 +226,37 @@ def bare_weights(exports, tmp_path):
     return write
 
 
-def test_weights_that_do_not_say_their_heads(model, bare_weights):
+def test_weights_that_do_not_say_their_heads(model, bare_weights, capsys):
     path, cfg = bare_weights(), model.net.cfg
     with pytest.raises(UserError, match="does not say how many heads its encoder has; give heads"):
         mlo_mae.load(path, "cpu")
     other = mlo_mae.load(path, "cpu", heads=cfg.heads, mean=model.mean, std=model.std)
     assert torch.allclose(other.features(some_images()), model.features(some_images()), atol=1e-6) and not other.decodes
     assert mlo_mae.load(path, "cpu", heads=cfg.heads, decoder_heads=cfg.decoder_heads).decodes
+    capsys.readouterr()
     assert mlo_mae.load(path, "cpu", heads=cfg.heads).mean == pytest.approx([0.485, 0.456, 0.406])
+    assert "does not say its pixels' mean and deviation: ImageNet's taken" in capsys.readouterr().err
+
+
+def test_pixels_may_be_given_on_the_command_line(model, bare_weights, tmp_path):
+    for name, image in zip("ab", some_images()):
+        Image.fromarray(np.asarray(image)).save(tmp_path / f"{name}.png")
+    images = [str(tmp_path / f"{name}.png") for name in "ab"]
+    words = [str(bare_weights()), *images, "--heads", str(model.net.cfg.heads), "--out", str(tmp_path / "out.npz")]
+    assert main([*words, "--mean", *map(str, model.mean), "--std", *map(str, model.std)]) == 0
+    with np.load(tmp_path / "out.npz") as found:
+        expected = mlo_mae.load(bare_weights(), "cpu", heads=model.net.cfg.heads, mean=model.mean, std=model.std)
+        assert np.allclose(found["features"], expected.features(some_images()[:2]), atol=1e-5)
+
+
+def test_a_decoder_that_is_not_the_files_is_none(model, bare_weights):
+    """One that begins anew would show a reconstruction that means nothing."""
+    heads = {"heads": model.net.cfg.heads, "decoder_heads": model.net.cfg.decoder_heads}
+    assert mlo_mae.load(bare_weights(), "cpu", **heads).decodes
+    odd = mlo_mae.load(bare_weights(decoder_norm_too=None, **{"decoder_blocks.0.norm3.weight": torch.ones(4)}), "cpu", **heads)
+    assert not odd.decodes
+    with pytest.raises(UserError, match="no decoder"):
+        odd.reconstruct(some_images())
 
 
 def test_what_does_not_go_together_is_refused(whole_run, exports, bare_weights, tmp_path):
@@ -477,6 +500,31 @@ def test_pipes_are_refused_and_do_not_block(whole_run, tmp_path, capsys):
         os.mkfifo(tmp_path / name)
         assert main([str(whole_run[0]), str(tmp_path / name), "--out", str(tmp_path / "out.npz")]) == 2
         assert f"{name} is no file; give image files" in capsys.readouterr().err
+
+
+def test_weights_that_are_a_pipe_do_not_block(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    assert main([str(tmp_path / "pipe"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out.npz")]) == 2
+    assert "is no file; give a .pth or .safetensors" in capsys.readouterr().err
+
+
+def test_dark_images_are_refused(whole_run, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.full((40, 40), 200, np.uint16)).save(tmp_path / "photos" / "a.png")
+    assert main([str(whole_run[0]), str(tmp_path / "photos"), "--out", str(tmp_path / "out.npz")]) == 2
+    assert "at most 1 of 256 levels are left" in capsys.readouterr().err and not (tmp_path / "out.npz").exists()
+
+
+def test_want_of_memory_is_not_blamed_on_an_image(whole_run, tmp_path, monkeypatch, capsys):
+    def none(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(Model, "features", none)
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    assert main([str(whole_run[0]), str(tmp_path / "a.png"), "--out", str(tmp_path / "out.npz")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "memory" in error and "cannot be used" not in error
 
 
 def test_what_a_folder_has_beside_images_is_said(whole_run, tmp_path, capsys):

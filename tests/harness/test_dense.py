@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -279,6 +280,40 @@ def test_masks_with_palettes_of_their_own(tmp_path):
         UserError, match=r"val/1.png: .* \[0, 200, 0\] for the value 1, that of .*train/1.png has \[200, 0, 0\]"
     ):
         load_dense(root, "masks", image_size=16)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_masks_of_few_bits_have_their_own_values(tmp_path, bits):
+    """PIL spreads them over 0 to 255."""
+    values = np.arange(30 * 21).reshape(21, 30) % 2**bits
+    raw = np.zeros((21, -(-30 * bits // 8)), np.uint8)
+    for x in range(30):
+        raw[:, x * bits // 8] |= (values[:, x] << (8 - bits - x * bits % 8)).astype(np.uint8)
+
+    def chunk(name, content):
+        return len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+
+    header = (30).to_bytes(4, "big") + (21).to_bytes(4, "big") + bytes([bits, 0, 0, 0, 0])
+    lines = zlib.compress(b"".join(b"\0" + line.tobytes() for line in raw))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", lines) + chunk(b"IEND", b"")
+    (tmp_path / "mask.png").write_bytes(png)
+    Image.new("RGB", (30, 21)).save(tmp_path / "image.png")
+    found = dense.read_mask({}, (tmp_path / "mask.png", tmp_path / "image.png"), 8)
+    same = np.asarray(Image.fromarray(values.astype(np.uint8)).resize((8, 8), Image.Resampling.NEAREST))
+    assert np.array_equal(found, same) and set(np.unique(found)) <= set(range(2**bits))
+
+
+def test_dark_images_beside_masks_are_refused_where_the_folder_is_named_relatively(tmp_path, monkeypatch):
+    root = write_masked(tmp_path / "data")
+    for path in (root / "images").rglob("*.jpg"):
+        with Image.open(path) as image:
+            grey = np.asarray(image.convert("L")).astype(np.uint16)
+        Image.fromarray(grey).save(path.with_suffix(".png"))
+        path.unlink()
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", root):
+        with pytest.raises(UserError, match="65535 is taken for white: at most 1 of 256 levels"):
+            load_dense(Path(name), "masks", image_size=16)
 
 
 def test_ignored_pixels_are_counted_and_may_be_kept(tmp_path, capsys):

@@ -30,6 +30,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert (tmp_path / "file").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_that_cannot_be_put_in_place_leaves_the_old_one_there(tmp_path, monkeypatch):
+    """The one before it has gone to its second place by then."""
+    write_whole(tmp_path / "file", b"old")
+    real = os.replace
+
+    def replace(source, target):
+        if str(source).endswith(".partial"):
+            raise PermissionError(13, "Permission denied")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(UserError, match="what was there before is intact"):
+        write_whole(tmp_path / "file", b"new", tmp_path / "before")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     """Whatever it is interrupted by, and before the old file has gone to its second place."""
     write_whole(tmp_path / "file", b"old")

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this file is a script as well
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -138,6 +139,7 @@ def everything(folder):
     outcomes["one fails"] = command(*arguments(mine, folder / "fails", *FLAGS))
     mine = write_sides(folder / f"sides-{number}.npz", (("train", 60 + number), ("test", 20)))
     outcomes["other data"] = command(*arguments(mine, folder / "other", *FLAGS))
+    outcomes["other settings"] = command(*arguments(npz, folder / "settings", *FLAGS, "--lr", 1e-3 * (1 + number)))
     (folder / f"runs-{number}.json").write_text(json.dumps(outcomes))
 
 
@@ -197,7 +199,7 @@ def free_ports(count):
 
 
 def two_processes(work, folder, seconds):
-    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PORTS": ",".join(free_ports(10))}
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PORTS": ",".join(free_ports(11))}
     started, argv = [], [sys.executable, __file__, work, folder]
     try:
         for number in ("0", "1"):
@@ -271,6 +273,7 @@ def test_a_whole_run_on_two_processes(folder, outcomes, tmp_path, monkeypatch):
         ("probe", "without torchrun"),
         ("one fails", "absent.npz"),
         ("other data", "the same --data"),
+        ("other settings", "give all of them the same flags"),
     ],
 )
 def test_an_error_of_several_processes_is_one_line(outcomes, name, words):
@@ -392,6 +395,35 @@ def test_an_exchange_that_fails_is_one_line():
     with pytest.raises(UserError, match=r"the exchange with another process failed \(peer is gone\); continue with --resume"):
         with processes.exchange():
             raise RuntimeError("peer is gone\nand more")
+    with pytest.raises(UserError, match=r"failed \(RuntimeError\)"), processes.exchange():
+        raise RuntimeError
+    with pytest.raises(torch.OutOfMemoryError), processes.exchange():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    "flags, gpus, nccl, backend", [([], 1, True, "nccl"), ([], 1, False, "gloo"), (["--device", "cpu"], 1, True, "gloo")]
+)
+def test_the_backend_is_that_of_the_device(monkeypatch, flags, gpus, nccl, backend):
+    asked = []
+    monkeypatch.setattr(processes, "started", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: None)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: nccl)
+    monkeypatch.setattr(dist, "rendezvous", lambda how: iter([(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: asked.append(backend))
+    for name, value in {"LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "started", lambda: 2)
+
+    def pretrain(argv):
+        assert argv == flags
+
+    if flags or not gpus:
+        assert cli.dispatch(flags, pretrain) == 0
+    else:  # process 1 of a machine of one GPU
+        assert cli.dispatch(flags, pretrain) == 2
+    assert len(asked) == 1 and backend in asked[0]
 
 
 class Exchange:

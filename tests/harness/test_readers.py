@@ -3,12 +3,14 @@
 The files are written here, small, in each real format. MLO_MAE_FUZZ sets how many mutations of each format are tried.
 """
 
+import errno
 import hashlib
 import io
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
+import shutil
 import signal
 import struct
 import subprocess
@@ -221,6 +223,9 @@ def test_malicious_pickles_do_not_run(tmp_path):
     assert canary.exists()  # the attacks are real
 
 
+ENCODE = b"\x80\x02c_codecs\nencode\nq\x00X" + (2**20).to_bytes(4, "little") + b"a" * 2**20 + b"q\x01"
+
+
 def test_pickles_cannot_exhaust_memory_or_time(tmp_path):
     layout = readers.CIFAR["cifar100"][0]
     folder = write_cifar(tmp_path / layout.folder, layout)
@@ -238,6 +243,8 @@ def test_pickles_cannot_exhaust_memory_or_time(tmp_path):
         b"\x80\x02)" + b"\x85" * 200_000 + b".",
         b"\x80\x02" + array + shape + b"\x85U\x01b\x87R.",
         b"\x80\x02]q\x01h\x01h\x01ee.",
+        ENCODE + b"h\x00h\x01\x85R" * 5_000 + b".",  # a fresh MiB each, of one that the file has once
+        b"\x80\x02B" + (2**20).to_bytes(4, "little") + b"a" * 2**20 + b"q\x01" + b"}h\x01Ns" * 5_000 + b".",
     ):
         (folder / "test").write_bytes(raw)
         data_refused(folder / "test", name="cifar100", data_dir=tmp_path)
@@ -661,6 +668,14 @@ def test_a_line_says_where_few_levels_are_left(tmp_path, capsys, suffix, pixels,
         assert dark.max() < 16  # as the line says
 
 
+def test_what_is_transparent_in_16_bits_is_white_too(tmp_path):
+    values = np.array([[0, 20000], [40000, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=0)
+    with open(tmp_path / "a.png", "rb") as file:
+        pixels = readers.decode(file, 2, None, whole=True)
+    assert pixels[0].tolist() == [[255, 20000 // 256], [40000 // 256, 255]]
+
+
 @pytest.mark.parametrize(
     "suffix, pixels, words",
     [
@@ -762,6 +777,38 @@ def test_undecodable_images(tmp_path, monkeypatch):
     for path in (root / "val").rglob("*.jpg"):
         path.write_bytes(b"")
     data_refused("none of the 6 images", name=root, image_size=16, skip_corrupt=True)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_want_of_memory_and_a_disk_that_fails_are_no_corrupt_images(tmp_path, monkeypatch, skip):
+    """What is skipped must not depend on the machine's load."""
+    splits, real = data.load(write_folder(tmp_path), ".", image_size=16, skip_corrupt=skip), readers.decode
+
+    def failing(error):
+        def decode(file, *rest, **how):
+            if file.name.endswith("1.jpg"):
+                raise error
+            return real(file, *rest, **how)
+
+        monkeypatch.setattr(readers, "decode", decode)
+        return list(splits.test.ordered(6))
+
+    with pytest.raises(MemoryError):
+        failing(MemoryError())
+    with pytest.raises(UserError, match="1.jpg: .*Input/output error"):
+        failing(OSError(errno.EIO, "Input/output error"))
+    if skip:
+        assert failing(OSError("broken data stream"))
+    else:
+        with pytest.raises(UserError, match="broken data stream.*--skip-corrupt"):
+            failing(OSError("broken data stream"))
+    monkeypatch.setattr(torch, "empty", failing_allocation)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        list(splits.test.ordered(6))
+
+
+def failing_allocation(*sizes, **how):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
 def io_png():
@@ -869,6 +916,10 @@ def test_bad_folders(tmp_path):
     renamed = changed(lambda root: (root / "val" / "dog").rename(root / "val" / "bird"))
     data_refused("bird", "train/ does not have", name=renamed)
     data_refused("--images 11", name=changed(lambda root: None), limit=11)
+    if sys.platform != "win32":
+        for one, other in (("val", "train"), ("test", "val")):
+            both = changed(lambda root: (shutil.rmtree(root / one, True), os.symlink(root / other, root / one)))  # noqa: B023
+            data_refused("two of train/, val/ and test/ are one folder", name=both)
     if sys.platform == "linux":
         data_refused(name=changed(lambda root: os.symlink("loop", root / "train" / "loop")))
         data_refused("loop.jpg", name=changed(lambda root: os.symlink("loop.jpg", root / "train" / "dog" / "loop.jpg")))

@@ -33,6 +33,20 @@ def test_a_second_signal_interrupts_but_not_within_a_second(monkeypatch):
     assert handlers() == before
 
 
+def test_nor_within_a_second_of_one_that_something_else_has_met(monkeypatch):
+    """As `Run.at_once` does: it fills the list itself."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with stop_signals() as received:
+        received.append(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 0.9
+        signal.raise_signal(signal.SIGTERM)
+        now[0] += 0.2
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_waits_until_a_file_is_whole(tmp_path, number):
     """Be it written or put in place; the one before it too."""
