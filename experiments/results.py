@@ -323,9 +323,11 @@ def pretrain(cfg: Config, folder: Path, threads: int, prepared: Callable | None 
 
 
 def probed(net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits) -> dict[str, float]:
-    """{name in PROBES: share of right test images} of a state's encoder."""
-    accuracies = [probe(net, state, splits, pooling=pooling)["test_accuracy"] for pooling in ("mean", "cls")]
-    return dict(zip(PROBES, accuracies))
+    """{name in PROBES: share of right test images} of a state's encoder; with `_val` behind the name, of validation images, by
+    which settings may be chosen."""
+    found = {name: probe(net, state, splits, pooling=pooling) for name, pooling in zip(PROBES, ("mean", "cls"))}
+    by_test, by_val = ({name: each[of] for name, each in found.items()} for of in ("test_accuracy", "val_accuracy"))
+    return by_test | {f"{name}_val": share for name, share in by_val.items()}
 
 
 def run_dense(cfg: Config, recipe: transfer.DenseRecipe, cell: Cell, grid: Grid) -> None:
