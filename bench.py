@@ -686,7 +686,7 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
         *measure.table(lines).splitlines(),
         "",
         f"A mask update takes {summary['time_ratio']:.2f}x the time of a plain MAE step and "
-        f"{summary['operation_ratio']:.2f}x its operations: {summary['overhead']:.2f}x the floor.",
+        f"{summary['operation_ratio']:.2f}x its operations: {summary['overhead']:.2f}x the time that as many of its own take.",
         f"A plain MAE step takes {summary['rival_ratio']:.2f}x the time of the faster rival's "
         f"({summary['best_rival'].removeprefix('rival: ')}, with torch's fused AdamW).",
         f"{summary['updates']} outer iterations, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
@@ -705,7 +705,7 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
 def shown_times(rows: list[dict]) -> dict[str, str]:
     """{implementation: milliseconds, and half the distance between the quartiles}, of those that were timed."""
     timed = {row["implementation"]: row for row in rows if math.isfinite(row["seconds"])}
-    spread = {name: (row["seconds_q3"] - row["seconds_q1"]) / row["seconds"] for name, row in timed.items()}
+    spread = {name: (row["seconds_q3"] - row["seconds_q1"]) / row["seconds"] / 2 for name, row in timed.items()}
     return {name: f"{1e3 * row['seconds']:.3g} ±{spread[name]:.1%}" for name, row in timed.items()}
 
 
@@ -744,7 +744,8 @@ def run_kernels(options: argparse.Namespace, device: torch.device, page: Page) -
                 page.row([*what.values(), *each, verdict, rate, shown["copy"], f"{100 * ours['share_of_ceiling']:.0f}%"])
     where = f"No GPU here: ours IS the reference path, at batch {batch}."
     if gpu:
-        where = "The device's time, without Python's: calls in a row are a CUDA graph, on inputs that no cache holds."
+        where = "The device's time, without Python's: calls in a row are a CUDA graph, on inputs that no cache holds (but for "
+        where += "select_patches')."
     page.say(
         "",
         f"ms: medians of {options.repeats} runs of calls in a row, on new inputs each time, ± half the distance between the "

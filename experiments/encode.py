@@ -300,7 +300,10 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
                 raise UserError(f"there are no images in {path} ({account(left_out)})")
             if left_out:
                 bar.write(printable(f"{path}: {account(left_out)}"), file=sys.stderr)
-            say_levels(path, names)
+            try:
+                say_levels(path, names)
+            except UserError as error:  # black images may be meant
+                bar.write(f"data {error}", file=sys.stderr)
         bar.total += len(files)
         for start in range(0, len(files), AT_A_TIME):
             some, decoded = files[start : start + AT_A_TIME], []

@@ -393,11 +393,11 @@ def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
                     todo.remove(cell)
             for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
                 cell, process = running.pop(future)
+                idle.append(process)  # first, so that it is shut down where its cell fails, too
                 try:
                     future.result()
                 except concurrent.futures.process.BrokenProcessPool:
                     raise UserError(f"the process of {folder_of(grid.out, cell)} was ended; start again to go on") from None
-                idle.append(process)
                 print("finished", *cell, file=sys.stderr)
     finally:
         with handled(ignore), concurrent.futures.ThreadPoolExecutor() as waiting:
@@ -584,7 +584,7 @@ Mean ± standard deviation over seeds, on the test split (how T sees objects: on
 mean paired difference in points with its 95 % confidence interval (Student's t), and in how many seeds the method is better :
 worse."""
 RATES_NOTE = (
-    f"Learning rates, each the one that suits it: {ALIKE['lr']:g} where all patches count alike (MAE, SemMAE, U-MAE), "
+    f"Learning rates: {ALIKE['lr']:g} where all patches count alike (chosen for MAE; SemMAE and U-MAE take it as it is), "
     f"{Config.lr:g} where T weighs them. Mask ratio {Config.mask_ratio:g}, unless a row says otherwise. On CIFAR-100 "
     f"{OLDER['lr']:g} for all, and {OLDER['mask_ratio']:g}."
 )

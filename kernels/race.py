@@ -149,7 +149,7 @@ SDPA = {  # PyTorch's own attention, by its backends
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
 }
-COMPILED = {"attention", "patch_loss"}  # what torch.compile may fuse better than eager; the others gather or sort
+COMPILED = set(KERNELS) - {"select_patches"}  # what torch.compile may fuse better than eager; that one sorts
 
 
 def pinned(backend: SDPBackend) -> Callable[[Tensor], Tensor]:

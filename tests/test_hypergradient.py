@@ -308,7 +308,7 @@ def test_in_bfloat16_the_hypergradient_errs_by_little(settings):
         low = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, precision="bf16"))
         single = [torch.utils._pytree.tree_map(as_float32, part) for part in (theta, psi, head, labelled, [step])]
         found = mlo_mae.exact(low, *single).hypergradient
-        assert found.dtype == torch.float32 and relative_error(found, judge) < 0.1
+        assert found.dtype == torch.float32 and 1e-4 < relative_error(found, judge) < 0.1
         assert torch.cosine_similarity(found.double(), judge, dim=0) > 0.99
         assert relative_error(mlo_mae.exact(net, *single).hypergradient, judge) < 5e-4
 

@@ -19,9 +19,10 @@ import kernels
 import mlo_mae
 from harness import UserError, graphs
 from harness.probe import mask_statistics
+from harness.randomness import DROPOUT, MASKS, draw_dropout
 from harness.schedule import schedule
-from harness.vectors import inverse_fan_in, weight_decays
-from mlo_mae import CIFAR, IMAGENET, PRESETS, Config, build, call, unflatten
+from harness.vectors import inverse_fan_in, unflatten, weight_decays
+from mlo_mae import CIFAR, IMAGENET, PRESETS, Config, build, call
 
 # ------------------------------------------------------------------------------------------------- the networks
 
@@ -494,6 +495,19 @@ def level1_rates(monkeypatch):
     return rates
 
 
+def test_every_step_draws_masks_of_its_own(monkeypatch):
+    keys, real = [], mlo_mae.level1_step
+
+    def watched(net, theta, psi, images, rates, *key, **how):
+        keys.append(key)
+        return real(net, theta, psi, images, rates, *key, **how)
+
+    monkeypatch.setattr(mlo_mae, "level1_step", watched)
+    net, state, rest = fresh_state(**DEFAULT | THREE_PARTS)
+    run_through(net, state, rest)
+    assert keys == [(net.cfg.seed, MASKS, n) for n in range(8 * net.cfg.level1_steps)]
+
+
 THREE_PARTS = {"mask_start": 0.25, "mask_until": 0.5, "mask_batches": 2, "warmup": 0.25}  # of 8 iterations: 2, 2, 4
 
 
@@ -711,6 +725,49 @@ def test_the_theta_of_steps_that_are_differentiated_is_there_when_t_is_told(monk
     assert seen == [True] * (4 - watched_steps) + [False] * watched_steps
 
 
+def test_the_data_are_those_of_the_flags(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(data, "load", lambda name, folder, **how: asked.update(how, name=name, folder=folder))
+    own = {"image_size": 24, "val_fraction": 0.3, "seed": 5, "skip_corrupt": True, "workers": 3, "flip": False, "crop": False}
+    cfg = Config(data="x", data_dir="there", images=7, masking="random", **own)
+    mlo_mae.load_data(cfg, torch.device("cpu"))
+    assert asked == own | {"name": "x", "folder": "there", "limit": 7, "classes": False, "device": torch.device("cpu")}
+
+
+def test_first_weights_are_maes():
+    """Xavier's for all layers, the embedding's as one of its patches; tokens of deviation 0.02."""
+    net, (theta, *_) = build(Config(), 32, 3, 8)
+    found = [
+        unflatten(module, part) for module, part in zip((net.encoder, net.decoder), theta.tensor_split([net.encoder_size]))
+    ]
+    names = [name for part in found for name in part]
+    assert len(names) > 60 and sum(name.endswith("token") for name in names) == 2
+    for name, weight in ((name, weight) for part in found for name, weight in part.items()):
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif "norm" in name:
+            assert (weight == 1).all(), name
+        elif name.endswith("token"):
+            assert 0.01 < weight.std() < 0.03, name
+        elif name.endswith("weight"):
+            flat = weight.flatten(1)
+            bound = math.sqrt(6 / sum(flat.shape))
+            assert 0.95 * bound < flat.abs().max() <= bound * (1 + 1e-6), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="steps are recorded on a GPU")
+@pytest.mark.parametrize(
+    "changes, launched",
+    [({}, 1), ({"graphs": "off"}, 0), ({"accumulate": 2}, 0), ({"checkpoint_activations": True}, 0)],
+    ids=str,
+)
+def test_steps_are_recorded_where_asked(sides, monkeypatch, changes, launched):
+    made = []
+    monkeypatch.setattr(mlo_mae, "in_one_launch", lambda *given: made.append(given) or None)
+    mlo_mae.train(dataclasses.replace(TINY, data=str(sides), epochs=1, device="cuda", **changes), None)
+    assert len(made) == launched
+
+
 def test_automatic_precision_is_bfloat16_on_a_gpu_that_has_it(monkeypatch):
     cpu, gpu, products = torch.device("cpu"), torch.device("cuda"), []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", products.append)
@@ -893,6 +950,40 @@ def test_ts_learning_rate_has_its_own_part_of_the_run():
         move = mlo_mae.adamw(before, (level.mu - 0.9 * before.mu) / 0.1, mlo_mae.Rates(1.0, 0 * level.mu, 1e-18))
         wanted = (move.params - before.params) * TINY.mask_lr * inverse_fan_in(net.masking) * schedule(number - 2, 6, 0.0)
         assert torch.allclose(level.params - before.params, wanted, rtol=1e-2, atol=1e-5)
+
+
+def test_the_head_and_t_have_rates_decay_and_dropout_of_their_own():
+    net, state, rest = fresh_state(warmup=0.25, head_lr=0.03, weight_decay=10.0)
+    cfg, state, asked = net.cfg, state._replace(iteration=2), []
+
+    def form(*given):
+        asked.append(given[4])
+        return mlo_mae.exact(*given)
+
+    after, _ = mlo_mae.outer_iteration(net, state, *rest, hypergradient=form)
+    ((labelled,), share), (_, _, decay, mask_rate) = (asked, schedule(2, 4, 1)), rest
+    assert labelled.rates.lr == pytest.approx(0.03 * share) and torch.equal(labelled.rates.decay, decay[1]) and decay[1].any()
+    shape = cfg.head_steps, cfg.labelled_batch_size, cfg.width
+    assert torch.equal(labelled.dropout, draw_dropout(cfg.dropout, shape, cfg.seed, DROPOUT, 2)) and cfg.dropout > 0
+    rates = mlo_mae.Rates(cfg.mask_lr * share * mask_rate, decay[2], 1e-18)
+    expected = mlo_mae.adamw(state.psi, after.psi.mu / 0.1, rates).params
+    assert torch.allclose(after.psi.params, expected, rtol=1e-4, atol=1e-6) and decay[2].any()
+
+
+def test_ts_step_does_not_depend_on_the_scale_of_the_hypergradient():
+    """Which follows the levels below it: AdamW's eps stays out of the way."""
+    net, state, rest = fresh_state(warmup=0.0)
+
+    def scaled(*given):
+        found = mlo_mae.exact(*given)
+        return found._replace(hypergradient=1e-6 * found.hypergradient)
+
+    moves = [
+        mlo_mae.outer_iteration(net, state, noise_batches(net.cfg), *rest[1:], hypergradient=form)[0].psi.params
+        - state.psi.params
+        for form in (mlo_mae.exact, scaled)
+    ]
+    assert moves[0].abs().max() > 1e-3 and torch.allclose(*moves, rtol=1e-2, atol=1e-5)
 
 
 def test_a_solved_head_is_that_of_the_batch_that_level_2_saw_last():

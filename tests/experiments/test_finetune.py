@@ -444,7 +444,10 @@ def test_bf16_trains_with_float32_weights(given):
     result = finetune.finetune(net, theta, splits, Recipe(epochs=2, batch_size=24, precision="bf16"))
     assert 0 <= result["val_top1"] <= 1
     model = finetune.start(net, theta, splits, Recipe(precision="bf16"))
-    logits = model(splits.val.pick(torch.arange(3)).images)
+    images = splits.val.pick(torch.arange(3)).images
+    apart = model.tokens(images, None) - finetune.start(net, theta, splits, Recipe()).tokens(images, None)
+    assert 1e-4 < apart.abs().max() < 0.1
+    logits = model(images)
     assert logits.dtype == torch.float32 and all(p.dtype == torch.float32 for p in model.parameters())
 
 

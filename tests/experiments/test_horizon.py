@@ -99,6 +99,14 @@ def test_the_table(training, monkeypatch, capsys):
     assert f"t {(first + second) / abs(first - second):+.1f} (2 looks)" in line
 
 
+def test_l3_is_of_validation_images_by_the_best_probe(training):
+    params, splits = training.theta.params, training.splits
+    fit, judge = (horizon.features(training.net, params, split, "mean") for split in (splits.train, splits.val))
+    probes = horizon.lbfgs_probes(*fit, len(splits.class_names)).values()
+    losses = [torch.nn.functional.cross_entropy(probe(judge[0]), judge[1]).item() for probe in probes]
+    assert horizon.fitted_loss3(training) == pytest.approx(min(losses)) and max(losses) > min(losses)
+
+
 def test_a_way_is_the_same_whether_it_is_looked_at_on_the_way_or_not(training, monkeypatch):
     monkeypatch.setattr(horizon, "begin", lambda *arguments: training)
     monkeypatch.setattr(horizon, "fitted_loss3", lambda there: float(there.theta.params.double().sum()))

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 
@@ -373,7 +372,7 @@ def test_interrupted_and_resumed_ends_the_same(done, run, tmp_path, monkeypatch)
     def loss(*arguments):
         steps.append(1)
         if len(steps) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return real.loss(*arguments)
 
     monkeypatch.setitem(transfer.TASKS, task, real._replace(loss=loss))

@@ -231,6 +231,7 @@ def test_ctrl_c_outside_of_a_loop_is_one_line(capsys):
     assert capsys.readouterr() == ("", "program: interrupted; what was written before is whole\n")
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes are not forked here")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_outside_of_a_loop_is_one_line_and_no_process_is_left(capsys, number):
     heeding, deaf = (multiprocessing.get_context("fork").Process(target=sleep, args=(how,)) for how in (False, True))
@@ -402,7 +403,7 @@ def test_a_command_is_found_by_its_name(capsys, monkeypatch):
 def test_several_processes_are_for_pretraining(capsys, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "join", lambda: None)
+    monkeypatch.setattr(cli, "join", lambda gpu: None)
     refused(["probe", "RUN"], capsys, "probe runs as one process; start it without torchrun")
 
 

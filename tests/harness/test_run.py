@@ -377,6 +377,22 @@ def run_in(out, resume=False, minutes=0.0, **changes):
     return Run(out, settings(**changes), resume, "a format", {"device"}, minutes)
 
 
+def test_a_line_holds_means_and_checkpoints_come_after_minutes(tmp_path, monkeypatch):
+    now, saved = [1000.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    run, cfg = run_in(tmp_path / "run", minutes=5.0), types.SimpleNamespace(log_every=2, batch_size=1, level1_steps=1)
+    run.save = lambda content: (saved.append(content["n"]), setattr(run, "saved", now[0]))
+    with run.at_work(100, 0, ""):
+        for n, loss in enumerate((1.0, 3.0, 5.0, 7.0), 1):
+            now[0] += 149
+            run.after(n, {"level1_loss": torch.tensor(loss)}, cfg, lambda means, n=n: {"epoch": n}, lambda n=n: {"n": n})
+        assert saved == [3]  # after 447 seconds
+        for seconds, due in ((150, False), (2, True), (299, False), (2, True)):  # 149 have passed since
+            now[0] += seconds
+            assert run.is_due(5) == due
+    assert [row["level1_loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2.0, 6.0]
+
+
 def checkpoint_in(out, **changes):
     out.mkdir()
     torch.save({"format": "a format"} | settings() | changes, out / "checkpoint.pt")
