@@ -287,7 +287,8 @@ class Networks:
     For baselines: score(images, known, generator, progress) -> [B, N], another way to choose the masks (the highest are
     hidden, and T does not weigh); maps(training images) -> n maps of each image, made once, which `known` [B, n*N] holds by
     patch, cropped and flipped as the images are (None: no maps); penalty(CLS tokens [B, D]) -> scalar, a term added to L1.
-    sight: set where T is another run's. replay: `in_one_launch`, for steps that are made in place."""
+    sight: set where T is another run's. replay: `in_one_launch`, for steps that are made in place. raw: whether D, a public
+    one, was taught to predict pixels, not normalised patches."""
 
     cfg: Config
     encoder: nn.Module
@@ -299,6 +300,7 @@ class Networks:
     penalty: Callable[[Tensor], Tensor] | None = None
     sight: "Sight | None" = None
     replay: "Callable[[Step, Tensor], Update] | None" = None
+    raw: bool = False
 
     @property
     def patches(self) -> int:  # N
@@ -1499,10 +1501,14 @@ def renormalised(here: dict, there: dict) -> tuple[Tensor, Tensor]:
 
 
 def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
-    """psi, and the parameters of the encoder that T reads, out of another run's checkpoint. Raises as `sight_of` does."""
+    """psi, and the parameters of the encoder that T reads, out of another run's checkpoint. Raises as `sight_of` does, and
+    UserError where T has not learned, by which all patches would count alike."""
     kept = content["eyes"].get("weights")
     kept = {name: content["model"][name] for name, _ in net.seer.named_parameters()} if kept is None else kept
-    return flatten([net.masking], content["masking"]), flatten([net.seer], kept)
+    psi = flatten([net.masking], content["masking"])
+    if not psi.any():
+        raise UserError("its T has not learned (all its weights are 0); take a run whose T has")
+    return psi, flatten([net.seer], kept)
 
 
 # ------------------------------------------------------------------------------------------- in Python, command line

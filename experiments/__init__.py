@@ -73,10 +73,12 @@ def begun(cfg: mlo_mae.Config, splits: data.Splits) -> tuple[mlo_mae.Networks, m
 @torch.no_grad()
 def reconstructed(net: mlo_mae.Networks, theta: Tensor, images: Tensor, keep: Tensor, restore: Tensor) -> Tensor:
     """The decoder's patches [B, N, p*p*C] of images of which it sees the patches `keep`. What it predicts are normalised
-    patches: they get each true patch's own mean and deviation, which it does not know."""
+    patches (unless it is `raw`): they get each true patch's own mean and deviation, which it does not know."""
     encoder_params, decoder_params = theta.tensor_split([net.encoder_size])
     with mlo_mae.autocast(net, images.device):
         pred = call(net.decoder, decoder_params, call(net.encoder, encoder_params, images, keep), restore).float()
+    if net.raw:
+        return pred
     target = gather_patches(images, None, net.cfg.patch_size)
     return pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
 

@@ -122,7 +122,8 @@ class Model:
         """What `mlo_mae.draw_masks` returns for these inputs, the batch of this number. Raises UserError where the run hides
         by parts of images."""
         eyes, keys = mlo_mae.eyes_of(self.net, self.state), (seed, mlo_mae.MASKS, number)
-        return mlo_mae.draw_masks(self.net, self.state.psi.params, inputs, eyes, *keys)
+        progress = float(self.sees)  # a T that has not learned does not weigh yet
+        return mlo_mae.draw_masks(self.net, self.state.psi.params, inputs, eyes, *keys, progress=progress)
 
 
 @torch.no_grad()
@@ -143,23 +144,27 @@ def load(
     decoder_heads: int = 0,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    raw_pixels: bool = False,
 ) -> Model:
     """A trained network: of a run's folder, or of public weights, .pth or .safetensors, as timm or facebookresearch/mae name
     them.
 
     For public weights: heads of the encoder and decoder, where the file does not say them; mean and std of each channel's
-    pixels from 0 to 1 (None: as the file says, else ImageNet's). Nothing in a file is executed. Raises UserError."""
+    pixels from 0 to 1 (None: as the file says, else ImageNet's); raw_pixels: its decoder was taught pixels, not normalised
+    patches, as MAE's mae_visualize files were. Nothing in a file is executed. Raises UserError."""
     path, device = Path(path), cli.choose_device(str(device))
     if path.is_dir():
-        if heads or decoder_heads or mean is not None or std is not None:
-            raise UserError(f"{path} is a run, which knows its heads, mean and std; leave them out")
+        if heads or decoder_heads or mean is not None or std is not None or raw_pixels:
+            raise UserError(f"{path} is a run, which knows its heads, mean, std and decoder; leave them out")
         net, state, facts = read_run(path, device)
         with fitting(path / "checkpoint.pt"):
             mean, std = of_pixels(facts["mean"], facts["std"], facts["channels"])
         if (path / "parts.pt").exists():
             net.score = hidden_by_parts
         return Model(net, state, facts["image_size"], mean, std)
-    return public(path, device, {"heads": heads, "decoder_heads": decoder_heads}, mean, std)
+    model = public(path, device, {"heads": heads, "decoder_heads": decoder_heads}, mean, std)
+    model.net.raw = raw_pixels
+    return model
 
 
 def of_pixels(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[list[float], list[float]]:
@@ -363,6 +368,7 @@ def run_command(argv: list[str] | None) -> dict:
     parser.add_argument("--decoder-heads", type=int, default=0, help="of public weights that do not say them")
     for name in ("mean", "std"):
         parser.add_argument(f"--{name}", type=float, nargs="+", help="of public weights that do not say it: pixels', 0 to 1")
+    parser.add_argument("--raw-pixels", action="store_true", help="of public decoders that predict pixels (mae_visualize_*)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     flags = vars(parser.parse_args(argv))
     source, images, device = flags.pop("source"), flags.pop("images"), flags.pop("device")
@@ -370,7 +376,7 @@ def run_command(argv: list[str] | None) -> dict:
         if not path.is_file() and not path.is_dir():  # a pipe would block
             found = "is no file" if path.exists() else "does not exist"
             raise UserError(f"{path} {found}; give image files, folders of them, or .npz files")
-    model = load(source, device, *(flags.pop(name) for name in ("heads", "decoder_heads", "mean", "std")))
+    model = load(source, device, *(flags.pop(name) for name in ("heads", "decoder_heads", "mean", "std", "raw_pixels")))
     return {"command": "encode", "run": source} | encode(model, images, **flags)
 
 

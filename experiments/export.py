@@ -59,7 +59,8 @@ def export(run: Path, to: str, file: Path | None = None) -> dict:
     if to == "mae":
         facts = {"call": mae_call(trained), "mean": trained.mean, "std": trained.std}  # `read_weights` takes the heads of it
         write_whole(file, lambda opened: torch.save({"model": trained.model} | facts, opened))
-        return report | {"call": facts["call"]}
+        grey = {"note": "its patchify is written for 3 channels: the loss needs changing there"}
+        return report | {"call": facts["call"]} | (grey if trained.channels != 3 else {})
     encoder, call = {name: tensor for name, tensor in trained.model.items() if not is_decoder(name)}, timm_call(trained)
     if trained.classes and not trained.pooling:
         encoder["head.weight"] = torch.zeros(trained.classes, trained.cfg.width)

@@ -288,8 +288,7 @@ def curves(path: Path, runs: dict[str, Sequence[dict[str, float]]], labels_unit:
     shown = []
     for group in GROUPS:
         unit, found = labels_unit if "level2_loss" in group.words else "", []
-        chances = [row[group.chance_in] for rows in runs.values() for row in rows if group.chance_in in row]
-        chance = chances[0] if chances and max(chances) <= 1.01 * min(chances) else None  # runs may differ in it
+        chance = chance_of(runs, group.chance_in)
         for word in group.words:
             points = {name: [(row["epoch"], row[word]) for row in rows if word in row] for name, rows in runs.items()}
             if lines := {name: tuple(zip(*some)) for name, some in points.items() if some}:
@@ -301,12 +300,18 @@ def curves(path: Path, runs: dict[str, Sequence[dict[str, float]]], labels_unit:
     panels(path, shown, look_for(runs), 3 if len(runs) == 1 else 4)
 
 
+def chance_of(runs: dict[str, Sequence[dict[str, float]]], name: str) -> float | None:
+    """What the runs' rows say of chance under this name; None where they say nothing, or differ in it."""
+    chances = [row[name] for rows in runs.values() for row in rows if name in row]
+    return chances[0] if chances and max(chances) <= 1.01 * min(chances) else None
+
+
 def look_for(runs: dict[str, Sequence[dict[str, float]]]) -> str:
     """What to look for in `curves`."""
     names = {name for rows in runs.values() for row in rows for name in row}
     if "level3_loss" not in names:
         return "No T learns here: the reconstruction error should fall, and then flatten."
-    where = " below chance (dotted)" * ("level3_chance" in names)
+    where = " below chance (dotted)" * (chance_of(runs, "level3_chance") is not None)
     text = (
         f"L2 and L3 have points while T learns; L3 should fall{where}. L1 drops at once where p begins to weigh: look at the "
     )

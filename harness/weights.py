@@ -188,10 +188,11 @@ def find(content: dict, facts: dict) -> Found:
 
 
 def stated_pixels(facts: dict) -> tuple[list[float], list[float]] | None:
-    """The mean and deviation of pixels from 0 to 1 that an export states, each as a list or as its JSON."""
-    found = []
+    """The mean and deviation of pixels from 0 to 1 that an export states, each as a list or as its JSON, or that a checkpoint
+    of a fine-tuning knows of its data."""
+    found, of_data = [], facts.get("data")
     for name in ("mean", "std"):
-        value = facts.get(name)
+        value = facts.get(name, of_data.get(name) if isinstance(of_data, dict) else None)
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(value) if isinstance(value, str) else value
         if not isinstance(value, list) or not value or not all(type(x) is float and 0 <= x < math.inf for x in value):
@@ -332,6 +333,7 @@ def mismatch(weights: dict[str, Tensor], expected: dict[str, Shape]) -> str:
         if found != shape and not (name.endswith("pos_embed") and resizable(found, shape)):
             return f"{name} is {list(found)}, here {list(shape)}"
     parts = {name.split(".")[0] for name in expected} | {"norm_pre", "reg_token", "dist_token"}
+    parts |= {name for name in ("register_tokens",) if name in weights and weights[name].numel()}  # some keep an empty one
     return next((f"{name} has no place here" for name in weights if name.split(".")[0] in parts and name not in expected), "")
 
 

@@ -222,6 +222,16 @@ def test_runs_that_have_no_such_t_are_refused(sides, tmp_path, capsys, flags, wo
     assert not (tmp_path / "out").exists()
 
 
+def test_a_t_that_has_not_learned_is_refused(source, sides, tmp_path, capsys):
+    """All patches would count alike: MAE, without a word."""
+    shutil.copytree(source, tmp_path / "given")
+    content = checkpoint_of(tmp_path / "given")
+    content["masking"] = {name: 0 * weight for name, weight in content["masking"].items()}
+    torch.save(content, tmp_path / "given" / "checkpoint.pt")
+    refused(arguments(sides, tmp_path / "out", *begun_from(tmp_path / "given")), capsys, "its T has not learned")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "name, words", [("absent", "does not exist"), ("empty", "does not exist"), ("text", "cannot be read")]
 )

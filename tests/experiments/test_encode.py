@@ -1,5 +1,6 @@
 """Trained networks for images of one's own: what is taken, what is refused, and that numbers are those of the run."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ import mlo_mae
 from experiments import open_run
 from experiments.encode import Model, encode, main
 from harness import UserError
+from harness.pictures import as_images
 from harness.readers import decode, list_any
 from kernels import gather_patches
 
@@ -257,6 +259,31 @@ def test_a_decoder_that_is_not_the_files_is_none(model, bare_weights):
     assert not odd.decodes
     with pytest.raises(UserError, match="no decoder"):
         odd.reconstruct(some_images())
+
+
+def test_a_decoder_of_pixels_gives_pixels(model, bare_weights):
+    heads = {"heads": model.net.cfg.heads, "decoder_heads": model.net.cfg.decoder_heads, "mean": model.mean, "std": model.std}
+    made, hidden = mlo_mae.load(bare_weights(), "cpu", raw_pixels=True, **heads).reconstruct(some_images(), 3)
+    plain, _ = mlo_mae.load(bare_weights(), "cpu", **heads).reconstruct(some_images(), 3)
+    inputs = model.inputs(some_images())
+    _, keep, restore, mask = mlo_mae.load(bare_weights(), "cpu", **heads).draw(inputs, 3, 0)
+    encoder_params, decoder_params = model.state.theta.params.tensor_split([model.net.encoder_size])
+    tokens = mlo_mae.call(model.net.encoder, encoder_params, inputs, keep)
+    patches = mlo_mae.call(model.net.decoder, decoder_params, tokens, restore)
+    expected = as_images(patches.detach(), model.net.cfg.patch_size, model.mean, model.std)
+    there = hidden.repeat_interleave(model.net.cfg.patch_size, 1).repeat_interleave(model.net.cfg.patch_size, 2)
+    assert np.allclose(made[there].numpy(), expected[there.numpy()], atol=1e-5) and not torch.allclose(made, plain, atol=1e-2)
+    assert torch.equal(made[~there], plain[~there])
+
+
+def test_a_t_that_has_not_learned_does_not_choose(whole_run):
+    """Before --mask-start p is 1 and chance hides, here as in the run."""
+    late = mlo_mae.load(whole_run[0], "cpu")
+    late.net.cfg = dataclasses.replace(late.net.cfg, mask_start=0.5)
+    early = dataclasses.replace(late, state=late.state._replace(psi=late.state.psi._replace(t=0)))
+    prob, _, _, mask = early.draw(early.inputs(some_images()), 0, 0)
+    assert (prob == 1).all() and mask.any()
+    assert not (late.draw(late.inputs(some_images()), 0, 0)[0] == 1).any()
 
 
 def test_what_does_not_go_together_is_refused(whole_run, exports, bare_weights, tmp_path):

@@ -94,6 +94,7 @@ def test_chance_is_drawn_where_runs_have_one(tmp_path, figures):
     for figure, expected in zip(figures, (["L3, classifier on held-out images"], [])):
         dotted = [axis.get_title("left") for axis in figure.axes for line in axis.lines if line.get_linestyle() == ":"]
         assert [title for title in dotted if "classifier" in title] == expected
+        assert ("below chance (dotted)" in figure.get_supxlabel().replace("\n", " ")) == bool(expected)
 
 
 def test_noise_does_not_fill_an_axis(tmp_path, figures):

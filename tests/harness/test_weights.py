@@ -150,6 +150,7 @@ def test_an_encoder_of_other_sizes_names_the_flags_to_change(changes, words):
             lambda w: w.update({"norm.bias": torch.ones(16, dtype=torch.int64)}),
             "norm.bias is not of floating-point numbers but torch.int64",
         ),
+        (lambda w: w.update({"register_tokens": torch.ones(1, 4, 16)}), "register_tokens has no place here"),
         (lambda w: w.update({"norm.bias": torch.eye(4).to_sparse()}), "floating-point numbers but of a type unknown"),
         (lambda w: w.update({"norm.bias": torch.ones(16, device="meta")}), "norm.bias is not of floating-point numbers"),
         (lambda w: w.update({"patch_embed.proj.weight": torch.ones(16, 3, 4, 4).bool()}), "no ViT with square patches"),
@@ -591,6 +592,20 @@ def test_the_heads_that_a_file_states_are_read(tmp_path, call):
         write_safetensors(network(), file, {"call": call})
     for kind in ("pth", "safetensors"):
         assert read_weights(tmp_path / kind).heads == CALLS[call]
+
+
+def test_registers_of_which_there_are_none_are_no_matter(tmp_path):
+    torch.save({"model": network() | {"register_tokens": torch.ones(1, 0, 16)}}, tmp_path / "file")
+    assert read_weights(tmp_path / "file").weights.keys() >= network().keys()
+
+
+def test_the_pixels_that_a_fine_tunings_checkpoint_knows_are_read(tmp_path):
+    known = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    torch.save({"model": network(), "data": known | {"channels": 3}}, tmp_path / "file")
+    assert read_weights(tmp_path / "file").pixels == (known["mean"], known["std"])
+    for data in ({"mean": [0.1]}, 3, None, {}):
+        torch.save({"model": network(), "data": data}, tmp_path / "file")
+        assert read_weights(tmp_path / "file").pixels is None
 
 
 @pytest.mark.parametrize("facts", [{"call": 7}, {"call": None}, {"config": {"heads": "2"}}, {"config": 3}, {}])
