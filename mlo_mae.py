@@ -1139,7 +1139,9 @@ class RidgeHead(nn.Module):
         deviation = (second.diagonal() + 1e-6).sqrt()
         covariance, cross = (second / deviation[:, None]).split([len(mean), len(of_labels)], dim=1)
         correlation = covariance / deviation + self.penalty * torch.eye(len(mean), device=mean.device, dtype=mean.dtype)
-        return of_labels + (features - mean) / deviation @ torch.linalg.solve(correlation, cross)  # (5)
+        place = "cpu" if mean.device.type == "mps" else mean.device  # torch 2.11's backward is wrong on mps (pytorch #175192)
+        solution = torch.linalg.solve(correlation.to(place), cross.to(place)).to(mean.device)
+        return of_labels + (features - mean) / deviation @ solution  # (5)
 
 
 class TokenMaskingNetwork(nn.Module):
@@ -1158,7 +1160,8 @@ class TokenMaskingNetwork(nn.Module):
     def forward(self, x):  # [B, D, h, w] -> p [B, N]
         logits = self.fc(F.layer_norm(x.movedim(1, 3), x.shape[1:2])).movedim(3, 1)  # [B, 1, h, w]
         if logits.shape[-1] != self.grid:
-            logits = F.interpolate(logits, (self.grid, self.grid), mode="bilinear", antialias=True)
+            place = "cpu" if logits.device.type == "mps" else logits.device  # mps has no backward of it
+            logits = F.interpolate(logits.to(place), (self.grid, self.grid), mode="bilinear", antialias=True).to(logits.device)
         logits = logits.flatten(1)
         return (logits - logits.mean(1, keepdim=True) - 2).sigmoid()
 

@@ -470,7 +470,7 @@ def add_training_flags(
     group = parser.add_argument_group("data, encoder and machine, as for pretrain")
     cli.add_flags(group, [field for field in fields(Config) if field.name in settings])
     where = f"folder to write (default {folder}, or scratch-..., in RUN or, without one, named in runs)"
-    parser.add_argument("--out", type=Path, help=where)
+    parser.add_argument("--out", type=cli.named_path, help=where)
     parser.add_argument("--resume", action="store_true", help="continue what is in --out, or start it")
     cli.add_dry_run(parser)
     return group

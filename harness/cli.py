@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError instead of printing its usage and leaving."""
 
     def __init__(self, *given, **named):
-        super().__init__(*given, **named)
+        super().__init__(*given, **{"allow_abbrev": False} | named)  # `value_in` knows whole names alone
         add_ask(self, "--json", "end with a line of JSON on a terminal too")
 
     def error(self, message):
@@ -144,6 +144,22 @@ def value_in(argv: list[str], flag: str) -> str | None:
     """The value that a command line gives this flag, before the rest of it is looked at; None: none."""
     pairs = [pair for word, after in zip(argv, [*argv[1:], ""]) for pair in (word.split("=", 1), [word, after])]
     return next((pair[1] for pair in reversed(pairs) if pair[0] == flag and len(pair) == 2), None)
+
+
+def device_in(argv: list[str]) -> str | None:
+    """The device that a command line gives, or that of the run that it resumes; None: none."""
+    given, out = value_in(argv, "--device"), value_in(argv, "--out")
+    if given or not out or "--resume" not in argv:
+        return given
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong with it is told later
+        return json.loads((Path(out) / "config.json").read_text()).get("device")
+
+
+def named_path(text: str) -> Path:
+    """A path, for argparse; not an empty one, which would be the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a folder, or leave the flag out")
+    return Path(text)
 
 
 def add_flags(
@@ -221,6 +237,8 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_M
     `remedy` is for want of memory, by flags that the program has."""
     status = 2
     asked.clear()
+    with contextlib.suppress(AttributeError, ValueError):  # what stands for it in a notebook or a test
+        sys.stdout.reconfigure(errors="backslashreplace")  # a character that a terminal lacks must not end a report
     try:
         with interruptible():
             summary = work()
@@ -263,7 +281,7 @@ def choose_device(name: str) -> torch.device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     counts = {"cpu": 1, "cuda": gpus, "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
-        name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
+        name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind] and (kind != "mps" or world() == 1))
     try:
         device = torch.device(name)
         here = (device.index or 0) < counts.get(device.type, 0)
@@ -313,7 +331,7 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
         return command(name).main(argv)
 
     def work():
-        join(value_in(argv, "--device") != "cpu")  # first, so that what several processes have to say is said once
+        join(device_in(argv) != "cpu")  # first, so that what several processes have to say is said once
         if name in commands():
             raise UserError(f"{name} runs as one process; start it without torchrun")
         if name != "pretrain":

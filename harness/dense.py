@@ -354,7 +354,7 @@ def coco_boxes(
         row[: len(found)] = np.reshape(found, (-1, 5))
     files = [str(image["file_name"]) for image in images.values()]
     for name in files:
-        if os.path.isabs(name) or ".." in Path(name).parts:
+        if Path(name).anchor or ".." in Path(name).parts:  # a drive or a root, by itself too
             raise UserError(f"its image {name} would lie out of its folder; give file_name relative to that")
     return files, list(sizes.values()), labels
 

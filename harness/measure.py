@@ -68,13 +68,17 @@ def table_page(argv: list[str], facts: dict[str, Any], table: list[str], notes: 
 
 def seconds(call: Call, device: torch.device) -> float:
     """Wall time of one call, in seconds, with the device idle at both ends."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait(device)
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait(device)
     return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    """Until the device is idle."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
 
 
 def interleaved(fresh: Callable[[], dict[Any, Call]], repeats: int, device: torch.device) -> dict[Any, list[float]]:

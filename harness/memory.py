@@ -81,7 +81,7 @@ def free_memory(device: torch.device) -> float:
         return math.inf
     lines = (line.replace(":", "").split() for line in of_machine.read_text().splitlines())
     known = {name: int(value) * 1024 for name, value, *_ in lines}
-    free = [known["MemAvailable"] + known["SwapFree"]]
+    free = [known.get("MemAvailable", math.inf) + known.get("SwapFree", 0)]  # WSL 1 does not say
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         free.append(limit - int(of_process.read_text().split()[0]) * resource.getpagesize())

@@ -72,7 +72,7 @@ def join(gpu: bool = True) -> None:
 
 def leave() -> None:
     """End what `join` began."""
-    if dist.is_initialized():
+    if joined():
         dist.destroy_process_group()
 
 
@@ -129,14 +129,19 @@ def end(status: int) -> NoReturn:
     sys.exit(status)
 
 
+def joined() -> bool:
+    """Whether this is one of several processes that have found each other; a torch may be built without what that takes."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def world() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if joined() else 1
 
 
 def rank() -> int:
     """Which of them this is. Number 0 writes all files, and shows how the run goes."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if joined() else 0
 
 
 def share(count: int) -> slice:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from harness import UserError
 from harness.checkpoints import fitting, newest
-from harness.cli import add_dry_run, add_flags, check, flag_name, given_as
+from harness.cli import add_dry_run, add_flags, check, flag_name, given_as, named_path
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
 from harness.readers import first_of
@@ -39,6 +39,7 @@ class Stopped(BaseException):  # which no `except Exception` on the way takes fo
     """A signal has ended what is done `at_once`."""
 
 
+CLAIMED = set()  # folders whose lock this process holds: Windows refuses it a second one
 SNAPSHOTS = 10  # times in a run at which p is recorded
 
 
@@ -156,6 +157,8 @@ class Run:
 
     def _claim(self) -> None:
         """Keep the folder to this process as long as it lives: the lock ends with it, however it ends."""
+        if not fcntl and self.out.resolve() in CLAIMED:
+            return
         self.lock = os.open(self.out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB) if fcntl else msvcrt.locking(self.lock, msvcrt.LK_NBLCK, 1)
@@ -165,6 +168,7 @@ class Run:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
                 raise
             print(f"no locks where {self.out} is: nothing keeps a second process from writing there", file=sys.stderr)
+        CLAIMED.add(self.out.resolve())
 
     def timed(self, stream: Iterator) -> Iterator:
         """The items of a stream; the seconds that the loop waits for them count as waiting."""
@@ -330,7 +334,7 @@ def add_run_flags(parser: argparse.ArgumentParser, kind: type, name: str, preset
     {field: value} that --help names as defaults, in place of the fields' own."""
     add_flags(parser, dataclasses.fields(kind), preset, grouped=True)
     where = f"folder of the run (default runs/<preset>-{name}-<seed>; with --data, its name in place of the preset's)"
-    parser.add_argument("--out", type=Path, help=where)
+    parser.add_argument("--out", type=named_path, help=where)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, or start it")
     add_dry_run(parser)
 

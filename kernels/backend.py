@@ -92,7 +92,7 @@ def runs_triton(operation, *tensors, limit=None):
     elif odd:
         obstacle = f"{odd[0]} is not supported (cast to float32, float16 or bfloat16)"
     else:
-        obstacle = too_old(tensors[0].device) or limit
+        obstacle = too_old(tensors[0].device) or cannot_start(tensors[0].device) or limit
     if backend == "triton" and obstacle:
         raise RuntimeError(f'{operation}: Triton was asked for, but {obstacle}; kernels.use("auto") picks what can run')
     return not obstacle and (backend == "triton" or tensors[0].is_cuda)
@@ -104,6 +104,18 @@ def too_old(device):
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0):
         return None
     return "the GPU's compute capability is {}.{}, and Triton needs 8.0".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def cannot_start(device):
+    """Why Triton cannot build what starts its kernels on this GPU, in words, or None: it wants a C compiler, Python's headers
+    and a folder to keep it in."""
+    if device.type != "cuda":
+        return None
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # of many kinds
+        return f"Triton cannot start here ({type(error).__name__}: {str(error)[:200]})"
 
 
 @functools.cache

@@ -293,6 +293,32 @@ def test_several_processes_have_a_gpu_each_or_none(monkeypatch):
     assert cli.choose_device("cuda").type == "cuda" and cli.choose_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="--device cuda:1 does not go with several processes; choose cpu or cuda"):
         cli.choose_device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert cli.choose_device("auto").type == "cpu"  # which several processes can share
+
+
+def test_the_device_is_that_of_the_run_that_goes_on(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"device": "cpu"}))
+    assert cli.device_in(["--out", str(tmp_path), "--resume"]) == "cpu" and cli.device_in(["--out", str(tmp_path)]) is None
+    assert cli.device_in(["--device=cuda", "--out", str(tmp_path), "--resume"]) == "cuda"
+    for content in ("{", "[]"):
+        (tmp_path / "config.json").write_text(content)
+        assert cli.device_in(["--out", str(tmp_path), "--resume"]) is None
+
+
+def test_flags_have_one_name_and_folders_a_name(capsys):
+    refused(["pretrain", "--dev", "cpu"], capsys, "--dev")
+    for words in (["pretrain", "--out", "", "--resume"], ["finetune", "RUN", "--out", ""]):
+        refused(words, capsys, "--out", "it is empty; name a folder")
+
+
+def test_a_report_outlives_an_encoding_that_lacks_its_characters():
+    code = "from harness import cli; raise SystemExit(cli.reported('program', lambda: print('\u00b1 \u30c7')))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    root = os.path.dirname(SCRIPT)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=root)
+    assert (done.returncode, done.stdout) == (0, "\\xb1 \\u30c7\n"), done.stderr
 
 
 def test_kernels_that_there_are_not_are_one_line():

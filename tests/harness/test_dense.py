@@ -408,6 +408,7 @@ BOX_FAULTS = {
     "a nameless category": ({"categories": [{"id": 5}]}, "it has no 'name'"),
     "doubled images": ({"images": [small, small]}, "2 images with 1 id;"),
     "a way out": ({"images": [small | {"file_name": "../0.jpg"}], "annotations": [annotation]}, "out of its folder"),
+    "another root": ({"images": [small | {"file_name": "/0.jpg"}], "annotations": [annotation]}, "out of its folder"),
     "an absent image": ({"images": [small | {"file_name": "9.jpg"}], "annotations": [annotation]}, "9.jpg"),
     "no list": ({"images": {"a": 1}}, "cannot be used"),
 }

@@ -409,6 +409,20 @@ def test_a_gpu_that_triton_does_not_know_is_told_apart(capability, hip, known, m
 
 
 @needs_triton
+def test_a_triton_that_cannot_build_its_launcher_says_why(monkeypatch):
+    """No C compiler, no headers of Python, no folder to write to."""
+
+    class Broken:
+        def get_current_target(self):
+            raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Broken())
+    said = kernels.backend.cannot_start.__wrapped__(torch.device("cuda:0"))
+    assert said == "Triton cannot start here (RuntimeError: Failed to find C compiler)"
+    assert kernels.backend.cannot_start.__wrapped__(torch.device("cpu")) is None
+
+
+@needs_triton
 @pytest.mark.parametrize(
     "N, dtype", [(17, HALVES[0]), (50, HALVES[0]), (65, HALVES[0]), (257, HALVES[0]), (65, torch.float32)]
 )
