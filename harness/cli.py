@@ -151,7 +151,7 @@ def device_in(argv: list[str]) -> str | None:
     given, out = value_in(argv, "--device"), value_in(argv, "--out")
     if given or not out or "--resume" not in argv:
         return given
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # what is wrong with it is told later
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):  # what is wrong with it is told later
         return json.loads((Path(out) / "config.json").read_text()).get("device")
 
 

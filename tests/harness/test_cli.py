@@ -302,7 +302,7 @@ def test_the_device_is_that_of_the_run_that_goes_on(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"device": "cpu"}))
     assert cli.device_in(["--out", str(tmp_path), "--resume"]) == "cpu" and cli.device_in(["--out", str(tmp_path)]) is None
     assert cli.device_in(["--device=cuda", "--out", str(tmp_path), "--resume"]) == "cuda"
-    for content in ("{", "[]"):
+    for content in ("{", "[]", "[" * 100_000):
         (tmp_path / "config.json").write_text(content)
         assert cli.device_in(["--out", str(tmp_path), "--resume"]) is None
 
