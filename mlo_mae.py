@@ -1505,11 +1505,11 @@ def renormalised(here: dict, there: dict) -> tuple[Tensor, Tensor]:
 
 def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
     """psi, and the parameters of the encoder that T reads, out of another run's checkpoint. Raises as `sight_of` does, and
-    UserError where T has not learned, by which all patches would count alike."""
+    UserError where T has not learned and is not to, by which all patches would count alike."""
     kept = content["eyes"].get("weights")
     kept = {name: content["model"][name] for name, _ in net.seer.named_parameters()} if kept is None else kept
     psi = flatten([net.masking], content["masking"])
-    if not psi.any():
+    if not psi.any() and not net.cfg.masking_learns:
         raise UserError("its T has not learned (all its weights are 0); take a run whose T has")
     return psi, flatten([net.seer], kept)
 
