@@ -3,6 +3,7 @@
 Two processes are started once; they run `everything` below, which leaves its results in files. MLO_MAE_KILLS sets how
 many runs lose a process."""
 
+import contextlib
 import io
 import json
 import os
@@ -190,12 +191,12 @@ if __name__ == "__main__":
 
 
 def free_ports(count):
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [str(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
+    """Below those that systems hand out by themselves: another program's socket must not come by one before its turn."""
+    ports, numbers = [], random.SystemRandom()
+    while len(ports) < count:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := numbers.randrange(10_000, 30_000)))
+            ports += [str(port)] * (str(port) not in ports)
     return ports
 
 
