@@ -752,7 +752,7 @@ def run_kernels(options: argparse.Namespace, device: torch.device, page: Page) -
         "quartiles. Speedup: over the best rival. Rate and ceiling: of the bytes that must move, beside a plain copy that "
         "moves as many, or of the operations that must be made, beside a large matrix product's, whichever takes longer. "
         "-: refused, out of memory, or not run; torch.compile runs where it might fuse better, "
-        f"{' and '.join(sorted(COMPILED))}. {where}",
+        f"{', '.join(sorted(COMPILED))}. {where}",
     )
     return {"rows": page.rows}
 

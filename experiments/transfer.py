@@ -365,9 +365,8 @@ def encoder_and_dense_data(
             base = asdict(config_of(content)) | ({"image_size": 0, "images": 0} if "data" in settings else {})
     else:
         preset = settings.get("preset", "shapes")
-        base = {"preset": preset, "seed": recipe.seed} | PRESETS[preset]
-    origin = {} if run and run.is_dir() else {"init": str(run or "")}  # a run may be named by another path, and move
-    cfg = Config(**base | settings | origin)
+        base = {"preset": preset, "seed": recipe.seed, "init": str(run or "")} | PRESETS[preset]
+    cfg = Config(**base | settings)
     mlo_mae.check(cfg)
     known = cfg.data in DRAWN or Path(cfg.data).is_file()  # of a file, `load_dense` says whether it knows its objects
     if not known and "data" not in settings:
