@@ -41,12 +41,12 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import kernels
 import mlo_mae
-from harness import cli, measure, printable
+from harness import cli, counted, first_line, measure, printable
 from harness.files import append_line, check_free, read_rows, write_whole
 from harness.measure import Page, interleaved, operations, operators, peak_memory, product_rate, quartiles, relative_error
 from harness.pictures import Panel, caption, draw_panels, save_figure
 from harness.randomness import REDRAWN, draw_dropout
-from harness.vectors import decays, inverse_fan_in, weight_decays
+from harness.vectors import decays
 from kernels.race import COMPILED, DTYPES, GEOMETRY, KERNELS, SDPA, cases, race
 from mlo_mae import Config, Labelled, Level, Networks, Rates, Result, Step
 
@@ -165,12 +165,6 @@ def random_batches(size: int, count: int, device: torch.device) -> Iterator[data
         yield data.Batch(images.to(device), torch.randint(10, (count,)).to(device))
 
 
-def rates_of(net: Networks, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """Weight decays of the three levels, and learning rates of T's parameters, as `mlo_mae.outer_iteration` takes them."""
-    decay = [weight_decays(modules, net.cfg.weight_decay).to(device) for modules in mlo_mae.modules_of(net).values()]
-    return decay, inverse_fan_in(net.masking).to(device)
-
-
 def problem(cfg: Config, size: int, device: torch.device | str, count: int = 2, warm: int = 4) -> tuple[Networks, Problem]:
     """Networks, and what a form of the hypergradient takes after them as training makes it, in float32.
 
@@ -179,7 +173,7 @@ def problem(cfg: Config, size: int, device: torch.device | str, count: int = 2, 
     cfg = dataclasses.replace(cfg, warmup=0.0, mask_start=0.0, mask_wait=0.0)  # T learns and weighs from the first
     net, params = mlo_mae.build(cfg, size, 3, classes=10)
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
-    decay, mask_rate = rates_of(net, device)
+    decay, mask_rate = mlo_mae.rates_of(net, device)
     torch.manual_seed(1)
     batches = [random_batches(size, n, device) for n in (cfg.batch_size, *[cfg.labelled_batch_size] * 2)]
     for _ in range(warm):
@@ -300,7 +294,7 @@ def run_hypergradient(
 
 def described(cfg: Config) -> str:
     """What levels 2 and 3 are made of."""
-    steps = f"{cfg.head_steps} head step{'s' * (cfg.head_steps > 1)}"
+    steps = counted(cfg.head_steps, "head step")
     features = {"mean": "the mean token", "cls": "the CLS token"}[cfg.pooling]
     return f"{'head solved' if cfg.level2 == 'ridge' else steps} on {features}, T {cfg.masking_network}"
 
@@ -576,7 +570,7 @@ def measure_step(
     """(the outer iteration as a call, {part: row}, what follows from the rows)."""
     net, arguments = problem(cfg, cfg.image_size or 32, device, cfg.mask_batches, warm=2)
     theta, psi, head, _, _ = arguments
-    state, rates = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device)), rates_of(net, device)
+    state, rates = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device)), mlo_mae.rates_of(net, device)
     off = dataclasses.replace(net)  # for kernels off: a recording has them on or off
 
     def record(wanted: bool):
@@ -726,7 +720,7 @@ def run_kernels(options: argparse.Namespace, device: torch.device, page: Page) -
                 try:
                     found, error = race(case, direction, options.compile, options.repeats, device)
                 except Exception as failure:  # one comparison that cannot be made does not end the others
-                    error = f"{type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+                    error = f"{type(failure).__name__}: {first_line(failure)}"
                     page.append(what | {"failed": error})
                     page.wrong.append(f"{' '.join(what.values())}: {error}")
                     continue

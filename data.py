@@ -192,16 +192,11 @@ class Images:
         """Every image once, in order, as it is; the last Batch may be smaller."""
         return (self.pick(indices) for indices in torch.arange(len(self)).split(batch_size))
 
-    def stream(
-        self, batch_size: int, seed: int, start: int = 0, augment: bool = True, part: slice = slice(None)
-    ) -> Iterator[Batch]:
-        """Endless shuffled Batches from batch number `start` on, cropped and flipped at random if `augment`; of each, the
-        images that the slice `part` names."""
+    def stream(self, batch_size: int, seed: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
+        """Endless shuffled Batches from batch number `start` on, cropped and flipped at random; of each, the images that the
+        slice `part` names."""
         for b, indices in index_batches(len(self), batch_size, seed, start):
-            if augment:
-                yield self.augmented(indices, numpy_generator(seed, AUGMENT, b), part)
-            else:
-                yield self.pick(indices[part])
+            yield self.augmented(indices, numpy_generator(seed, AUGMENT, b), part)
 
     def augmented(self, indices: np.ndarray, rng: np.random.Generator, part: slice = slice(None)) -> Batch:
         """These images after a random crop (from size/8 pixels of black around) and a random horizontal flip, where `crop` and
@@ -260,16 +255,12 @@ class Folder:
         """Every image once, in order, not augmented; the last Batch may be smaller."""
         return self.batches((indices.numpy(), None) for indices in torch.arange(len(self)).split(batch_size))
 
-    def stream(
-        self, batch_size: int, seed: int, start: int = 0, augment: bool = True, part: slice = slice(None)
-    ) -> Iterator[Batch]:
-        """Endless shuffled Batches from batch number `start` on, cropped, resized and flipped at random if `augment`; of
-        each, the images that the slice `part` names."""
+    def stream(self, batch_size: int, seed: int, start: int = 0, part: slice = slice(None)) -> Iterator[Batch]:
+        """Endless shuffled Batches from batch number `start` on, cropped, resized and flipped at random; of each, the images
+        that the slice `part` names."""
         places = range(batch_size)[part]
-        return self.batches(
-            (indices[part], [(seed, AUGMENT, b, j) for j in places] if augment else None)
-            for b, indices in index_batches(len(self), batch_size, seed, start)
-        )
+        requests = index_batches(len(self), batch_size, seed, start)
+        return self.batches((indices[part], [(seed, AUGMENT, b, j) for j in places]) for b, indices in requests)
 
     def batches(self, requests: Iterable[tuple[np.ndarray, list[Key] | None]]) -> Iterator[Batch]:
         """A Batch for each (indices, random keys or None), in order."""
@@ -466,22 +457,16 @@ def channel_statistics(images: np.ndarray) -> tuple[Colour, Colour]:
 
 
 def resized(images: np.ndarray, size: int) -> np.ndarray:
-    """[N, C, H, W] uint8 -> [N, C, size, size] uint8, bicubic."""
+    """[N, C, H, W] uint8 -> [N, C, size, size] uint8, bicubic; objects [N, H, W] bool -> [N, size, size] bool: the pixels of
+    which the object covers more than half."""
 
     def resize(some: np.ndarray) -> np.ndarray:
-        some = F.interpolate(torch.from_numpy(some).float(), (size, size), mode="bicubic", antialias=True)
-        return some.round().clamp(0, 255).byte().numpy()
+        pixels = torch.from_numpy(some).float()
+        if some.dtype == bool:
+            return (F.adaptive_avg_pool2d(pixels, size) > 0.5).numpy()
+        return F.interpolate(pixels, (size, size), mode="bicubic", antialias=True).round().clamp(0, 255).byte().numpy()
 
     return np.concatenate([resize(some) for some in np.array_split(images, math.ceil(len(images) / 1024))])
-
-
-def resized_objects(objects: np.ndarray, size: int) -> np.ndarray:
-    """[N, H, W] bool -> [N, size, size] bool: the pixels of which the object covers more than half."""
-
-    def resize(some: np.ndarray) -> np.ndarray:
-        return (F.adaptive_avg_pool2d(torch.from_numpy(some).float(), size) > 0.5).numpy()
-
-    return np.concatenate([resize(some) for some in np.array_split(objects, math.ceil(len(objects) / 1024))])
 
 
 def report(name: str, splits: Splits, left_out: Counter[str] | None = None) -> Splits:
@@ -569,7 +554,7 @@ def load(
     digest = digest_of([np.frombuffer(kind.encode(), np.uint8), *arrays])
     if size != native_size:
         parts = {
-            split: (resized(images, size), labels, *(resized_objects(some, size) for some in objects))
+            split: (resized(images, size), labels, *(resized(some, size) for some in objects))
             for split, (images, labels, *objects) in parts.items()
         }
     mean, std = (CIFAR_MEAN, CIFAR_STD) if name in CIFAR else channel_statistics(parts["train"][0])
@@ -605,7 +590,7 @@ def split_parts(
 
 
 def list_folder(
-    root: str, size: int, limit: int, val_fraction: float, seed: int, skip_corrupt: bool, classes: bool = True
+    root: str, size: int, limit: int, val_fraction: float, seed: int, skip_corrupt: bool, classes: bool
 ) -> tuple[Files, list[str], Counter[str], str]:
     """train/, val/ and test/ as they are, their class names, how many files were left out, for each reason, and the digest;
     without test/, val/ is the test split and val is held out of train/. Where there is none of these and classes are not asked

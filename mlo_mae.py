@@ -25,8 +25,8 @@ derivative passes through these tokens. One outer iteration (flags call it a mas
     L3(phi', z3) = |C(z3; phi') - y3|^2,   z3 = E'(x3)                      (validation images)                   (6)
 
 and then moves psi against dL3/dpsi, the hypergradient: the derivative through (3) and (5). (5) is the paper's own argmin,
-not a step towards it; y is one-hot, the penalty is on weights of standardised features, and what (5) needs of the images are
-means and covariances of (z2, y2), which phi is kept as. --level2 steps is what is published: cross-entropy in (4) and (6),
+not a step towards it. y is one-hot; the penalty is on C's weights for standardised features; phi is stored as the means and
+covariances of (z2, y2), of which (5) makes these weights. --level2 steps is what is published: cross-entropy in (4) and (6),
 and phi' = U(phi, dL2/dphi). What the derivative holds fixed: the masks m, which are a hard choice, and every step before. Then
 p in (2) is all that links T to E, and three observations give it exactly, without a Hessian and without a double backward
 through the autoencoder:
@@ -38,8 +38,8 @@ through the autoencoder:
         (jvp) gives all at once.  So dL3/dp_ij = m_ij d_ij / sum(m).                                              (9)
     dL3/dpsi = dL1(p(psi), d)/dpsi: the loss (2) with d in place of l, and one backward pass through T.          (10)
 
-By default (9) and (10) are taken over the last four batches of level 1, with theta and c of the last: a mean over four is less
-noise, and of these batches the last alone made the step. With --mask-batches 1 the derivative is exact.
+By default (9) and (10) are taken over the last four batches of level 1, all with the last step's theta and c, though only the
+last batch made that step: a mean over four is less noisy. With --mask-batches 1 the derivative is exact.
 
 U is AdamW's step number t, with moments mu and nu:
 
@@ -53,17 +53,16 @@ A = (a_theta, a_mu, a_nu) of (theta', mu', nu'), which is (a, 0, 0) at the last 
 c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_theta <- a_theta + H c, where
 H = d2L1/dtheta2. The hypergradient is the sum of (10) over these steps.                                         (13)
 
-A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; a head that does no better on the validation
-images than their classes' shares has nothing to tell, and T waits for a better one (--mask-wait). From --mask-until on (later
-by as much as T has waited), T and the encoder it reads stay as they are, p of each image (of those in memory) is computed
-once, and E and D, which have far to go under these weights, get a learning rate that starts again (--mask-restart; MAE,
---masking random, gains by that, too, and has it).
+A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs; while the head is no better on the validation
+images than their classes' shares would be, it has nothing to tell, and T waits (--mask-wait). From --mask-until (plus what T
+has waited) on, T and the encoder it reads are frozen, p of images in memory is computed once, and the learning rate of E and
+D, which have far to go under these weights, starts again (--mask-restart; with --masking random too, which gains by it).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge (plain
 autograd, at a higher price), the loop; then the networks, a whole run, the command line. Images come from data.py; kernels/
 has five operations, each as plain PyTorch (the "reference") and as GPU kernels. What any run needs and no equation mentions
-(files, processes, flags) is in harness/. Shapes: B images, N patches, K of them visible, D channels of a token; in
-shapes alone, C channels of an image, H and W its sides, p a patch's side.
+(files, processes, flags) is in harness/. Shapes: B images, N patches, K of them visible, D channels of a token, n numbers of
+a vector; in shapes alone, C channels of an image, H and W its sides, p a patch's side.
 
     python mlo_mae.py                                        # built-in images: pretrain, probe, pictures
     python mlo_mae.py pretrain --preset cifar100 --data-dir DIR
@@ -277,30 +276,56 @@ def check(cfg: Config) -> None:
 
 
 # --------------------------------------------------------------------------------- masks and the three losses
-# Each level's parameters are ONE vector (why: harness/vectors.py); `call` runs a module with a given one.
+# Each level's parameters are ONE vector (why: harness/vectors.py); `call` runs a module with a given one, and `in_parts` a
+# function on --accumulate parts of a batch, one after the other, of which it joins the results.
+
+
+class Level(NamedTuple):
+    """What one level learns, and AdamW's memory of it."""
+
+    params: Tensor  # theta, phi or psi
+    mu: Tensor  # first moment, of the same length
+    nu: Tensor  # second moment
+    t: int | Tensor  # steps made; a scalar tensor in `in_one_launch` alone
+
+
+def fresh_level(params: Tensor, device: torch.device | str) -> Level:
+    return Level(params.to(device), torch.zeros_like(params, device=device), torch.zeros_like(params, device=device), 0)
+
+
+def copied(level: Level) -> Level:
+    return Level(*(vector.clone() for vector in level[:3]), level.t)
+
+
+def detached(level: Level) -> Level:
+    return Level(level.params.detach(), level.mu.detach(), level.nu.detach(), level.t)
+
+
+class Sight(NamedTuple):
+    """How a T that was learned in another run sees this run's images."""
+
+    encoder: nn.Module  # what T reads, on the meta device
+    facts: dict  # its sizes, and the mean and deviation of the pixels that it knows
+    scale: Tensor  # [C, 1, 1]: pixels normalised as here, times `scale` plus `shift`, are normalised as there
+    shift: Tensor
 
 
 @dataclass
 class Networks:
-    """The four architectures (parameters on the meta device) and what depends on them alone.
-
-    For baselines: score(images, known, generator, progress) -> [B, N], another way to choose the masks (the highest are
-    hidden, and T does not weigh); maps(training images) -> n maps of each image, made once, which `known` [B, n*N] holds by
-    patch, cropped and flipped as the images are (None: no maps); penalty(CLS tokens [B, D]) -> scalar, a term added to L1.
-    sight: set where T is another run's. replay: `in_one_launch`, for steps that are made in place. raw: whether D, a public
-    one, was taught to predict pixels, not normalised patches."""
+    """The four architectures (parameters on the meta device) and what depends on them alone."""
 
     cfg: Config
     encoder: nn.Module
     decoder: nn.Module
     head: nn.Module
     masking: nn.Module
+    sight: Sight | None = None  # set where T is another run's
+    replay: "Callable[[Step, Tensor], Update] | None" = None  # `in_one_launch`, for steps that are made in place
+    # Baselines choose the masks: (images, known, generator, progress) -> [B, N]; the highest are hidden, T does not weigh
     score: Callable[[Tensor, Tensor | None, torch.Generator, float], Tensor] | None = None
+    # by M maps of each training image, made once; cropped and flipped as the image is, they are `known` [B, M*N] of a step
     maps: Callable[[data.Images], data.Images] | None = None
-    penalty: Callable[[Tensor], Tensor] | None = None
-    sight: "Sight | None" = None
-    replay: "Callable[[Step, Tensor], Update] | None" = None
-    raw: bool = False
+    penalty: Callable[[Tensor], Tensor] | None = None  # and add a term to L1: CLS tokens [B, D] -> scalar
 
     @property
     def patches(self) -> int:  # N
@@ -322,7 +347,7 @@ class Networks:
 class Step(NamedTuple):
     """One level-1 step as it was made: all that differentiating it takes. A field is None where it will not be needed."""
 
-    theta: "Level | None"  # before the step
+    theta: Level | None  # before the step
     gradient: Tensor | None  # g1
     rates: "Rates | None"
     images: Tensor  # [B, C, H, W]
@@ -330,25 +355,15 @@ class Step(NamedTuple):
     restore: Tensor  # [B, N] each patch's place in the shuffled order
     mask: Tensor  # [B, N] 1 = hidden
     eyes: Tensor | None = None  # parameters of the encoder that T read
-    covered: Tensor | None = None  # [B, N] share of each patch that the image covers; None: all, or p knows it
-
-
-class Sight(NamedTuple):
-    """How a T that was learned in another run sees this run's images."""
-
-    encoder: nn.Module  # what T reads, on the meta device
-    facts: dict  # its sizes, and the mean and deviation of the pixels that it knows
-    scale: Tensor  # [C, 1, 1]: pixels normalised as here, times `scale` plus `shift`, are normalised as there
-    shift: Tensor
+    covered: Tensor | None = None  # [B, N] share of each patch that the image covers; None: all, or p has it in it
 
 
 def masking_input(net: Networks, images: Tensor, eyes: Tensor) -> Tensor:
     """What T reads, constant: images [B, C, H, W], or tokens of the encoder with parameters `eyes` as [B, D, H/p, W/p]."""
-    cfg, blocks = net.cfg, 0  # after no block: the embeddings
-    if cfg.masking_network == "tokens":
-        blocks = cfg.masking_blocks
-    elif cfg.masking_input == "pixels":
+    cfg = net.cfg
+    if cfg.masking_network != "tokens" and cfg.masking_input == "pixels":
         return images
+    blocks = cfg.masking_blocks if cfg.masking_network == "tokens" else 0  # 0: the embeddings
     if net.sight:
         blocks, size = net.sight.facts["masking_blocks"], net.sight.facts["image_size"]
         images = images * net.sight.scale + net.sight.shift
@@ -388,11 +403,11 @@ def draw_masks(
     """p [B, N], and the choice (1): visible ids [B, K], restore ids [B, N], mask [B, N].
 
     `keys` seed the draw; `progress` is the share of the run that is done; `covered` is the share of each patch that the image
-    covers (None: all of it); `known` is p [B, N], where T need not be asked, or a baseline's maps [B, n*N]: see `Networks`."""
+    covers (None: all of it); `known` is p [B, N], where T need not be asked, or a baseline's maps [B, M*N]: see `Networks`."""
     cfg, weighs = net.cfg, weighed_by(net.cfg, progress) and not net.score
     prob = torch.ones(len(images), net.patches, device=images.device) if covered is None else covered
     if weighs:
-        prob = prob * masking_probability(net, psi, images, eyes) if known is None else known
+        prob = known if known is not None else prob * masking_probability(net, psi, images, eyes)  # p of (1)
     elif known is not None:  # maps of parts, which cover the image together
         prob = known.unflatten(1, (-1, net.patches)).sum(1)
     if net.score:
@@ -405,7 +420,7 @@ def draw_masks(
         score = uploaded(score, images.device)
         if weighs and cfg.mask_choice == "odds":  # the highest of logit + Gumbel noise: drawn without replacement by the odds
             score = prob.logit(1e-6) - (-score.clamp(1e-9, 1 - 1e-7).to(prob).log()).log()
-    return prob, *select_patches(score, net.visible)
+    return prob, *select_patches(score, net.visible)  # m of (1): the highest scores are hidden
 
 
 def weighed_by(cfg: Config, progress: float) -> bool:
@@ -440,8 +455,8 @@ def with_precision(cfg: Config, device: torch.device) -> Config:
 
 
 def errors_and_features(net: Networks, encoder_params: Params, decoder_params: Params, step: Step) -> tuple[Tensor, Tensor]:
-    """l [B, N]: mean squared error of each hidden patch's normalised pixels, 0 where the patch is visible; and the CLS
-    tokens of the masked images [B, D]."""
+    """l [B, N]: mean squared error of each hidden patch's normalised pixels, 0 where the patch is visible; and, for a
+    baseline's penalty, the CLS tokens of the masked images [B, D]."""
 
     def work(images, keep, restore, mask):
         with autocast(net, images.device):
@@ -475,12 +490,12 @@ def encode(net: Networks, encoder_params: Tensor, images: Tensor, pooling: str =
     return in_parts(work, net.cfg.accumulate, images)[0]
 
 
-def head_loss(net: Networks, head_params: Tensor, features: Tensor, labels: Tensor, dropout: Tensor | None = None) -> Tensor:
+def head_loss(net: Networks, head_params: Tensor, features: Tensor, labels: Tensor, dropout: Tensor | float = 1.0) -> Tensor:
     """The error of C in (4) and (6), a mean over images: squared, of one-hot labels; or cross-entropy, for --level2 steps.
 
     dropout: factors [B, D] of the head's input, for training steps alone."""
     if net.cfg.level2 == "steps":
-        return F.cross_entropy(call(net.head, head_params, features, *([] if dropout is None else [dropout])), labels)
+        return F.cross_entropy(call(net.head, head_params, features, dropout), labels)
     scores = call(net.head, head_params, features)  # [B, classes]
     return (scores - F.one_hot(labels, scores.shape[1])).square().sum(1).mean()
 
@@ -496,8 +511,8 @@ def solved_head(net: Networks, features: Tensor, labels: Tensor) -> Tensor:
     """phi' of (5), differentiable in the features: the means and covariances of (z2, y2) that give the solution, a vector."""
     rows, columns = net.head.moments.shape  # 1+D, D+classes
     both = torch.cat([features, F.one_hot(labels, columns - rows + 1).to(features)], dim=1)  # [B, D+classes]
-    mean = both.mean(0)
-    covariance = (features - mean[: rows - 1]).mT @ (both - mean) / len(both)
+    mean = both.mean(0)  # [D+classes]
+    covariance = (features - mean[: rows - 1]).mT @ (both - mean) / len(both)  # [D, D+classes]
     return torch.cat([mean[None], covariance]).flatten()
 
 
@@ -505,15 +520,6 @@ def solved_head(net: Networks, features: Tensor, labels: Tensor) -> Tensor:
 
 BETA1, BETA2, EPS = 0.9, 0.95, 1e-8  # paper, all levels
 TINY = 1e-36  # floor of nh: below it (gradients under 1e-18) sqrt has no useful derivative
-
-
-class Level(NamedTuple):
-    """What one level learns, and AdamW's memory of it."""
-
-    params: Tensor  # theta, phi or psi
-    mu: Tensor  # first moment, of the same length
-    nu: Tensor  # second moment
-    t: int | Tensor  # steps made; a scalar tensor in `in_one_launch` alone
 
 
 class Rates(NamedTuple):
@@ -572,7 +578,8 @@ Cotangent = tuple[Tensor, Tensor | None, Tensor | None]  # A, of (theta, mu, nu)
 def adamw_pullback(
     level: Level, gradient: Tensor, rates: Rates, jacobian: str, cotangent: Cotangent, whole: bool = True
 ) -> tuple[Cotangent | None, Tensor]:
-    """Carry the cotangent A of (theta', mu', nu') back to (theta, mu, nu) and to g: (8), (12), (13).
+    """Carry the cotangent A of (theta', mu', nu') back to (theta, mu, nu) and to g: (8), (13). Autograd of
+    `adamw` gives (12).
 
     Each element is on its own, so `cotangent` may cover the leading n parameters only. rates.lr is one number.
     Returns ((a_theta, a_mu, a_nu), c), each [n]; without `whole`, (None, c), at half the price."""
@@ -584,7 +591,7 @@ def adamw_pullback(
         pairs = [(x, part) for x, part in zip(after, cotangent) if part is not None and x.requires_grad]
         outputs, parts = zip(*pairs)
         *back, c = torch.autograd.grad(outputs, wanted, parts, materialize_grads=True)
-    return (tuple(back) if whole else None), c
+    return (tuple(back) if whole else None), c  # (8), with (12)
 
 
 def params_only(cotangent: Tensor) -> Cotangent:
@@ -596,7 +603,7 @@ def params_only(cotangent: Tensor) -> Cotangent:
 
 
 class Labelled(NamedTuple):
-    """What levels 2 and 3 see in one outer iteration: this process's images, and the rest for those of all processes."""
+    """What levels 2 and 3 see in one outer iteration: images are this process's own; labels and dropout are those of all."""
 
     images2: Tensor  # [B / processes, C, H, W] training images
     labels2: Tensor  # [B]
@@ -604,7 +611,7 @@ class Labelled(NamedTuple):
     labels3: Tensor  # [B]
     dropout: Tensor  # [head_steps, B, D] factors of level 2's dropout; not read where level 2 is solved
     rates: Rates  # of the head
-    chance: float = math.inf  # L3 from which on T is to wait; inf: it is not
+    chance: float = math.inf  # T waits where L3 is at least this; inf: never
 
 
 class Result(NamedTuple):
@@ -614,17 +621,18 @@ class Result(NamedTuple):
     level3_loss: Tensor
 
 
-def upper_levels(net: Networks, encoder_params: Tensor, head: Level, labelled: Labelled, through_head: bool = True):
-    """Levels 2 and 3 as one function of E', with phi' differentiable: L3, phi' (Level), and L2 (solved: without
-    its penalty; of steps: before the first).
+def upper_levels(
+    net: Networks, encoder_params: Tensor, head: Level, labelled: Labelled, through_head: bool = True
+) -> tuple[Tensor, Level, Tensor]:
+    """Levels 2 and 3 as one function of E', with phi' differentiable: L3, phi' (Level), and L2 as `Result` has it.
 
     through_head=False holds phi' constant: L3 then sees E' through its own features alone."""
-    # The head is small: every process has it see the whole batch.
+    # The head is small: every process has it see the whole batch. Derivatives reach the process's own images alone.
     features2, features3 = (gather(encode(net, encoder_params, images)) for images in (labelled.images2, labelled.images3))
     features2 = features2 if through_head else features2.detach()
     if net.cfg.level2 == "ridge":
         head = head._replace(params=solved_head(net, features2, labelled.labels2), t=head.t + 1)  # all that (5) needs
-        first_loss = head_loss(net, head.params, features2, labelled.labels2)  # (4), without the penalty
+        first_loss = head_loss(net, head.params, features2, labelled.labels2)  # (4)
     else:
         head, losses = head._replace(params=head.params.detach().requires_grad_()), []
         for dropout in labelled.dropout:
@@ -640,11 +648,13 @@ def waits(labelled: Labelled, loss3: Tensor) -> bool:
     return labelled.chance < math.inf and agree(bool(loss3 >= labelled.chance))[0]
 
 
-def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Labelled, steps: list[Step], through_head=True):
+def exact(
+    net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Labelled, steps: list[Step], through_head: bool = True
+) -> Result:
     """The hypergradient by one backward through the encoder and one jvp through the autoencoder, (7) to (10).
 
-    theta: after the level-1 steps; head: before level 2; steps: the level-1 steps to differentiate, in order. Returns a
-    Result. The other forms take and return the same."""
+    theta: after the level-1 steps; head: before level 2; steps: the level-1 steps to differentiate, in order. The other
+    forms take and return the same."""
     split, jacobian = net.encoder_size, net.cfg.update_jacobian
     encoder_params = theta.params[:split].detach().requires_grad_()
     loss3, head, loss2 = upper_levels(net, encoder_params, head, labelled, through_head)
@@ -659,7 +669,7 @@ def exact(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: Label
         prob = weights_of(net, psi_leaf, step)
         if number == 0:
             d = directional_errors(net, step, c)  # (9)
-        else:  # the steps before moved D as well, and through g1 L3 sees that: from here on (E, D) count
+        else:  # earlier steps moved D too, which L3 sees through the later g1: pad to all of theta
             of_theta, *of_moments = (F.pad(part, (0, len(step.theta.params) - len(c))) for part in cotangent)
             c = F.pad(c, (0, len(of_theta) - len(c)))
             d, hessian_c = directional_errors_and_hessian(net, step, prob.detach(), c)  # (9)
@@ -717,10 +727,6 @@ def unrolled(net: Networks, theta: Level, psi: Tensor, head: Level, labelled: La
     return Result(hypergradient, detached(head), loss2.detach(), loss3.detach())
 
 
-def detached(level: Level) -> Level:
-    return Level(level.params.detach(), level.mu.detach(), level.nu.detach(), level.t)
-
-
 def first_order(*problem) -> Result:
     """`exact` with phi' held constant: L3 sees E' through z3 alone."""
     return exact(*problem, through_head=False)
@@ -747,14 +753,6 @@ def eyes_of(net: Networks, state: State) -> Tensor:
     return state.theta.params[: net.encoder_size] if state.eyes is None else state.eyes
 
 
-def copied(level: Level) -> Level:
-    return Level(*(vector.clone() for vector in level[:3]), level.t)
-
-
-def fresh_level(params: Tensor, device: torch.device | str) -> Level:
-    return Level(params.to(device), torch.zeros_like(params, device=device), torch.zeros_like(params, device=device), 0)
-
-
 def level1_step(
     net: Networks,
     theta: Level,
@@ -769,8 +767,8 @@ def level1_step(
     in_place: bool = False,
 ) -> tuple[Level, Step, Tensor, Tensor]:
     """One AdamW step of encoder and decoder under T's masks: (1), (2), (3). eyes: parameters of the encoder that T reads
-    (None: those of theta); covered, known: as in `draw_masks`; in_place: theta' is put where theta was, and the Step is not
-    to be differentiated.
+    (None: those of theta); covered, known: as in `draw_masks`; in_place: theta' is put where theta was, and the Step has
+    neither theta nor gradient.
 
     Returns theta' (Level), the Step that was made, and of this process's images L1 and the mean unweighted error of the
     hidden patches."""
@@ -780,7 +778,8 @@ def level1_step(
     step = Step(theta, None, rates, images, *choice, eyes, covered)
     update = net.replay if in_place and net.replay else functools.partial(level1_update, net, in_place=in_place)
     theta, gradient, loss, error = update(step, prob)
-    return theta, step._replace(gradient=gradient), loss, error
+    step = step._replace(theta=None) if in_place else step._replace(gradient=gradient)
+    return theta, step, loss, error
 
 
 Update = tuple[Level, Tensor | None, Tensor, Tensor]  # theta', g1 as a vector (None: in pieces), L1, mean unweighted error
@@ -797,9 +796,9 @@ def level1_update(net: Networks, step: Step, prob: Tensor, in_place: bool = Fals
         loss = loss + net.penalty(features)
     leaves = [piece for part in pieces for piece in part.values()]
     if world() == 1 and in_place:
-        gradient, vector = torch.autograd.grad(loss, leaves), None
+        gradient, vector = torch.autograd.grad(loss, leaves), None  # g1, in pieces
     else:  # a vector where several processes exchange it or a derivative may ask for it
-        vector = averaged_gradient(loss, leaves)  # all images hide as many: a mean of means
+        vector = averaged_gradient(loss, leaves)  # g1: all images hide as many patches, so it is the processes' mean
         gradient = vector.split([leaf.numel() for leaf in leaves])
     error = errors.detach().sum() / step.mask.sum()
     return stepped(theta, gradient, step.rates, in_place), vector, loss.detach(), error  # (3)
@@ -832,8 +831,8 @@ def joined(steps: list[Step]) -> Step:
 
 
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
-    """(first, end): T learns in the outer iterations from `first` to before `end`, in one at least unless the run is over by
-    then. Waiting makes `end` later. Where no T learns, both are just these shares of the run: see `began`."""
+    """(start, end): T learns in the outer iterations from `start` to before `end`, in one at least unless the run ends first.
+    Waiting makes `end` later. Where no T learns, `began` alone uses `end`."""
     start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.07 x 100 is above 7
     return start, min(max(end, start + 1) + waited if trains(cfg) else end, total)
 
@@ -905,9 +904,7 @@ def outer_iteration(
         if batches[3:]:
             how["known" if is_known(net, state.iteration, total, waited) else "covered"] = next(batches[3])
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
-        if learns:
-            if not all_steps:  # of earlier steps the images and masks alone are looked at
-                steps = [earlier._replace(theta=None, gradient=None) for earlier in steps]
+        if learns:  # of steps that were made in place the images and masks alone are looked at
             steps = [*steps, step][-(cfg.level1_steps if all_steps else cfg.mask_batches) :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
@@ -959,7 +956,7 @@ def coverage(images: data.Images) -> data.Images:
 
 
 def moved_weights(maps: Iterator[data.Batch], patch_size: int) -> Iterator[Tensor]:
-    """Each batch of maps that have been cropped and flipped, by patch: [B, N] of one map an image, [B, n*N] of n."""
+    """Each batch of maps that have been cropped and flipped, by patch: [B, N] of one map an image, [B, M*N] of M."""
     return (F.avg_pool2d(batch.images, patch_size).flatten(1) for batch in maps)
 
 
@@ -1135,13 +1132,13 @@ class RidgeHead(nn.Module):
 
     def forward(self, features):  # [B, D] -> [B, classes]
         width = features.shape[1]
-        (mean, of_labels), second = self.moments[0].tensor_split([width]), self.moments[1:]
-        deviation = (second.diagonal() + 1e-6).sqrt()
-        covariance, cross = (second / deviation[:, None]).split([len(mean), len(of_labels)], dim=1)
+        (mean, of_labels), second = self.moments[0].tensor_split([width]), self.moments[1:]  # [D], [classes], [D, D+classes]
+        deviation = (second.diagonal() + 1e-6).sqrt()  # [D]
+        covariance, cross = (second / deviation[:, None]).split([len(mean), len(of_labels)], dim=1)  # [D, D], [D, classes]
         correlation = covariance / deviation + self.penalty * torch.eye(len(mean), device=mean.device, dtype=mean.dtype)
         place = "cpu" if mean.device.type == "mps" else mean.device  # torch 2.11's backward is wrong on mps (pytorch #175192)
-        solution = torch.linalg.solve(correlation.to(place), cross.to(place)).to(mean.device)
-        return of_labels + (features - mean) / deviation @ solution  # (5)
+        solution = torch.linalg.solve(correlation.to(place), cross.to(place)).to(mean.device)  # (5), [D, classes]
+        return of_labels + (features - mean) / deviation @ solution
 
 
 class TokenMaskingNetwork(nn.Module):
@@ -1180,7 +1177,7 @@ class MaskingNetwork(nn.Module):
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x):  # [B, C, H, W] -> p [B, N]
+    def forward(self, x):  # [B, C, H, W], or embeddings [B, D, H/p, W/p] -> p [B, N]
         x = x.flatten(1)
         return self.fc2(F.relu(self.fc1(F.layer_norm(x, x.shape[1:])))).sigmoid()
 
@@ -1200,7 +1197,7 @@ class SharedMaskingNetwork(nn.Module):
         nn.init.zeros_(self.window.bias)
         nn.init.zeros_(self.fc.weight)
 
-    def forward(self, x):  # [B, C, H, W] -> p [B, N]
+    def forward(self, x):  # [B, C, H, W], or embeddings [B, D, H/p, W/p] -> p [B, N]
         logits = self.fc(F.gelu(self.window(F.layer_norm(x, x.shape[1:])))).flatten(1)
         return (logits - logits.mean(1, keepdim=True)).sigmoid()
 
@@ -1285,10 +1282,23 @@ FORMAT = "mlo-mae checkpoint 6"
 SHOWN = 8  # images in pictures, and those whose p is recorded over training
 
 
+def rates_of(net: Networks, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """Weight decays of the three levels, and learning rates of T's parameters relative to --mask-lr, as `outer_iteration`
+    takes them."""
+    decay = [weight_decays(modules, net.cfg.weight_decay).to(device) for modules in modules_of(net).values()]
+    return decay, inverse_fan_in(net.masking).to(device)
+
+
 def train(
-    cfg: Config, out: Path, resume=False, hypergradient=None, prepare=None, announce=None
+    cfg: Config,
+    out: Path | None,
+    resume: bool = False,
+    hypergradient: Callable[..., Result] | None = None,
+    prepare: Callable | None = None,
+    announce: Callable | None = None,
 ) -> tuple[Networks, State, data.Splits]:
-    """Pretrain, and write the run's folder `out` (docs/usage.md); with `resume`, continue what is there.
+    """Pretrain, and write the run's folder `out` (docs/usage.md; None: nothing is written); with `resume`, continue what is
+    there.
 
     hypergradient: another form than the configuration's, for `outer_iteration`; prepare(net, splits, device, run): sets up
     a baseline's own networks; announce(out, net, state, splits, total, decay): is called before anything is written. Of
@@ -1315,7 +1325,7 @@ def train(
         about = told({"eyes": {"facts": learned["eyes"]["facts"]}, "config": learned["config"]} if learned else None)
         sight = sight_of(about, splits.facts(), device) if about else None
     net, params = build(cfg, splits.image_size, splits.channels, len(splits.class_names), sight)
-    if cfg.init and run.writer and run.checkpoint is None:
+    if cfg.init and rank() == 0 and run.checkpoint is None:
         heads = {"heads": cfg.heads, "decoder_heads": cfg.decoder_heads}
         params = (starting_weights(cfg.init, [net.encoder, net.decoder], params[0], heads), *params[1:])
     state = State(0, *(fresh_level(vector, device) for vector in params))
@@ -1332,8 +1342,7 @@ def train(
     run.checkpoint = None if run.checkpoint is None else {}  # what it held is in the state
     foresee_memory(net, state.theta.params, (splits.channels, splits.image_size, splits.image_size))
 
-    decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in modules_of(net).values()]
-    mask_rate, total = inverse_fan_in(net.masking).to(device), mask_updates(cfg, splits)
+    (decay, mask_rate), total = rates_of(net, device), mask_updates(cfg, splits)
     if cfg.graphs == "auto" and device.type == "cuda" and world() * cfg.accumulate == 1 and not cfg.checkpoint_activations:
         net.replay = in_one_launch(net, decay[0])
     start, end = window(cfg, total)
@@ -1354,7 +1363,8 @@ def train(
         stream(LEVEL2_DATA, splits.labelled[0], cfg.labelled_batch_size, looks),
         stream(LEVEL3_DATA, splits.labelled[1], cfg.labelled_batch_size, looks),
     ]
-    (watched, objects), previous = splits.watched(256), None  # their masks at the last line of metrics
+    watched, objects = splits.watched(256)
+    previous = None  # masks of `watched` at the last line of metrics
     chance = chance_loss(cfg, splits.labelled[1].labels)
 
     def metrics(epoch, moved, means):  # moved: whether T was, by the outer iteration just made
@@ -1402,8 +1412,8 @@ def train(
 
 
 def held_at_once(cfg: Config, processes: int) -> tuple[int, int]:
-    """Images whose activations a process holds at a time: of level 1, and of levels 2 and 3 (0: no T is trained), both of
-    these unless they are made in parts."""
+    """How many images' activations a process holds at a time: of level 1; and of levels 2 and 3 together, or of one where they
+    are made in parts (0: no T is trained)."""
     level1, labelled = (math.ceil(size / processes / cfg.accumulate) for size in (cfg.batch_size, cfg.labelled_batch_size))
     return level1, trains(cfg) * labelled * (2 if cfg.accumulate == 1 else 1)
 

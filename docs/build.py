@@ -44,13 +44,9 @@ def made(page: str) -> tuple[dict[str, str], dict]:
     return {PAGE.name: whole, "toy.py": toy, "hypergradient.ipynb": notebook(cells)}, names
 
 
-def lines_of(text: str) -> list[str]:
-    return text.strip("\n").splitlines(keepends=True)
-
-
 def cell(kind: str, source: str, printed: str = "") -> dict:
     source = source.replace("](#", f"]({PAGE.name}#") if kind == "markdown" else source  # the notebook has no Part 2
-    made = {"cell_type": kind, "metadata": {}, "source": lines_of(source)}
+    made = {"cell_type": kind, "metadata": {}, "source": source.strip("\n").splitlines(keepends=True)}
     if kind == "markdown":
         return made
     outputs = [{"output_type": "stream", "name": "stdout", "text": printed.splitlines(keepends=True)}] if printed else []

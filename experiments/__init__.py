@@ -2,18 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 import mlo_mae
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, whole_number
 from harness.probe import bar_if_long
+from harness.randomness import LEVEL1_DATA, torch_generator
 from harness.run import difference
-from harness.vectors import call, weight_decays
+from harness.vectors import call
 from harness.weights import starting_weights
 from kernels import gather_patches
 
@@ -60,24 +63,32 @@ def open_run(
     return net, state, splits
 
 
-def begun(cfg: mlo_mae.Config, splits: data.Splits) -> tuple[mlo_mae.Networks, mlo_mae.State, list[Tensor], int]:
-    """A run before its first step, for a loop of one's own: networks, state, the weight decays of the three levels, and how
-    many mask updates it has."""
+def level1_alone(
+    cfg: mlo_mae.Config, splits: data.Splits, maps: data.Images
+) -> Iterator[tuple[mlo_mae.Networks, mlo_mae.State, list[Tensor]]]:
+    """A run of level 1 alone, in which these maps of the training images weigh: after each mask update networks, state, and
+    the weight decays of the three levels."""
     net, params = mlo_mae.build(cfg, splits.image_size, splits.channels, len(splits.class_names))
-    device = splits.train.mean.device
-    decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in mlo_mae.modules_of(net).values()]
-    state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
-    return net, state, decay, mlo_mae.mask_updates(cfg, splits)
+    device, total = splits.train.mean.device, mlo_mae.mask_updates(cfg, splits)
+    state, rates = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params)), mlo_mae.rates_of(net, device)
+    seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
+    weights = mlo_mae.moved_weights(maps.stream(cfg.batch_size, seed), cfg.patch_size)
+    batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), weights]  # levels 2 and 3 have nothing to do
+    for _ in tqdm(range(total), desc=f"seed {cfg.seed}", unit="update"):
+        state, _ = mlo_mae.outer_iteration(net, state, batches, total, *rates)
+        yield net, state, rates[0]
 
 
 @torch.no_grad()
-def reconstructed(net: mlo_mae.Networks, theta: Tensor, images: Tensor, keep: Tensor, restore: Tensor) -> Tensor:
+def reconstructed(
+    net: mlo_mae.Networks, theta: Tensor, images: Tensor, keep: Tensor, restore: Tensor, raw: bool = False
+) -> Tensor:
     """The decoder's patches [B, N, p*p*C] of images of which it sees the patches `keep`. What it predicts are normalised
-    patches (unless it is `raw`): they get each true patch's own mean and deviation, which it does not know."""
+    patches (unless `raw`): they get each true patch's own mean and deviation, which it does not know."""
     encoder_params, decoder_params = theta.tensor_split([net.encoder_size])
     with mlo_mae.autocast(net, images.device):
         pred = call(net.decoder, decoder_params, call(net.encoder, encoder_params, images, keep), restore).float()
-    if net.raw:
+    if raw:
         return pred
     target = gather_patches(images, None, net.cfg.patch_size)
     return pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)

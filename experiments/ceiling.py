@@ -11,6 +11,7 @@ the mean that T's logits have. Two pretrainings of a seed then differ in the wei
 
 import argparse
 import sys
+from collections import deque
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,12 +22,10 @@ from tqdm import tqdm
 
 import mlo_mae
 from data import Images, Splits
-from experiments import begun, finetune
-from experiments.results import PROBES, compared, markdown, probed
+from experiments import finetune, level1_alone
+from experiments.results import PROBES, compared, probed
 from harness import UserError, cli
-from harness.files import write_whole
-from harness.measure import BENCHMARKS, machine, table_page
-from harness.randomness import LEVEL1_DATA, torch_generator
+from harness.measure import machine, markdown, show_page
 from mlo_mae import Config, Networks, State
 
 SETTINGS = ("data", "data_dir", "images", "epochs", "device")  # of pretrain
@@ -72,14 +71,7 @@ def classifier(net: Networks, theta: Tensor, splits: Splits, epochs: int) -> tup
 
 def pretrained(cfg: Config, splits: Splits, weights: Tensor) -> tuple[Networks, State]:
     """Networks and State after level 1 alone, with weights [images, h, w] of the training images that move with them."""
-    net, state, decay, total = begun(cfg, splits)
-    seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
-    maps = mlo_mae.moved_weights(splits.train.accompanied(weights).stream(cfg.batch_size, seed), cfg.patch_size)
-    batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), maps]  # levels 2 and 3 have nothing to do
-    with tqdm(total=total, desc=f"seed {cfg.seed}", unit="update") as bar:
-        while state.iteration < total:
-            state, _ = mlo_mae.outer_iteration(net, state, batches, total, decay, torch.ones(()))
-            bar.update()
+    ((net, state, _),) = deque(level1_alone(cfg, splits, splits.train.accompanied(weights)), maxlen=1)
     return net, state
 
 
@@ -126,10 +118,8 @@ def run_command(argv: list[str]) -> dict:
     rows = [[way, *compared(cells, PROBES, rivals)] for way, cells in found.items()]
     titles = ["weights", *(title for heading in PROBES.values() for title in (heading, "against"))]
     facts = machine(device) | {"seeds": options.seeds, "classifier, test": f"{supervised:.1%}"}
-    text = table_page(["ceiling", *argv], facts, markdown(titles, rows), [NOTE])
-    print(text)
-    if options.save:
-        write_whole(BENCHMARKS / f"ceiling-{Path(cfg.data).stem}.md", (text + "\n").encode())
+    save = f"ceiling-{Path(cfg.data).stem}" if options.save else ""
+    show_page(["ceiling", *argv], facts, markdown(titles, rows), [NOTE], save)
     return {"command": "ceiling", "machine": facts, "rows": [{"weights": way, "cells": cells} for way, cells in found.items()]}
 
 

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,7 @@ class Model:
     mean: Sequence[float]  # of each channel's pixels, from 0 to 1
     std: Sequence[float]
     decodes: bool = True  # whether there is a decoder
+    raw: bool = False  # whether it predicts pixels, not normalised patches
 
     def __repr__(self) -> str:
         cfg = self.net.cfg
@@ -72,7 +73,9 @@ class Model:
 
     def inputs(self, images: Pictures) -> Tensor:
         """What the networks read, on their device: normalised pixels [N, C, H, W] float32."""
-        pixels = pixels_from(images, self.image_size, len(self.mean)).to(self.state.theta.params.device)
+        found = checked(images, self.image_size, len(self.mean))
+        pixels = found.float() / 255 if found.dtype == torch.uint8 else found.detach().float()
+        pixels = pixels.to(self.state.theta.params.device)
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         return (pixels - mean) / std
 
@@ -104,7 +107,7 @@ class Model:
 
         def work(some: Tensor) -> Tensor:
             _, keep, restore, mask = self.draw(some, seed, next(numbers))
-            made = reconstructed(self.net, self.state.theta.params, some, keep, restore)
+            made = reconstructed(self.net, self.state.theta.params, some, keep, restore, self.raw)
             whole = torch.where(mask[..., None] > 0, made, gather_patches(some, None, self.net.cfg.patch_size))
             return torch.cat([mask[..., None], whole], dim=2)
 
@@ -162,9 +165,7 @@ def load(
         if (path / "parts.pt").exists():
             net.score = hidden_by_parts
         return Model(net, state, facts["image_size"], mean, std)
-    model = public(path, device, {"heads": heads, "decoder_heads": decoder_heads}, mean, std)
-    model.net.raw = raw_pixels
-    return model
+    return replace(public(path, device, {"heads": heads, "decoder_heads": decoder_heads}, mean, std), raw=raw_pixels)
 
 
 def of_pixels(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[list[float], list[float]]:
@@ -229,12 +230,6 @@ def blocks(names: dict, part: str) -> int:
 
 
 # ------------------------------------------------------------------------------------------------- images of one's own
-
-
-def pixels_from(images: Pictures, size: int, channels: int) -> Tensor:
-    """Pixels [N, C, size, size] float32 from 0 to 1 of what `Model` takes. Raises UserError."""
-    found = checked(images, size, channels)
-    return found.float() / 255 if found.dtype == torch.uint8 else found.detach().float()
 
 
 def checked(images: Pictures, size: int, channels: int) -> Tensor:

@@ -19,7 +19,7 @@ import mlo_mae
 from experiments import finetune
 from harness import UserError, cli
 from harness.checkpoints import fitting, newest, whole_number
-from harness.files import write_whole
+from harness.files import check_free, write_whole
 from harness.vectors import flatten
 from harness.weights import STANDARD, is_decoder, write_safetensors
 from mlo_mae import Config, Decoder, Encoder
@@ -53,8 +53,7 @@ def export(run: Path, to: str, file: Path | None = None) -> dict:
     if trained.pooling and to == "mae":
         raise UserError(f"{run} is a fine-tuning, which has no decoder; export it --to timm, or the run that it started from")
     file = run / EXPORTS[to] if file is None else file
-    if file.exists():
-        raise UserError(f"{file} exists already; move it away, or name another with --file")
+    check_free(file)
     report = {"command": "export", "run": str(run), "file": str(file), "mean": trained.mean, "std": trained.std}
     if to == "mae":
         facts = {"call": mae_call(trained), "mean": trained.mean, "std": trained.std}  # `read_weights` takes the heads of it

@@ -30,8 +30,7 @@ from data import Splits
 from experiments import features
 from harness import UserError, cli
 from harness.dense import IGNORED, Masked, load_dense
-from harness.files import write_whole
-from harness.measure import BENCHMARKS, machine, table_page
+from harness.measure import machine, markdown, show_page
 from harness.probe import lbfgs_probes
 from harness.schedule import schedule
 from harness.vectors import weight_decays
@@ -174,7 +173,7 @@ def table(runs: list[Found]) -> tuple[list[str], list[dict]]:
     """What `measure` found for each seed as markdown lines, and as rows for JSON."""
     titles = ["steps ahead", "L3, objects up", "all alike", "background up", "objects up - alike", "background up - alike"]
     titles += [f"derivative: {question}" for question in QUESTIONS]
-    lines, rows = [f"| {' | '.join(titles)} |", f"|{'--:|' * len(titles)}"], []
+    shown, rows = [], []
     for steps_ahead in LOOKS:
         losses = np.array([list(run[steps_ahead][0].values()) for run in runs])  # [seeds, 3]
         gaps = losses - losses[:, 1:2]
@@ -182,10 +181,10 @@ def table(runs: list[Found]) -> tuple[list[str], list[dict]]:
         columns += [f"{x.mean():+.3f}" + f" ± {deviation(x):.3f}" * (len(x) > 1) for x in gaps[:, ::2].T]
         told = {name: np.array([look[name] for run in runs for look in run[steps_ahead][1]]) for name in QUESTIONS}
         columns += map(told_text, told.values())
-        lines.append(f"| {steps_ahead} | {' | '.join(columns)} |")
+        shown.append([str(steps_ahead), *columns])
         told = {name: looks.tolist() for name, looks in told.items()}
         rows.append({"steps_ahead": steps_ahead, "loss3": losses.tolist(), "derivatives": told})
-    return lines, rows
+    return markdown(titles, shown, left=0), rows
 
 
 def told_text(looks: np.ndarray) -> str:
@@ -222,10 +221,7 @@ def run_command(argv: list[str]) -> dict:
     options = parse(argv)
     lines, rows = table([measure(seed, options.after, options.of) for seed in range(options.seeds)])
     facts = machine(torch.device("cpu")) | {"seeds": options.seeds, "after": f"{options.after} of {options.of} steps"}
-    text = table_page(["horizon", *argv], facts, lines, [NOTE])
-    print(text)
-    if options.save:
-        write_whole(BENCHMARKS / "horizon.md", (text + "\n").encode())
+    show_page(["horizon", *argv], facts, lines, [NOTE], "horizon" if options.save else "")
     return {"command": "horizon", "machine": facts, "rows": rows}
 
 

@@ -98,12 +98,11 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
 
 
 def run_command(argv: list[str] | None) -> dict:
-    """Run `presets`; prints the table, and returns what its last line reports: {preset: {flag: value}}."""
+    """Run `presets`; prints the table, and returns what its last line reports: their names."""
     parser = cli.Parser(prog="mlo_mae.py presets", description=__doc__.splitlines()[0])
     parser.parse_args(argv)
-    (_, *names), *rows = side_by_side()
-    print(table([["flag", *names], *rows]), end="\n\n")
-    return {"command": "presets", "presets": names}
+    print(table(side_by_side()), end="\n\n")
+    return {"command": "presets", "presets": list(mlo_mae.PRESETS)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv[:1] == ["hypergradient"]:
         return compare(argv[1:])
-    return cli.reported("mlo_mae", lambda: train(argv[1:] if argv[:1] == ["train"] else argv), cli.LESS_MEMORY)
+    return cli.reported("mlo_mae", lambda: train(argv), cli.LESS_MEMORY)
 
 
 if __name__ == "__main__":

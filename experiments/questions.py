@@ -25,11 +25,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import bench
 from data import Splits, choose
-from experiments import begun, clutter, encode, open_run, tissue
+from experiments import clutter, encode, level1_alone, open_run, tissue
 from experiments.results import (
     CLOCKS,
     DATA,
@@ -49,7 +48,6 @@ from experiments.results import (
     clock_of,
     folder_of,
     lender_of,
-    markdown,
     needed,
     numbers,
     rows_by_data,
@@ -61,11 +59,20 @@ from experiments.results import (
 from harness import UserError, cli, counted
 from harness.cli import flag
 from harness.files import write_whole
-from harness.measure import BENCHMARKS, interleaved, machine, operations, peak_memory, quartiles, table_page
+from harness.measure import (
+    BENCHMARKS,
+    interleaved,
+    machine,
+    markdown,
+    operations,
+    peak_memory,
+    quartiles,
+    show_page,
+)
 from harness.pictures import PIXELS, Panel, as_images, panels
 from harness.pictures import grid as grid_picture
 from harness.probe import HALF, area_under_roc, share_covered
-from harness.randomness import LABELS, LEVEL1_DATA, numpy_generator, torch_generator
+from harness.randomness import LABELS, numpy_generator, torch_generator
 from kernels import gather_patches, select_patches
 from mlo_mae import (
     SHOWN,
@@ -83,7 +90,6 @@ from mlo_mae import (
     mask_updates,
     masking_probability,
     moved_weights,
-    outer_iteration,
     params_only,
     patch_errors,
     upper_levels,
@@ -334,7 +340,7 @@ def calls_of_a_run(cfg: Config, splits: Splits) -> dict[str, np.ndarray]:
     }
 
 
-def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
+def parts_of_a_run(cfg: Config, splits: Splits) -> list[dict]:
     """What each piece of a run on these data takes, in the order in which it does them, on random images, by CPU: {"part",
     "calls" of a whole run, "seconds" of one call (median), "seconds_q1", "seconds_q3", "operations" (a multiplication and an
     addition are two), "peak_bytes"}."""
@@ -348,7 +354,7 @@ def parts_of_a_run(cfg: Config, splits: Splits, repeats: int = 7) -> list[dict]:
 
     names = "levels 2 and 3: encoder", "AdamW's Jacobian", "jvp of the autoencoder", "T: backward and step"
     pieces = dict(zip(calls, [parts["plain MAE step"], weights, *(parts[name] for name in names)]))
-    times = interleaved(lambda: pieces, repeats, device)
+    times = interleaved(lambda: pieces, 7, device)
     rows = []
     for name, call in pieces.items():
         about = {"operations": operations(call), "peak_bytes": peak_memory(call, device)[1]}
@@ -455,19 +461,12 @@ class Told(NamedTuple):
 def told_over_a_run(cfg: Config) -> tuple[list[Told], Tensor, Splits]:
     """What is Told at EARLY_AND_LATE points of the MAE of this configuration; objects [B, N] bool of the images; the data."""
     splits = load_data(cfg, torch.device("cpu"))
-    net, state, decay, total = begun(cfg, splits)
-    seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
-    maps = moved_weights(coverage(splits.train).stream(cfg.batch_size, seed), cfg.patch_size)
-    batches = [splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), maps]
-    images, objects = splits.watched(TOLD)
+    (images, objects), total = splits.watched(TOLD), mask_updates(cfg, splits)
     points, found = {max(1, round(share * total)): share for share in EARLY_AND_LATE}, []
-    with tqdm(total=total, desc=f"told, seed {cfg.seed}", unit="update") as bar:
-        while state.iteration < total:
-            state, _ = outer_iteration(net, state, batches, total, decay, torch.ones(()))
-            bar.update()
-            if state.iteration in points:
-                rates = Rates(cfg.lr, decay[0])
-                found.append(Told(points[state.iteration], *told(net, state, splits, images, rates, decay[1])))
+    for net, state, decay in level1_alone(cfg, splits, coverage(splits.train)):
+        if state.iteration in points:
+            rates = Rates(cfg.lr, decay[0])
+            found.append(Told(points[state.iteration], *told(net, state, splits, images, rates, decay[1])))
     return found, share_covered(objects, cfg.patch_size) > HALF, splits
 
 
@@ -512,15 +511,12 @@ def learned(grid: Grid, picture: Path) -> tuple[list[str], list[dict]]:
             draw_told(points, splits, picture)
     lines = [[name, *(spread(values, 1, 2) for values in row.values())] for name, row in maps.items()]
     shown = markdown(["map of the patches", "AUC against objects", "correlation with p of T"], lines)
-    said = []
+    said, rows = [], [{"map": name, **row} for name, row in maps.items()]
     for points in zip(*tolds):
-        aucs, losses = [found for _, found in points], [each.loss3 for each, _ in points]
-        said.append([f"{points[0][0].share:.0%}", spread(losses, 1, 3), spread(aucs, 1, 2)])
+        share, losses, aucs = points[0][0].share, [each.loss3 for each, _ in points], [found for _, found in points]
+        said.append([f"{share:.0%}", spread(losses, 1, 3), spread(aucs, 1, 2)])
+        rows.append({"share": share, "level3_loss": losses, "auc": aucs})
     shown += ["", *markdown(["after this share of MAE's run", "L3", "AUC of -d against objects"], said)]
-    rows = [{"map": name, **row} for name, row in maps.items()]
-    for points in zip(*tolds):
-        losses, aucs = [each.loss3 for each, _ in points], [found for _, found in points]
-        rows.append({"share": points[0][0].share, "level3_loss": losses, "auc": aucs})
     return shown, rows
 
 
@@ -553,8 +549,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.first_seed < 0 or options.seeds < 2:
         raise UserError("--first-seed must be at least 0, and --seeds at least 2: a T is given to another seed")
-    if min(options.workers, options.threads) < 1:
-        raise UserError("--workers and --threads must be at least 1")
     return options
 
 
@@ -609,12 +603,10 @@ def run_command(argv: list[str]) -> dict:
     if not rows:
         raise UserError(f"{out} holds no finished rows; run without --table")
     facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
-    text = table_page(["questions", *argv], facts | {"threads": options.threads}, lines, notes)
-    print(text)
-    if options.save:
-        write_whole(BENCHMARKS / f"questions-{name}.md", (text + "\n").encode())
-        if drawn:
-            write_whole(BENCHMARKS / f"questions-{name}.png", figure.read_bytes())
+    save = f"questions-{name}" if options.save else ""
+    show_page(["questions", *argv], facts | {"threads": options.threads}, lines, notes, save)
+    if save and drawn:
+        write_whole(BENCHMARKS / f"{save}.png", figure.read_bytes())
     return {"command": "questions", "question": name, "machine": facts, "rows": rows}
 
 

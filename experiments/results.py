@@ -43,7 +43,7 @@ from experiments.probe import probe
 from harness import UserError, cli, counted
 from harness.checkpoints import fitting
 from harness.files import write_whole
-from harness.measure import BENCHMARKS, machine, table_page
+from harness.measure import BENCHMARKS, machine, markdown, positive, show_page
 from harness.pictures import panel_of, panels
 from harness.processes import after_parent, end_children
 from harness.run import difference as what_differs
@@ -409,12 +409,12 @@ def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
 # ------------------------------------------------------------------------------------------------------------- table
 
 
-def t_quantile(freedom: int, share: float = 0.975) -> float:
-    """Student's t quantile: t = sqrt(freedom) tan(angle), where the angle's density is proportional to
+def t_quantile(freedom: int) -> float:
+    """Student's t quantile of 0.975: t = sqrt(freedom) tan(angle), where the angle's density is proportional to
     cos^(freedom - 1)."""
     angle = np.linspace(-np.pi / 2, np.pi / 2, 1_000_001)[1:-1]
     below = np.cumsum(np.cos(angle) ** (freedom - 1))
-    return float(np.sqrt(freedom) * np.tan(angle[np.searchsorted(below / below[-1], share)]))
+    return float(np.sqrt(freedom) * np.tan(angle[np.searchsorted(below / below[-1], 0.975)]))
 
 
 def spread(values: Iterable[float], scale: float = 100, digits: int = 1) -> str:
@@ -462,12 +462,6 @@ def in_columns(cells: list[dict]) -> dict[str, list]:
     """{name: values over seeds}, for JSON."""
     names = dict.fromkeys(name for cell in cells for name in cell if name != "finetune_recipe")
     return {name: [cell.get(name) for cell in cells] for name in names}
-
-
-def markdown(titles: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
-    """The lines of a table; `left` columns are aligned to the left."""
-    rule = "---|" * left + "--:|" * (len(titles) - left)
-    return [f"| {' | '.join(titles)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[dict]]:
@@ -612,11 +606,11 @@ DENSE_NOTE = (
 def add_grid_flags(parser: argparse.ArgumentParser, seeds: int, table: str) -> None:
     """The flags of every command on the grid; seeds: how many by default; table: what --table does."""
     parser.add_argument("--data-dir", default="data", help="where cifar100 lies, or is downloaded to")
-    parser.add_argument("--seeds", type=int, default=seeds, help="how many (default %(default)s)")
+    parser.add_argument("--seeds", type=positive, default=seeds, help="how many (default %(default)s)")
     parser.add_argument("--first-seed", type=int, default=40, help="(default 40: those below have served to choose settings)")
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="folder of the grids (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="cells at once (default 2; use 1 on a GPU)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of a cell on a CPU (default 1)")
+    parser.add_argument("--workers", type=positive, default=2, help="cells at once (default 2; use 1 on a GPU)")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of a cell on a CPU (default 1)")
     parser.add_argument("--table", action="store_true", help=table)
     parser.add_argument("--save", action="store_true", help="also write the table and figure under benchmarks/")
 
@@ -643,8 +637,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--methods needs MLO-MAE, whose time is the rule, and MAE, which it is compared with")
     if options.first_seed < 0:
         raise UserError(f"--first-seed {options.first_seed} must be at least 0")
-    if min(options.seeds, options.workers, options.threads) < 1:
-        raise UserError("--seeds, --workers and --threads must be at least 1")
     if options.seeds < 2 and any(METHODS[method].given for method in options.methods):
         raise UserError("a T is given to another seed: --seeds must be at least 2, or name other --methods")
     if options.dense and options.data not in OTHER:
@@ -681,16 +673,14 @@ def run_command(argv: list[str]) -> dict:
         raise UserError(f"{out} holds no finished rows; run without --table")
     facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
     facts["threads"] = options.threads
-    text = table_page(["results", *argv], facts, lines, notes)
-    print(text)
+    save = f"results-{name}" if options.save else ""
+    show_page(["results", *argv], facts, lines, notes, save)
     pictures = {}
     if name == data and figure(data, methods, grid, out / data / "results.png"):
         masks = folder_of(out, Cell(data, "MLO-MAE", "steps", grid.first)) / "masks-over-training.png"
         pictures = {"": out / data / "results.png", "-masks": masks}
-    if options.save:
-        write_whole(BENCHMARKS / f"results-{name}.md", (text + "\n").encode())
-        for suffix, picture in pictures.items():
-            write_whole(BENCHMARKS / f"results-{name}{suffix}.png", picture.read_bytes())
+    for suffix, picture in pictures.items() if save else ():
+        write_whole(BENCHMARKS / f"{save}{suffix}.png", picture.read_bytes())
     return {"command": "results", "machine": facts, "rows": rows}
 
 

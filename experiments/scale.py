@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 import mlo_mae
 from bench import TRAINING_IMAGES
 from harness import UserError, cli
-from harness.measure import positive, table, table_page
+from harness.measure import positive, show_page, table
 
 # An H100 SXM by its data sheet: dense operations a second, bytes a second; four fifths of its 80 GB. Bytes a second that it
 # sends: half of NVLink's 900 GB/s within a machine of 8, InfiniBand NDR's 400 Gb/s beyond (data sheet of the DGX H100).
@@ -193,7 +193,7 @@ def run_command(argv: list[str]) -> dict:
     cells = [[[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows] for rows in tables]
     text = [line for rows, of in zip(tables, cells) for line in ("", *table([list(rows[0]), *of]).splitlines())]
     facts = {"arithmetic, share of peak": cfg.share} | parameters(cfg) | iterations(cfg)
-    print(table_page(["scale", *argv], facts, text, ["The last three facts: outer iterations. s: of one. hours: of a run."]))
+    show_page(["scale", *argv], facts, text, ["The last three facts: outer iterations. s: of one. hours: of a run."])
     return {"command": "scale", "settings": asdict(cfg), "parts": parts, "bytes": sizes, "rows": tables[2]}
 
 

@@ -13,6 +13,11 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says in its first line, at most 200 characters of it."""
+    return (str(error).splitlines() or [""])[0][:200]
+
+
 def printable(text: str, limit: int = 600) -> str:
     """`text`, at most `limit` characters of it, in which nothing can steer a terminal: file names may hold anything."""
     return "".join(c if c.isprintable() else "?" for c in text[:limit])

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from harness import UserError, printable
+from harness import UserError, first_line, printable
 from harness.vectors import flatten, named, ordinary
 
 Content = TypeVar("Content")
@@ -139,10 +139,8 @@ def fitting(path: Path) -> Iterator[None]:
     except UserError as error:
         raise UserError(f"{path} does not fit: {error}") from None
     except Exception as error:  # a file can hold anything, and so make anything fail
-        reason = (str(error).splitlines() or [""])[0][:200]
-        raise UserError(
-            f"{path} is damaged or of another version ({type(error).__name__}: {reason}); use a copy, or start again"
-        ) from None
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path} is damaged or of another version ({reason}); use a copy, or start again") from None
 
 
 def whole_number(value: object) -> int:

@@ -324,10 +324,11 @@ def dispatch(argv: list[str] | None, pretrain: Callable[[list[str]], dict | None
     """Run the command that argv (None: the process's own) begins with, or pretrain(flags): the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else "pretrain"
-    count = []
-    if status := reported("mlo_mae", lambda: count.append(started())):
-        return status
-    if name in commands() and count == [1]:
+    try:
+        alone = started() == 1
+    except UserError:  # `join` says it
+        alone = False
+    if alone and name in commands():
         return command(name).main(argv)
 
     def work():

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from harness import first_line
+
 Tensors = tuple[Tensor, ...]
 Recording = tuple[Callable[[], None], Tensors]
 
@@ -59,8 +61,8 @@ def replayed(
                 with torch.cuda.device_of(held[0]):
                     recording = record(lambda: function(*held))
             except RuntimeError as error:
-                reason = (str(error).splitlines() or [""])[0][:200]
-                print(f"steps are not recorded, and take longer to start ({reason}); --graphs off", file=sys.stderr)
+                about = f"steps are not recorded, and take longer to start ({first_line(error)})"
+                print(f"{about}; --graphs off", file=sys.stderr)
                 recording = None
         if recording is None:
             held = []

@@ -56,11 +56,15 @@ def machine(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
-def table_page(argv: list[str], facts: dict[str, Any], table: list[str], notes: list[str]) -> str:
-    """What a command of `mlo_mae.py` has found, as text: its command line (argv begins with the command), the machine and
-    other facts, {name: value}, of which None is left out, the lines of a table, and notes."""
+def show_page(argv: list[str], facts: dict[str, Any], table: list[str], notes: list[str], save: str = "") -> None:
+    """Print what a command of `mlo_mae.py` has found: its command line (argv begins with the command), the machine and other
+    facts, {name: value}, of which None is left out, the lines of a table, and notes. With a name, also write
+    benchmarks/<save>.md."""
     heading = ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
-    return "\n".join([f"`python mlo_mae.py {shlex.join(argv)}`", "", heading, "", *table, "", *notes])
+    text = "\n".join([f"`python mlo_mae.py {shlex.join(argv)}`", "", heading, "", *table, "", *notes])
+    print(text)
+    if save:
+        write_whole(BENCHMARKS / f"{save}.md", (text + "\n").encode())
 
 
 # ------------------------------------------------------------------------------------------------- time and memory
@@ -262,6 +266,12 @@ def table(rows: list[list[str]], widths: list[int] | None = None) -> str:
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in (rows[0], rule, *rows[1:])]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(titles: list[str], rows: list[list[str]], left: int = 1) -> list[str]:
+    """The lines of a table; `left` columns are aligned to the left."""
+    rule = "---|" * left + "--:|" * (len(titles) - left)
+    return [f"| {' | '.join(titles)} |", f"|{rule}", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def saved_path(name: str, device: torch.device, suffix: str) -> Path:

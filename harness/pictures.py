@@ -212,14 +212,6 @@ def grid(
     save_figure(figure, path)
 
 
-def is_number(value: object) -> bool:
-    """Whether this is a finite number, as a file of metrics holds them."""
-    try:
-        return math.isfinite(value)
-    except (TypeError, OverflowError):
-        return False
-
-
 def draw_panels(figure: "Figure", panels: Sequence[Panel], across: int) -> None:
     """Draw panels into a figure whose layout is "constrained", `across` beside each other. A label has one colour in all of
     them, and legends stand outside of the axes: one for all where panels share labels."""
@@ -279,11 +271,10 @@ def curves(path: Path, runs: dict[str, Sequence[dict[str, float]]], labels_unit:
     """Write a PNG of {name of a run: its metrics rows} over their "epoch": of one run a panel for each of GROUPS, of several
     a panel for each number and a colour for each run. labels_unit: what levels 2 and 3 minimise.
 
-    A number is drawn where rows have it, and a panel of none is not drawn. Raises UserError where there is nothing to draw,
-    or something else than numbers."""
+    Rows are as `read_metrics` has them. A number is drawn where rows have it, and a panel of none is not drawn. Raises
+    UserError where there is nothing to draw."""
     for name, rows in runs.items():
-        known = any(word in row for group in GROUPS for word in group.words for row in rows)
-        if not known or not all("epoch" in row and all(map(is_number, row.values())) for row in rows):
+        if not any(word in row for group in GROUPS for word in group.words for row in rows):
             raise UserError(f"{path} cannot be drawn: metrics.jsonl of {name} is empty or damaged; move it away")
     shown = []
     for group in GROUPS:

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from harness import UserError
+from harness import UserError, first_line
 from harness.signals import SIGNALS
 
 Result = TypeVar("Result")
@@ -170,7 +170,7 @@ def exchange() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error) or type(error).__name__
         raise UserError(f"the exchange with another process failed ({reason}); continue with --resume") from None
 
 
@@ -246,14 +246,6 @@ def agree(*flags: int) -> list[int]:
     return values.tolist()
 
 
-def from_first(tensors: Iterable[Tensor]) -> None:
-    """Give every process, in place, what process 0 has in these tensors."""
-    if world() > 1:
-        with exchange():
-            for tensor in tensors:
-                dist.broadcast(tensor, 0)
-
-
 def told(value):
     """What process 0 has, of plain types, in every process."""
     values = [value]
@@ -284,7 +276,10 @@ def as_first(tree: Result) -> Result:
     """A tree (of tuples and the like) of whole numbers and tensors as process 0 has it, tensors in place."""
     leaves, shape = tree_flatten(tree)
     counts = torch.tensor([leaf for leaf in leaves if isinstance(leaf, int)])
-    from_first([counts, *(leaf for leaf in leaves if isinstance(leaf, Tensor))])
+    if world() > 1:
+        with exchange():
+            for tensor in (counts, *(leaf for leaf in leaves if isinstance(leaf, Tensor))):
+                dist.broadcast(tensor, 0)
     counts = iter(counts.tolist())
     return tree_unflatten([next(counts) if isinstance(leaf, int) else leaf for leaf in leaves], shape)
 

@@ -2,6 +2,7 @@
 line each, as in the equations. Modules keep the architecture alone, with parameters on the meta device."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,10 @@ def flatten(modules: list[nn.Module], tensors: dict[str, Tensor]) -> Tensor:
     return vector
 
 
-def ordinary(value: object) -> bool:
-    """Whether this is a dense float32 tensor on the CPU."""
-    kind = (torch.float32, torch.strided, "cpu")
-    return type(value) is Tensor and (value.dtype, value.layout, value.device.type) == kind
+def ordinary(value: object, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether this is a dense tensor on the CPU, of one of these types."""
+    plain = type(value) is Tensor and value.layout == torch.strided and value.device.type == "cpu"
+    return plain and value.dtype in dtypes
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from harness import UserError, printable
 from harness.checkpoints import load, of_newest, reason_of
-from harness.vectors import named
+from harness.cli import flag_name
+from harness.vectors import named, ordinary
 
 ANCHOR = "patch_embed.proj.weight"  # a ViT has it; what stands before it, in names and dicts, is a wrapper's affair
 FIRST = "best.model.", "model.", "state_dict."  # of several ViTs in a file, the one that is meant, where it stands so
@@ -290,12 +291,6 @@ def fit(
     return taken, "; ".join(parts)
 
 
-def usable(tensor: Tensor) -> bool:
-    """Whether a tensor of a file has values that weights can have."""
-    plain = type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return plain and tensor.dtype in FLOATS
-
-
 def check_sizes(weights: dict[str, Tensor], encoder: dict[str, Shape], heads: tuple[int, int] | None) -> None:
     """Raise UserError where patch size, width, depth or heads (the file's and here) differ, naming all flags at once, or
     channels do."""
@@ -305,7 +300,7 @@ def check_sizes(weights: dict[str, Tensor], encoder: dict[str, Shape], heads: tu
         return {"--patch-size": shape[2], "--width": shape[0], "--depth": len(blocks)}
 
     anchor, here = weights.get(ANCHOR), encoder[ANCHOR]
-    found = tuple(anchor.shape) if anchor is not None and usable(anchor) else ()
+    found = tuple(anchor.shape) if ordinary(anchor, FLOATS) else ()
     if len(found) != 4 or found[2] != found[3] or "cls_token" not in weights:
         raise UserError("these weights hold no ViT with square patches and a class token")
     theirs, ours = sizes(weights, found), sizes(encoder, here)
@@ -326,7 +321,7 @@ def mismatch(weights: dict[str, Tensor], expected: dict[str, Shape]) -> str:
     for name, shape in expected.items():
         if name not in weights:
             return f"{name} is missing"
-        if not usable(weights[name]):
+        if not ordinary(weights[name], FLOATS):
             known = weights[name].dtype not in FLOATS and weights[name].device.type == "cpu"
             return f"{name} is not of floating-point numbers but {weights[name].dtype if known else 'of a type unknown here'}"
         found = tuple(weights[name].shape)
@@ -384,7 +379,7 @@ def starting_weights(path: str | Path, modules: list[nn.Module], params: Tensor,
         raise UserError(f"{path}: {error}") from None
     unknown = []
     for name in heads if "decoder_pred.weight" in taken else ["heads"]:
-        flag, theirs = "--" + name.replace("_", "-"), found.heads.get(name)
+        flag, theirs = flag_name(name), found.heads.get(name)
         if theirs is None:
             unknown.append(f"{flag} {heads[name]}")
         elif theirs != heads[name]:

@@ -205,7 +205,6 @@ SMALL = {  # flags of a run that takes a second, and in which T learns throughou
     **{"batch_size": 16, "labelled_batch_size": 8, "level1_steps": 2, "mask_batches": 2, "head_steps": 1},
     **{"mask_ratio": 0.75, "mask_start": 0, "mask_until": 1, "mask_wait": 0, "mask_lr": 1, "log_every": 2, "device": "cpu"},
 }
-AS_STEPS = {"level2": "steps", "pooling": "cls", "mask_batches": 1}  # levels 2 and 3, and (9), as published
 
 
 TINY = mlo_mae.Config(  # for the method without a run, with a head that makes steps
@@ -214,7 +213,8 @@ TINY = mlo_mae.Config(  # for the method without a run, with a head that makes s
     **{"batch_size": 12, "labelled_batch_size": 8, "level1_steps": 2, "head_steps": 1},
     **{"head_norm": "layer", "dropout": 0.3, "mask_start": 0.0, "mask_until": 1.0, "mask_wait": 0.0, "mask_lr": 1.0},
     **{"lr": 2e-3, "mask_ratio": 0.75, "mask_restart": False},
-    **{"masking_network": "shared", "mask_choice": "odds"} | AS_STEPS,
+    **{"masking_network": "shared", "mask_choice": "odds"},
+    **{"level2": "steps", "pooling": "cls", "mask_batches": 1},  # levels 2 and 3, and (9), as published
 )
 # The method as it is by default, where `changes` of TINY are asked for.
 DEFAULT = {name: getattr(mlo_mae.Config(), name) for name in ("masking_network", "mask_choice", "level2", "pooling")}
@@ -351,7 +351,7 @@ def write_sides(path: Path, parts: tuple[tuple[str, int], ...] = (("train", 60),
 
 def as_flags(settings: dict[str, object]) -> list[str]:
     """Settings as words of a command line."""
-    return [str(word) for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return [str(word) for name, value in settings.items() for word in (cli.flag_name(name), value)]
 
 
 def arguments(source: str | Path, out: Path, *more: object) -> list[str]:

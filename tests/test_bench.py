@@ -52,15 +52,17 @@ def few(monkeypatch):
 
 @pytest.mark.slow
 def test_hypergradient(capsys):
-    status, report, out = run(capsys, "hypergradient", "--sizes", "tiny")
+    """As published, and of the default run: level 2 solved, on the mean token, T on tokens."""
+    status, report, out = run(capsys, "hypergradient", "--sizes", "solved", "tiny")
     assert status == 0 and list(report) == ["command", "machine", "rows", "growth"]
-    rows = {row["method"]: row for row in report["rows"]}
+    assert "head solved on the mean token, T tokens" in out and "1 head step on the CLS token, T mlp" in out
+    solved, rows = ({r["method"]: r for r in report["rows"] if r["size"] == size} for size in ("solved", "tiny"))
     assert list(rows) == list(bench.METHODS) and all(bench.METHODS[name].label in out for name in rows)
     keys = {"size", "method", "error_float32", "error_float64", "cosine", "verdict", "peak_bytes", "flops"} | TIMES
     keys |= {"allowed_float32", "allowed_float64"}
-    assert all(set(row) == keys and row["seconds"] > 0 and row["flops"] > 0 for row in rows.values())
+    assert all(set(row) == keys and row["seconds"] > 0 and row["flops"] > 0 for row in report["rows"])
     for name in ("exact", "exact-2"):
-        assert rows[name]["verdict"] == "exact" and rows[name]["error_float64"] < 1e-12
+        assert all(some[name]["verdict"] == "exact" and some[name]["error_float64"] < 1e-12 for some in (rows, solved))
     assert rows["unrolled"]["error_float64"] == 0 and rows["unrolled"]["peak_bytes"] > rows["exact"]["peak_bytes"]
     for name in ("finite-difference", "redrawn", "published", "identity", "first-order", "last-of-2", "exact-bf16"):
         assert rows[name]["verdict"] != "exact"
@@ -70,19 +72,7 @@ def test_hypergradient(capsys):
     assert rows["finite-difference-bf16"]["verdict"] == "noise"
     assert "Betty" not in out  # which is published.py's
     assert rows["redrawn"]["error_float64"] > 10 * rows["finite-difference"]["error_float64"]
-
-
-@pytest.mark.slow
-def test_hypergradient_of_the_default_run(capsys):
-    """Level 2 solved, on the mean token, T on tokens: what finite differences and Betty have no part in."""
-    status, report, out = run(capsys, "hypergradient", "--sizes", "solved", "tiny")
-    assert status == 0 and "head solved on the mean token, T tokens" in out and "1 head step on the CLS token, T mlp" in out
-    rows = {size: {r["method"]: r for r in report["rows"] if r["size"] == size} for size in ("solved", "tiny")}
-    without = {"finite-difference", "redrawn", "published", "finite-difference-bf16"}
-    assert rows["tiny"].keys() - rows["solved"].keys() == without and rows["tiny"].keys() == bench.METHODS.keys()
-    solved = rows["solved"]
-    for name in ("exact", "exact-2"):
-        assert solved[name]["verdict"] == "exact" and solved[name]["error_float64"] < 1e-12
+    assert rows.keys() - solved.keys() == {"finite-difference", "redrawn", "published", "finite-difference-bf16"}
     assert all(solved[name]["error_float64"] > 1e-3 for name in ("identity", "first-order", "last-of-2"))
     assert solved["exact-bf16"]["error_float64"] < 1e-12 and 1e-4 < solved["exact-bf16"]["error_float32"] < 0.5
     assert "of unrolled autograd." in out and "of unrolled autograd; " in out  # and of finite differences, where there are
@@ -198,24 +188,33 @@ def test_kernels(capsys):
 
 
 def test_a_comparison_that_fails_leaves_the_others_which_are_saved_as_they_come(capsys, monkeypatch, tmp_path):
-    saved, right = [], bench.race
+    path, saved, seen, right = tmp_path / "rows.jsonl", [], [], bench.race
 
     def failing(case, direction, *rest):
         saved.append([page.read_text() for page in (tmp_path / "benchmarks").glob("*.md")])
+        seen.append(path.read_text().count('"kernel"'))
         if case.kernel == "scatter_tokens":
             raise RuntimeError("no room\nat all")
         return right(case, direction, *rest)
 
     monkeypatch.setattr(measure, "BENCHMARKS", tmp_path / "benchmarks")
     monkeypatch.setattr(bench, "race", failing)
-    status, report, out = run(
-        capsys, "kernels", "--shapes", "cifar", "--batch-size", "2", "--dtypes", "fp32", "--no-compile", "--save"
-    )
+    words = ("--shapes", "cifar", "--batch-size", "2", "--dtypes", "fp32", "--no-compile", "--save", "--rows", str(path))
+    status, report, out = run(capsys, "kernels", *words)
     assert status == 1 and out.count("WRONG: scatter_tokens") == 3 and "RuntimeError: no room\n" in out
     assert {row["kernel"] for row in report["rows"]} == {"gather_patches", "select_patches", "patch_loss", "attention"}
     assert "| gather_patches |" in saved[1][0] and "| patch_loss" in saved[-1][0]
     (page,) = (tmp_path / "benchmarks").glob("*.md")
     assert page.name.startswith("kernels-cifar-fp32-2-") and page.read_text() in f"`{page.read_text().split('`')[1]}`\n\n{out}"
+    assert seen[:3] == [0, 3, 6]  # ours, eager and a copy of each
+    first, *rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    assert first["command"] == f"python bench.py kernels {' '.join(words)} --device cpu --repeats 1"
+    assert first["machine"] == report["machine"]
+    assert [row for row in rows if "failed" not in row] == report["rows"]
+    assert [row["failed"] for row in rows if "failed" in row] == ["RuntimeError: no room"] * 3
+    run(capsys, "rates", "--rows", str(path))
+    whole = path.read_text().splitlines()
+    assert json.loads(whole[1 + len(rows)])["command"].startswith("python bench.py rates") and len(whole) > len(rows) + 4
 
 
 def test_some_kernels_alone(capsys):
@@ -268,7 +267,7 @@ def test_an_outer_iteration_has_no_more_operators_than_it_had(name):
     small = {"width": 16, "heads": 2, "decoder_width": 16, "decoder_heads": 2, "masking_width": 8, "patch_size": 8}
     cfg = mlo_mae.Config(**settings | small | {"batch_size": 2, "labelled_batch_size": 4})
     net, (theta, psi, head, _, _) = bench.problem(cfg, 32, CPU, 1, warm=1)
-    state, rates = mlo_mae.State(5, theta, head, mlo_mae.fresh_level(psi, CPU)), bench.rates_of(net, CPU)
+    state, rates = mlo_mae.State(5, theta, head, mlo_mae.fresh_level(psi, CPU)), mlo_mae.rates_of(net, CPU)
     sizes = (cfg.batch_size, cfg.labelled_batch_size, cfg.labelled_batch_size)
     batches = [iter([next(bench.random_batches(32, n, CPU)) for _ in range(cfg.level1_steps)]) for n in sizes]
     count = measure.operators(lambda: mlo_mae.outer_iteration(net, state, batches, 1000, *rates))
@@ -347,29 +346,6 @@ def test_the_images_of_a_preset_that_decodes_files(tmp_path):
 
     split.stream = delayed
     assert 0 < bench.input_rate(split, cfg, torch.device("cpu")) < 8 / slow
-
-
-def test_rows_are_written_as_they_come(capsys, monkeypatch, tmp_path):
-    path, seen, right = tmp_path / "rows.jsonl", [], bench.race
-
-    def watched(case, direction, *rest):
-        seen.append(path.read_text().count('"kernel"'))
-        if case.kernel == "select_patches":
-            raise RuntimeError("no room")
-        return right(case, direction, *rest)
-
-    monkeypatch.setattr(bench, "race", watched)
-    words = ("--shapes", "cifar", "--batch-size", "2", "--dtypes", "fp32", "--no-compile", "--rows", str(path))
-    status, report, _ = run(capsys, "kernels", *words)
-    assert status == 1 and seen[:3] == [0, 3, 6]  # ours, eager and a copy of each
-    first, *rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
-    assert first["command"] == f"python bench.py kernels {' '.join(words)} --device cpu --repeats 1"
-    assert first["machine"] == report["machine"]
-    assert [row for row in rows if "failed" not in row] == report["rows"]
-    assert [row["failed"] for row in rows if "failed" in row] == ["RuntimeError: no room"]
-    run(capsys, "rates", "--rows", str(path))
-    whole = path.read_text().splitlines()
-    assert json.loads(whole[1 + len(rows)])["command"].startswith("python bench.py rates") and len(whole) > len(rows) + 4
 
 
 def test_rates(capsys):

@@ -88,8 +88,6 @@ def test_a_run_goes_on_to_the_same_weights(run, sides, tmp_path, monkeypatch, ba
     assert same(weights(run), weights(out))
     assert main(arguments(sides, tmp_path / "held", "--no-redraw-dropout")) == 0
     assert not same(weights(run), weights(tmp_path / "held"))
-    assert main(["published", "train", *arguments(sides, tmp_path / "train", "--no-redraw-dropout")[1:]]) == 0
-    assert same(weights(tmp_path / "held"), weights(tmp_path / "train"))
 
 
 def test_dropout_is_drawn_anew_for_each_mask_update():

@@ -290,7 +290,8 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(ALL, name, ALL[name]._replace(changes=changes))
     monkeypatch.setattr(tissue, "write", lambda path: path.write_bytes((files / "tissue.npz").read_bytes()))
     monkeypatch.setattr(clutter, "write", lambda path, data_dir, seed: path.write_bytes((files / "clutter.npz").read_bytes()))
-    monkeypatch.setattr(questions, "BENCHMARKS", tmp_path)
+    for module in ("experiments.questions", "harness.measure"):
+        monkeypatch.setattr(f"{module}.BENCHMARKS", tmp_path)
     monkeypatch.setattr(questions, "LOOKS", 2)
     monkeypatch.setattr(results.show, "draw_run", lambda *arguments: [])
     ran, rows = [], {}
@@ -345,7 +346,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         (["every"], "choose from"),
         (["ratio", "--seeds", "1"], "--seeds at least 2"),
         (["ratio", "--first-seed", "-1"], "--first-seed must be at least 0"),
-        (["ratio", "--workers", "0"], "--workers and --threads must be at least 1"),
+        (["ratio", "--workers", "0"], "0 is not a positive whole number"),
         (["ratio", "--table", "--out", "nowhere"], "run without --table"),
         (["learned", "--table", "--out", "nowhere"], "run without --table"),
     ],

@@ -90,7 +90,7 @@ def test_a_whole_outer_iteration_makes_these_operations(case):
 def begun(cfg):
     """Networks, a State, and the rates that `outer_iteration` takes, for images of 16 pixels in five classes."""
     net, params = mlo_mae.build(of_program(cfg), 16, 3, 5)
-    return net, mlo_mae.State(0, *(mlo_mae.fresh_level(vector, CPU) for vector in params)), bench.rates_of(net, CPU)
+    return net, mlo_mae.State(0, *(mlo_mae.fresh_level(vector, CPU) for vector in params)), mlo_mae.rates_of(net, CPU)
 
 
 @pytest.mark.parametrize("case", [{}, {"mask_wait": 0.5}, {"masking_network": "mlp", "mask_batches": 1} | STEPS], ids=str)

@@ -1,7 +1,5 @@
 """Pictures: what is drawn where, and that a picture is never half written."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -105,16 +103,7 @@ def test_noise_does_not_fill_an_axis(tmp_path, figures):
     assert ratio.get_ylim()[0] < 1 and ratio.get_ylim()[1] > 4
 
 
-@pytest.mark.parametrize(
-    "rows",
-    [
-        [],
-        [{}],
-        [{"epoch": 1}],
-        [{"level1_loss": 1.0}],
-        *([EARLY | {"p_mean": odd}] for odd in ("1", None, [1], math.nan, 10**400)),
-    ],
-)
+@pytest.mark.parametrize("rows", [[], [{}], [{"epoch": 1}]])
 def test_what_is_no_metrics_is_refused(tmp_path, rows):
     with pytest.raises(UserError, match="curves.png cannot be drawn: metrics.jsonl of bad is empty or damaged"):
         curves(tmp_path / "curves.png", {"good": [EARLY], "bad": rows})

@@ -365,6 +365,7 @@ def test_a_killed_process_is_started_again_and_the_weights_are_the_same(folder, 
 
 def test_one_process_says_nothing_and_has_everything(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr(processes, "exchanging", 0.0)  # by other tests
     processes.join()
     assert (processes.world(), processes.rank(), processes.share(7)) == (1, 0, slice(0, 7))
     tensor, tree = torch.ones(3), (3, (torch.ones(2), 4))
@@ -525,7 +526,7 @@ def test_a_step_of_level_1_is_exchanged_beside_its_backward_pass(monkeypatch, ev
         for in_place in (False, True):
             events.clear()
             _, step, _, _ = mlo_mae.level1_step(net, theta, psi, steps[0].images, steps[0].rates, 0, 0, in_place=in_place)
-            assert step.gradient.shape == theta.params.shape
+            assert in_place or step.gradient.shape == theta.params.shape
             kinds = ["sent" if isinstance(event, tuple) else event for event in events]
             beside = ["begin", *["sent"] * exchanges, "end", *["waited"] * exchanges]
             assert kinds == (["begin", "end", "sent", "waited"] if exchanges == 1 else beside)
