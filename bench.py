@@ -41,7 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 import data
 import kernels
 import mlo_mae
-from harness import cli, counted, first_line, measure, printable
+from harness import UserError, cli, counted, first_line, measure, printable
 from harness.files import append_line, check_free, read_rows, write_whole
 from harness.measure import Page, interleaved, operations, operators, peak_memory, product_rate, quartiles, relative_error
 from harness.pictures import Panel, caption, draw_panels, save_figure
@@ -253,6 +253,11 @@ def run_hypergradient(
 ) -> dict:
     """Every form at every size. Wrong where `exact` is not exact. `more`: rows beside METHODS, and `note` on them."""
     methods = METHODS | (more or {})
+    if options.methods:
+        asked = {"exact", *options.methods}
+        judged = {methods[name].judged for name in asked}
+        asked |= {name for name, method in methods.items() if method.form is mlo_mae.unrolled and method.judged in judged}
+        methods = {name: method for name, method in methods.items() if name in asked}
     if options.plot:
         options.plot.touch()  # rather fail now than after the measurements
     for size in options.sizes or [size for size in SIZES if size != "vit-b/2" or device.type == "cuda"]:
@@ -460,7 +465,7 @@ def rival_step(cfg: Config, step: Step, block: Callable[[int, int], torch.nn.Mod
     return made
 
 
-LAUNCHED = "plain MAE step, in one launch"
+LAUNCHED, WITHOUT = "plain MAE step, in one launch", "outer iteration, kernels off"  # parts that a GPU has
 
 
 def parts_of(net: Networks, arguments: Problem) -> dict[str, Callable]:
@@ -549,7 +554,7 @@ def run_step(options: argparse.Namespace, device: torch.device, page: Page) -> d
     cfg = dataclasses.replace(cfg, batch_size=batch, labelled_batch_size=labelled)
     with tempfile.TemporaryDirectory() as folder:  # for the images of presets that decode files
         split = training_images(cfg, cfg.image_size or 32, device, folder)
-        whole, rows, summary = measure_step(cfg, split, options.repeats, device)
+        whole, rows, summary = measure_step(cfg, split, options.repeats, device, page)
     page.record(*rows.values())
     page.say(*step_text(cfg, rows, summary))
     if options.profile:
@@ -565,9 +570,10 @@ def run_step(options: argparse.Namespace, device: torch.device, page: Page) -> d
 
 
 def measure_step(
-    cfg: Config, split: data.Images | data.Folder, repeats: int, device: torch.device
+    cfg: Config, split: data.Images | data.Folder, repeats: int, device: torch.device, page: Page
 ) -> tuple[Callable, dict[str, dict], dict]:
-    """(the outer iteration as a call, {part: row}, what follows from the rows)."""
+    """(the outer iteration as a call, {part: row}, what follows from the rows). What is only compared with may fail. The page
+    gets memory and times as soon as they are there."""
     net, arguments = problem(cfg, cfg.image_size or 32, device, cfg.mask_batches, warm=2)
     theta, psi, head, _, _ = arguments
     state, rates = mlo_mae.State(0, theta, head, mlo_mae.fresh_level(psi, device)), mlo_mae.rates_of(net, device)
@@ -595,18 +601,26 @@ def measure_step(
 
     calls = {"outer iteration": whole, "data": batches} | compared
     for name, block in RIVALS.items():
-        with contextlib.suppress(ImportError):  # of timm
+        with contextlib.suppress(Exception):  # timm may be absent, or of another time than torch
             calls[name] = rival_step(cfg, arguments[-1][-1], block)
     if device.type == "cuda" and "triton" in sys.modules:
-        calls["outer iteration, kernels off"] = without_kernels
-    counted = calls | {name: calls["plain MAE step"] for name in calls if name == LAUNCHED}
+        calls[WITHOUT] = without_kernels
     record(False)  # a replay allocates nothing
-    peaks = {name: peak_memory(call, device)[1] for name, call in counted.items()}
+    rows, counted = {}, calls | {name: calls["plain MAE step"] for name in calls if name == LAUNCHED}
+    for name, call in counted.items():
+        try:
+            rows[name] = {"part": name, "peak_bytes": peak_memory(call, device)[1]}
+        except Exception as failure:
+            if name not in (*RIVALS, WITHOUT):
+                raise
+            del calls[name]
+            page.wrong.append(f"{name}: {type(failure).__name__}: {first_line(failure)}")
+    page.append({"so_far": [*rows.values()]})
     record(True)
     interleaved(lambda: calls, 1, device)  # the warm-up, which records
-    rows = {name: {"part": name, "peak_bytes": peak} for name, peak in peaks.items()}
     for name, times in interleaved(lambda: calls, repeats, device).items():
         rows[name] |= quartiles(times)
+    page.append({"so_far": [*rows.values()]})
     rivals = [name for name in RIVALS if name in calls]
     parts = [name for name in compared if not name.startswith(("plain MAE step", "mask update"))]
     once = dict.fromkeys(["data", *parts], 1) | {"level-1 step": cfg.level1_steps}
@@ -671,7 +685,7 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
     kept = f", the last {after:.0f} % level-1 steps under the T that was learned" if after else ""
     kept += ", with a T that never waits" if cfg.mask_wait else ""
     source = f"JPEG files, {cfg.workers} processes" if cfg.workers else "from memory"
-    off = "" if "outer iteration, kernels off" in rows else " No Triton on this device: kernels are off."
+    off = "" if WITHOUT in rows else " No Triton on this device: kernels are off."
     return [
         "",
         f"{cfg.preset}: width {cfg.width}, depth {cfg.depth}, {patches} patches, batches of {cfg.batch_size} and twice "
@@ -689,7 +703,7 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
         f"{summary['needed_images_per_second']:.0f}.",
         f"Peak: a large matrix product's {summary['peak_flops'] / 1e9:.3g} GFLOP/s. Parts are timed apart.{off}",
         "Host: until a GPU has been told all. Operators: torch's, on the plain operations, without views. MiB, too: of steps "
-        "that are not started in one launch.",
+        "that are not started in one launch. Where the GPU takes longer than Python, none is, and both rows are one thing.",
     ]
 
 
@@ -771,27 +785,36 @@ def gpu_commands(device: torch.device, out: Path) -> dict[str, list[str]]:
     if device.type == "cpu":
         lines = ("hypergradient --sizes tiny", "step --batch-size 2", "kernels --shapes tiny --dtypes fp32 --no-compile")
         return {"rates": ["rates"]} | {line.split()[0]: line.split() for line in lines}
-    commands = {"rates": ["rates"]}
-    commands |= {f"hypergradient-{size.replace('/', '')}": ["hypergradient", "--sizes", size] for size in SIZES}
-    for preset, precision in (("cifar100", "bf16"), ("shapes", "bf16"), ("cifar100", "fp32"), ("imagenet", "bf16")):
-        commands[f"step-{preset}-{precision}"] = ["step", "--preset", preset, "--precision", precision]
+    runs = ("cifar100", "bf16"), ("shapes", "bf16"), ("shapes", "fp32"), ("cifar100", "fp32"), ("imagenet", "bf16")
+    steps = {f"step-{preset}-{kind}": ["step", "--preset", preset, "--precision", kind] for preset, kind in runs}
     trace = out / "step-cifar100-bf16-trace.json.gz"
-    commands["step-cifar100-bf16"] += [] if trace.exists() else ["--profile", str(trace)]
-    for shape, dtype in (("cifar", "bf16"), ("imagenet", "bf16"), ("cifar", "fp32"), ("imagenet", "fp32")):
-        commands[f"kernels-{shape}-{dtype}"] = ["kernels", "--shapes", shape, "--dtypes", dtype]
-    return commands
+    steps["step-cifar100-bf16"] += [] if trace.exists() else ["--profile", str(trace)]
+    forms = {f"hypergradient-{size.replace('/', '')}": ["hypergradient", "--sizes", size] for size in SIZES}
+    heavy = ["attention", "patch_loss"]
+    races = {
+        f"kernels-{words[0]}-{shape}-{dtype}": ["kernels", "--shapes", shape, "--dtypes", dtype, "--kernels", *words]
+        for words in (heavy, [name for name in KERNELS if name not in heavy])
+        for dtype in DTYPES
+        for shape in USUAL
+    }
+    commands = {"rates": ["rates"]} | steps | forms | races
+    first = ["rates", "step-cifar100-bf16", "step-shapes-bf16", "hypergradient-solved", "hypergradient-vit-b2", *races]
+    return {name: commands[name] for name in dict.fromkeys((*first, *commands))}
 
 
 def run_gpu(options: argparse.Namespace, device: torch.device, page: Page) -> dict:
     """`gpu_commands`, each in a process of its own: a fault that ends one, as a wrong kernel can, spares the others.
 
     In the folder --out, NAME.jsonl has the rows of a command, each as soon as it is there, and a last one that says how it
-    ended; NAME.txt has what it printed. A command that gave its report is not run again, and nothing is overwritten."""
-    began, out = time.monotonic(), options.out
+    ended; NAME.txt has what it printed. A command that gave its report is not run again, and nothing is overwritten. --only
+    names some of them."""
+    began, out, commands = time.monotonic(), options.out, gpu_commands(device, options.out)
+    if unknown := set(options.only or ()) - set(commands):
+        raise UserError(f"--only {sorted(unknown)[0]} is not among {', '.join(commands)}")
     out.mkdir(parents=True, exist_ok=True)
     page.start(["measured", "seconds", "rows", "ended"], [24, 7, 5, 40])
-    for name, flags in gpu_commands(device, out).items():
-        path = out / f"{name}.jsonl"
+    for name in options.only or commands:
+        path, flags = out / f"{name}.jsonl", commands[name]
         before = read_rows(path) if path.exists() else []
         left = options.seconds - (time.monotonic() - began)
         ended = [row.get("reason", "") for row in before if row.get("reported")]
@@ -806,7 +829,8 @@ def run_gpu(options: argparse.Namespace, device: torch.device, page: Page) -> di
         end = supervised(flags, out / f"{name}.txt", left)
         append_line(path, end)
         page.record({"measured": name} | end)
-        count = max(0, len(read_rows(path)) - len(before) - 2)  # less the command's line, and the end's
+        found = read_rows(path)[len(before) :]
+        count = max(0, sum("so_far" not in row for row in found) - 2)  # less the command's line, and the end's
         page.row([name, f"{end['seconds']:.0f}", str(count), end["reason"] or "well"])
         page.wrong += [f"{name}: {end['reason']}"] if end["reason"] else []
     return {"rows": page.rows}
@@ -838,6 +862,7 @@ def add_hypergradient_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of `hypergradient` beside those of every program that measures."""
     sizes = "default: all; without a GPU, not vit-b/2, and bfloat16 at tiny alone"
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help=sizes)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="these, exact, and their judges (default: all)")
     parser.add_argument("--plot", type=Path, help="where to write the picture (with --save: beside the table)")
 
 
@@ -867,6 +892,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("rates", run_rates, "what this machine copies and multiplies at best")
     everything = add("gpu", run_gpu, "all of this at the sizes that matter on a GPU, in order")
     everything.add_argument("--out", type=Path, required=True, help="folder that gets the rows")
+    everything.add_argument("--only", nargs="+", metavar="NAME", help="these of them (default: all)")
     everything.add_argument("--seconds", type=measure.positive, default=540, help="most that it may take (default 540)")
     return parser.parse_args(argv)
 

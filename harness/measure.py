@@ -204,8 +204,9 @@ def in_a_row(make: Callable[..., Call], inputs: list[tuple], count: int, device:
     with torch.cuda.stream(stream):  # a backward runs on the stream of its forward
         calls = [make(*each) for each in inputs]
         run(calls)
-    with torch.cuda.graph(graph, stream=stream):
-        run(calls)
+    with torch.cuda.stream(torch.cuda.current_stream()):  # which a capture that fails would not give back
+        with torch.cuda.graph(graph, stream=stream):
+            run(calls)
 
     def replay(held=calls):  # the graph reads and writes their tensors
         graph.replay()
@@ -324,7 +325,7 @@ class Page:
 # ---------------------------------------------------------------------------------------- programs that measure
 
 # flags that say what is measured; None: the usual
-LIMITS = ("sizes", "preset", "precision", "kernels", "shapes", "dtypes", "batch_size")
+LIMITS = ("sizes", "methods", "preset", "precision", "kernels", "shapes", "dtypes", "batch_size")
 
 
 def positive(text: str) -> int:

@@ -196,8 +196,9 @@ class Run:
         line = iteration % cfg.log_every == 0 or last
         if not (due or line or look or self.stop):
             return  # reading a loss waits for the device
-        self.window += self._read(iteration, cfg.level1_steps)
-        self.losses, self.looked = [], now
+        self.window += self._read(iteration, cfg.level1_steps)  # waits for the device
+        self.losses, now = [], time.monotonic()
+        self.looked = now
         elapsed = max(now - self.logged, 1e-9)
         speed, newest_row = len(self.window) * cfg.batch_size * cfg.level1_steps / elapsed, self.window[-1]
         shown = {f"L{n}": f"{newest_row[f'level{n}_loss']:.3f}" for n in (1, 2, 3) if f"level{n}_loss" in newest_row}

@@ -506,6 +506,7 @@ class Tiles(NamedTuple):
     keys: int  # a step
     warps: int  # a program
     alone: bool = False  # a backward's program holds all queries of a row, but for a token beyond these
+    rest: bool = True  # a short rest of the queries gets a tile of its own size, where they are shared
 
 
 def shared_tiles(qkv, direction):
@@ -559,10 +560,10 @@ def _keys(qkv, tiles):
 
 
 def _parts(qkv, tiles):
-    """Programs a row, and the configuration of a kernel that runs so. A short rest of the queries gets a tile of its own."""
+    """Programs a row, and the configuration of a kernel that runs so."""
     N, ROWS = qkv.shape[1], tiles.queries
     rest = N % ROWS
-    REST = max(16, triton.next_power_of_2(rest)) if N > ROWS and 0 < rest <= ROWS // 4 else 0
+    REST = max(16, triton.next_power_of_2(rest)) if tiles.rest and N > ROWS and 0 < rest <= ROWS // 4 else 0
     return triton.cdiv(N, ROWS), {"ROWS": ROWS, "REST": REST, **_keys(qkv, tiles)}
 
 

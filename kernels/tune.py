@@ -20,17 +20,19 @@ from torch import Tensor
 import kernels
 from harness import UserError, cli, measure
 from harness.measure import in_a_row, input_sets, interleaved, largest_error, quartiles, repeats_of, to_double
-from kernels.attention import Tiles, backward_triton, forward_triton, jvp_triton, shared_tiles, tiles_in_use
+from kernels.attention import Tiles, _parts, backward_triton, forward_triton, jvp_triton, shared_tiles, tiles_in_use
 from kernels.race import DTYPES, GEOMETRY, Case, cases, drawn, maker
 
 
 def named(tiles: Tiles) -> str:
     """The tiles as a row names them."""
-    return f"{tiles.queries} x {tiles.keys}, {tiles.warps} warps{', a row' * tiles.alone}"
+    scheme = ", a row" if tiles.alone else "" if tiles.rest else ", no short rest"
+    return f"{tiles.queries} x {tiles.keys}, {tiles.warps} warps{scheme}"
 
 
 def tile_choices(qkv: Tensor, direction: str) -> list[Tiles]:
-    """Those in use, then those with half or twice as many of one thing, and the backward's other scheme."""
+    """Those in use, then those with half or twice as many of one thing, those that give a short rest of the queries a whole
+    tile, and the backward's other scheme."""
     chosen = tiles_in_use(qkv, direction)
     choices = [chosen]
     for field, least in (("queries", 16), ("keys", 16), ("warps", 1)):
@@ -38,6 +40,8 @@ def tile_choices(qkv: Tensor, direction: str) -> list[Tiles]:
             continue  # it holds them all
         size = getattr(chosen, field)
         choices += [chosen._replace(**{field: other}) for other in (size // 2, 2 * size) if other >= least]
+    if not chosen.alone and _parts(qkv, chosen)[1]["REST"]:
+        choices.append(chosen._replace(rest=False))
     return choices + ([shared_tiles(qkv, direction)] if chosen.alone and qkv.shape[1] > chosen.keys else [])
 
 

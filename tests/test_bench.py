@@ -1,5 +1,6 @@
 """Every verb of bench.py at tiny sizes: what it prints, and when it fails."""
 
+import itertools
 import json
 import math
 import time
@@ -310,6 +311,29 @@ def test_step(capsys, tmp_path):
     assert json.loads(trace.read_text())["traceEvents"]
 
 
+def test_some_forms_alone_have_their_judges(capsys):
+    words = "hypergradient", "--sizes", "tiny", "--methods", "first-order", "exact-2"
+    status, report, _ = run(capsys, *words)
+    rows = {row["method"]: row for row in report["rows"]}
+    assert status == 0 and set(rows) == {"first-order", "exact", "unrolled", "exact-2", "unrolled-2"}
+    assert rows["exact-2"]["verdict"] == "exact" and rows["first-order"]["verdict"] != "exact"
+
+
+def test_what_is_only_compared_with_may_fail(capsys, monkeypatch, tmp_path):
+    """The parts that are a run's may not. Memory, then times, are in the file before anything follows from them."""
+    real, path = bench.rival_step, tmp_path / "rows.jsonl"
+    monkeypatch.setattr(bench, "RIVALS", {"good": bench.SdpaBlock, "bad": None})
+    monkeypatch.setattr(bench, "rival_step", lambda *how: real(*how) if how[2] else lambda: [][0])
+    status, report, out = run(capsys, "step", "--batch-size", "2", "--rows", str(path))
+    assert status == 1 and out.count("WRONG") == 1 and "WRONG: bad: IndexError: list index out of range" in out
+    assert "bad" not in {row["part"] for row in report["rows"]} and report["summary"]["best_rival"] == "good"
+    memory, times = (row["so_far"] for row in rows_of(path) if "so_far" in row)
+    assert all(set(row) == {"part", "peak_bytes"} for row in memory) and all(row["seconds"] > 0 for row in times)
+    monkeypatch.setattr(bench, "parts_of", lambda *arguments: {"mask update": lambda: [][0]})
+    with pytest.raises(IndexError):
+        run(capsys, "step", "--batch-size", "2")
+
+
 def test_a_published_preset_has_one_part_alone(capsys, monkeypatch):
     monkeypatch.setitem(mlo_mae.PRESETS, "cifar100", mlo_mae.CIFAR | NETWORKS | {"data": "cifar100", "image_size": PIXELS})
     status, report, out = run(capsys, "step", "--preset", "cifar100", "--batch-size", "4")
@@ -451,9 +475,22 @@ def test_it_stops_within_its_time(capsys, fake, tmp_path):
 def test_what_a_gpu_is_asked_can_be_typed(tmp_path):
     for device in ("cpu", "cuda"):
         commands = bench.gpu_commands(torch.device(device), tmp_path)
-        verbs = [bench.parse(flags).verb for flags in commands.values()]
-        assert verbs == sorted(verbs, key=["rates", "hypergradient", "step", "kernels"].index) and len(set(verbs)) == 4
+        asked = [bench.parse(flags) for flags in commands.values()]
+        assert {each.verb for each in asked} == {"rates", "hypergradient", "step", "kernels"} and asked[0].verb == "rates"
         assert all(name.startswith(flags[0]) and "/" not in name for name, flags in commands.items())
+    assert {size for each in asked if each.verb == "hypergradient" for size in each.sizes} == set(bench.SIZES)
+    races = [
+        (k, s, d) for each in asked if each.verb == "kernels" for k in each.kernels for s in each.shapes for d in each.dtypes
+    ]
+    assert sorted(races) == sorted(itertools.product(bench.KERNELS, bench.USUAL, bench.DTYPES))
+
+
+def test_some_commands_alone(capsys, fake, tmp_path):
+    fake("first", "faulty", "last")
+    status, report, _ = run(capsys, "gpu", "--out", str(tmp_path / "out"), "--only", "last", "first")
+    assert status == 0 and [row["measured"] for row in report["rows"]] == ["last", "first"]
+    assert bench.main(["gpu", "--out", str(tmp_path / "other"), "--device", "cpu", "--only", "frist"]) == 2
+    assert "--only frist is not among first, faulty, last" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow
@@ -462,6 +499,7 @@ def test_gpu_as_it_is_at_tiny_sizes(capsys, tmp_path):
     assert status == 0 and all(row["status"] == 0 for row in report["rows"]), text
     for name in ("rates", "hypergradient", "step", "kernels"):
         first, *rows, end = rows_of(tmp_path / f"{name}.jsonl")
+        rows = [row for row in rows if "so_far" not in row]
         assert first["machine"] == report["machine"] and len(rows) >= 3 and end["reported"]
         assert json.loads((tmp_path / f"{name}.txt").read_text().splitlines()[-1])["rows"] == rows
 

@@ -420,7 +420,8 @@ def test_a_grey_network_takes_grey_and_colour(tmp_path, monkeypatch):
     assert torch.equal(model.features([Image.fromarray(image) for image in images]), expected)
     assert torch.equal(model.features([Image.fromarray(image).convert("RGB") for image in images]), expected)
     assert model.reconstruct(images)[0].shape == (24, SIZE, SIZE, 1)
-    assert main([str(tmp_path / "run"), str(tmp_path / "grey.npz"), "--out", str(tmp_path / "out.npz")]) == 0
+    words = [str(tmp_path / "run"), str(tmp_path / "grey.npz"), "--device", "cpu", "--out", str(tmp_path / "out.npz")]
+    assert main(words) == 0
     with np.load(tmp_path / "out.npz") as found:  # test_images and train_images, which are the same
         assert np.allclose(found["features"], torch.cat([expected, expected]).numpy(), atol=1e-6)
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import kernels
 from kernels import tune
@@ -66,3 +66,23 @@ def test_tiles_need_a_gpu(capsys, monkeypatch):
     assert tune.main(["--device", "cpu"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("kernels.tune: ") and "need a GPU" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif("triton" not in sys.modules, reason="triton is not installed here")
+@pytest.mark.parametrize("direction", ["forward", "jvp", "backward"])
+def test_a_short_rest_of_the_queries_may_have_a_whole_tile(direction):
+    """Which gives the same, by another cut."""
+    attention, inputs = sys.modules["kernels.attention"], (torch.randn(1, 65, 3, 1, 16),)
+    others = inputs if direction == "jvp" else torch.randn(1, 65, 16)
+    chosen = attention.Tiles(64, 16, 4)
+    parts = [attention._parts(inputs[0], tiles)[1]["REST"] for tiles in (chosen, chosen._replace(rest=False))]
+    assert parts == [16, 0]
+    one, two = (tune.launches(direction, tiles)(inputs, others)() for tiles in (chosen, chosen._replace(rest=False)))
+    assert all(torch.allclose(x, y, atol=1e-5) for x, y in zip(tree_leaves(one), tree_leaves(two)))
+
+
+def test_whole_tiles_for_a_short_rest_are_raced(monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.attention"], "architecture", lambda device: "cuda:90")
+    for tokens, rests in ((257, 1), (256, 0), (65, 1), (64, 0)):
+        qkv = torch.empty(1, tokens, 3, 12, 64, dtype=torch.bfloat16)
+        assert sum(not tiles.rest for tiles in tune.tile_choices(qkv, "forward")) == rests
