@@ -9,7 +9,7 @@
 Each prints the machine, a table row by row, and one last line of compact JSON; --save writes what is printed under
 benchmarks/, as it comes, so that a run that is cut short leaves what it had.
 Times are medians (with quartiles) of interleaved runs after a warm-up. A number that was not measured is not printed.
-Exit status: 0; 1 where a result is further from the truth than it may be; 2 for what the user can mend.
+Exit status: 0; 1 where a result is further from the truth than it may be, or a rival fails; 2 for what the user can mend.
 """
 
 from harness.signals import end_at_once
@@ -27,9 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -258,9 +258,13 @@ def run_hypergradient(
         judged = {methods[name].judged for name in asked}
         asked |= {name for name, method in methods.items() if method.form is mlo_mae.unrolled and method.judged in judged}
         methods = {name: method for name, method in methods.items() if name in asked}
+    sizes = options.sizes or [size for size in SIZES if size != "vit-b/2" or device.type == "cuda"]
+    for name in options.methods or ():
+        if not methods[name].solved and sizes == ["solved"]:
+            raise UserError(f"--methods {name} has no part in --sizes solved, whose head makes no steps; name another size")
     if options.plot:
         options.plot.touch()  # rather fail now than after the measurements
-    for size in options.sizes or [size for size in SIZES if size != "vit-b/2" or device.type == "cuda"]:
+    for size in sizes:
         pixels, settings = SIZES[size]
         cfg = Config(**settings)
         slow_bf16 = device.type == "cpu" and size != "tiny" and not options.sizes  # it can take minutes: only if asked for
@@ -288,7 +292,7 @@ def run_hypergradient(
         f"Exact: within {LIMIT['float64']:.0e} of it in float64, and within {LIMIT['float32']:.0e} in float32. Noise: "
         f"cosine below {NOISE}. Cosine, ms (median [quartiles] of {options.repeats}), MiB (the most held at once) and GFLOP "
         "(matrix products) are float32's. Networks in bfloat16: encoder and decoder under autocast, which leaves float64 as "
-        f"it is.{note}",
+        f"it is.{note if set(more or ()) & set(methods) else ''}",
     )
     picture = options.plot or (options.save and measure.saved_path(measure.name_of(options), device, "png"))
     grown = growth(device, options.repeats) if picture else []
@@ -599,25 +603,34 @@ def measure_step(
     def batches():
         return [next(stream) for stream in (*streams[::3] * cfg.level1_steps, *streams[1:3])]
 
-    calls = {"outer iteration": whole, "data": batches} | compared
+    calls, rows = {"outer iteration": whole, "data": batches} | compared, {}
+    has_kernels = device.type == "cuda" and "triton" in sys.modules
+
+    def tried(name: str, function: Callable) -> Any:
+        try:
+            return function()
+        except Exception as failure:
+            if name not in (*RIVALS, WITHOUT) or isinstance(failure, ImportError):
+                raise
+            for found in (calls, rows):
+                found.pop(name, None)
+            page.wrong.append(f"{name}: {type(failure).__name__}: {first_line(failure, 1000)}")
+
     for name, block in RIVALS.items():
-        with contextlib.suppress(Exception):  # timm may be absent, or of another time than torch
-            calls[name] = rival_step(cfg, arguments[-1][-1], block)
-    if device.type == "cuda" and "triton" in sys.modules:
+        with contextlib.suppress(ImportError):  # of timm
+            if made := tried(name, lambda block=block: rival_step(cfg, arguments[-1][-1], block)):
+                calls[name] = made
+    if has_kernels:
         calls[WITHOUT] = without_kernels
     record(False)  # a replay allocates nothing
-    rows, counted = {}, calls | {name: calls["plain MAE step"] for name in calls if name == LAUNCHED}
+    counted = calls | {name: calls["plain MAE step"] for name in calls if name == LAUNCHED}
     for name, call in counted.items():
-        try:
-            rows[name] = {"part": name, "peak_bytes": peak_memory(call, device)[1]}
-        except Exception as failure:
-            if name not in (*RIVALS, WITHOUT):
-                raise
-            del calls[name]
-            page.wrong.append(f"{name}: {type(failure).__name__}: {first_line(failure)}")
+        if measured := tried(name, lambda call=call: peak_memory(call, device)):
+            rows[name] = {"part": name, "peak_bytes": measured[1]}
     page.append({"so_far": [*rows.values()]})
     record(True)
-    interleaved(lambda: calls, 1, device)  # the warm-up, which records
+    for name, call in [*calls.items()]:
+        tried(name, lambda call=call: measure.seconds(call, device))  # the warm-up, which records
     for name, times in interleaved(lambda: calls, repeats, device).items():
         rows[name] |= quartiles(times)
     page.append({"so_far": [*rows.values()]})
@@ -651,6 +664,7 @@ def measure_step(
     summary = {
         "preset": cfg.preset,
         "precision": cfg.precision,
+        "kernels": has_kernels,
         "batch_size": batch,
         "labelled_batch_size": labelled,
         "images_per_second": reads / pace,
@@ -658,8 +672,8 @@ def measure_step(
         "time_ratio": time_ratio,
         "operation_ratio": operation_ratio,
         "overhead": time_ratio / operation_ratio,
-        "best_rival": (best := min(rivals, key=lambda name: rows[name]["seconds"])),
-        "rival_ratio": plain["seconds"] / rows[best]["seconds"],
+        "best_rival": (best := min(rivals, key=lambda name: rows[name]["seconds"], default=None)),
+        "rival_ratio": best and plain["seconds"] / rows[best]["seconds"],
         "peak_flops": ceiling,
         "updates": updates,
         "hours": updates * pace / 3600,
@@ -685,7 +699,9 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
     kept = f", the last {after:.0f} % level-1 steps under the T that was learned" if after else ""
     kept += ", with a T that never waits" if cfg.mask_wait else ""
     source = f"JPEG files, {cfg.workers} processes" if cfg.workers else "from memory"
-    off = "" if WITHOUT in rows else " No Triton on this device: kernels are off."
+    best, ratio = summary["best_rival"], summary["rival_ratio"]
+    rival = f"{ratio:.2f}x the time of the faster rival's ({best}, with torch's fused AdamW)" if best else "what no rival told"
+    off = "" if summary["kernels"] else " No Triton on this device: kernels are off."
     return [
         "",
         f"{cfg.preset}: width {cfg.width}, depth {cfg.depth}, {patches} patches, batches of {cfg.batch_size} and twice "
@@ -695,8 +711,7 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
         "",
         f"A mask update takes {summary['time_ratio']:.2f}x the time of a plain MAE step and "
         f"{summary['operation_ratio']:.2f}x its operations: {summary['overhead']:.2f}x the time that as many of its own take.",
-        f"A plain MAE step takes {summary['rival_ratio']:.2f}x the time of the faster rival's "
-        f"({summary['best_rival'].removeprefix('rival: ')}, with torch's fused AdamW).",
+        f"A plain MAE step takes {rival}.",
         f"{summary['updates']} outer iterations, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
         f"{plain}{kept}: {summary['images_per_second']:.0f} images a second.",
         f"Reading by itself ({source}) delivers {summary['input_images_per_second']:.0f} images a second; levels 1 to 3 take "
@@ -734,7 +749,7 @@ def run_kernels(options: argparse.Namespace, device: torch.device, page: Page) -
                 try:
                     found, error = race(case, direction, options.compile, options.repeats, device)
                 except Exception as failure:  # one comparison that cannot be made does not end the others
-                    error = f"{type(failure).__name__}: {first_line(failure)}"
+                    error = f"{type(failure).__name__}: {first_line(failure, 1000)}"
                     page.append(what | {"failed": error})
                     page.wrong.append(f"{' '.join(what.values())}: {error}")
                     continue
@@ -812,7 +827,7 @@ def run_gpu(options: argparse.Namespace, device: torch.device, page: Page) -> di
     if unknown := set(options.only or ()) - set(commands):
         raise UserError(f"--only {sorted(unknown)[0]} is not among {', '.join(commands)}")
     out.mkdir(parents=True, exist_ok=True)
-    page.start(["measured", "seconds", "rows", "ended"], [24, 7, 5, 40])
+    page.start(["measured", "seconds", "rows", "ended"], [max(map(len, commands)), 7, 5, 40])
     for name in options.only or commands:
         path, flags = out / f"{name}.jsonl", commands[name]
         before = read_rows(path) if path.exists() else []
@@ -858,11 +873,13 @@ def supervised(flags: list[str], log: Path, limit: float) -> dict:
 USUAL = ["cifar", "imagenet"]  # shapes of kernels
 
 
-def add_hypergradient_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of `hypergradient` beside those of every program that measures."""
+def add_hypergradient_flags(parser: argparse.ArgumentParser, more: Iterable[str] = ()) -> None:
+    """The flags of `hypergradient` beside those of every program that measures; more: names of methods beside METHODS."""
     sizes = "default: all; without a GPU, not vit-b/2, and bfloat16 at tiny alone"
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), help=sizes)
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="these, exact, and their judges (default: all)")
+    parser.add_argument(
+        "--methods", nargs="+", choices=[*METHODS, *more], help="these, exact, and their judges (default: all)"
+    )
     parser.add_argument("--plot", type=Path, help="where to write the picture (with --save: beside the table)")
 
 

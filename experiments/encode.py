@@ -343,9 +343,9 @@ def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", ma
 
 def shown_rows(model: Model, images: np.ndarray) -> tuple[list, str]:
     """Rows of a picture of these images, and what it says below them: as `show` has them of a run's."""
-    inputs = model.inputs(from_bytes(images))
+    inputs, pixels = model.inputs(from_bytes(images)), (model.mean, model.std)
     with torch.no_grad():
-        return picture_rows(model.net, model.state.theta.params, inputs, model.draw(inputs, 0, 0), model.mean, model.std)
+        return picture_rows(model.net, model.state.theta.params, inputs, model.draw(inputs, 0, 0), *pixels, raw=model.raw)
 
 
 # ------------------------------------------------------------------------------------------------------- command line

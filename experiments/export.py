@@ -53,7 +53,7 @@ def export(run: Path, to: str, file: Path | None = None) -> dict:
     if trained.pooling and to == "mae":
         raise UserError(f"{run} is a fine-tuning, which has no decoder; export it --to timm, or the run that it started from")
     file = run / EXPORTS[to] if file is None else file
-    check_free(file)
+    check_free(file, "--file")
     report = {"command": "export", "run": str(run), "file": str(file), "mean": trained.mean, "std": trained.std}
     if to == "mae":
         facts = {"call": mae_call(trained), "mean": trained.mean, "std": trained.std}  # `read_weights` takes the heads of it

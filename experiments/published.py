@@ -148,7 +148,7 @@ def compare(argv: list[str]) -> int:
     def parse() -> argparse.Namespace:
         parser = cli.Parser(prog="mlo_mae.py published hypergradient", description=work.func.__doc__)
         measure.add_flags(parser, "hypergradient", work)
-        bench.add_hypergradient_flags(parser)
+        bench.add_hypergradient_flags(parser, more)
         return parser.parse_args(argv)
 
     command = shlex.join(["python", "-m", "experiments.published", "hypergradient", *argv])

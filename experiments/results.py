@@ -673,12 +673,11 @@ def run_command(argv: list[str]) -> dict:
         raise UserError(f"{out} holds no finished rows; run without --table")
     facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
     facts["threads"] = options.threads
-    save = f"results-{name}" if options.save else ""
-    show_page(["results", *argv], facts, lines, notes, save)
-    pictures = {}
+    save, pictures = f"results-{name}" if options.save else "", {}
     if name == data and figure(data, methods, grid, out / data / "results.png"):
         masks = folder_of(out, Cell(data, "MLO-MAE", "steps", grid.first)) / "masks-over-training.png"
         pictures = {"": out / data / "results.png", "-masks": masks}
+    show_page(["results", *argv], facts, lines, notes, save)
     for suffix, picture in pictures.items() if save else ():
         write_whole(BENCHMARKS / f"{save}{suffix}.png", picture.read_bytes())
     return {"command": "results", "machine": facts, "rows": rows}

@@ -40,11 +40,13 @@ def picture_rows(
     mean: Sequence[float],
     std: Sequence[float],
     parts: Tensor | None = None,
+    raw: bool = False,
 ) -> tuple[list[tuple[str, np.ndarray | Tensor, dict]], str]:
     """Rows for `grid`, and what it says below them: images [B, C, H, W], what T or `parts` [B, L] (from 0 to 1) say of their
-    patches, what the encoder sees, and what the decoder makes of the rest. drawn: what `mlo_mae.draw_masks` returns."""
+    patches, what the encoder sees, and what the decoder makes of the rest. drawn: what `mlo_mae.draw_masks` returns; raw: as
+    in `reconstructed`."""
     size, (prob, keep, restore, mask) = net.cfg.patch_size, drawn
-    pred = reconstructed(net, theta, images, keep, restore)
+    pred = reconstructed(net, theta, images, keep, restore, raw)
     target, hidden = gather_patches(images, None, size), mask[..., None]  # [B, L, p*p*C], [B, L, 1]
     original, predicted = (as_images(patches, size, mean, std) for patches in (target, pred))
     covered = as_images(hidden.expand_as(target), size, [0.0], [1.0])  # 1 where hidden

@@ -13,9 +13,9 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says in its first line, at most 200 characters of it."""
-    return (str(error).splitlines() or [""])[0][:200]
+def first_line(error: Exception, limit: int = 200) -> str:
+    """What an exception says in its first line, at most `limit` characters of it."""
+    return (str(error).splitlines() or [""])[0][:limit]
 
 
 def printable(text: str, limit: int = 600) -> str:

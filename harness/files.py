@@ -38,10 +38,10 @@ def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object], previ
         raise unwritable(path, error) from None
 
 
-def check_free(path: Path) -> None:
-    """Raise UserError where a new file could not be written here, or would take the place of another."""
+def check_free(path: Path, flag: str = "") -> None:
+    """Raise UserError where a new file could not be written here, or would take the place of another; `flag` names it."""
     if path.exists():
-        raise UserError(f"{path} exists already; move it away, or name another")
+        raise UserError(f"{path} exists already; move it away, or name another{flag and f' with {flag}'}")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent} is no folder; make it, or name another file")
     if not os.access(path.parent, os.W_OK):

@@ -2,8 +2,9 @@
 
     python -m kernels.tune [--shapes cifar imagenet] [--dtypes bf16] [--batch-size 128] [--save]
 
-Each direction of the kernels runs at a ViT-B's shapes in the tiles that kernels/attention.py chooses, and in those with half
-or twice as many queries, keys or warps. Prints the machine, a row a shape and direction, and one last line of JSON.
+Each direction of the kernels runs at a ViT-B's shapes in the tiles that kernels/attention.py chooses, and in neighbours:
+half or twice as many queries, keys or warps, no small tile for a short rest of the queries, several programs a row. Prints the
+machine, a row a shape and direction, and one last line of JSON.
 Exit status: 0; 1 where a choice of tiles gives wrong results; 2 for what the user can mend.
 """
 
@@ -92,7 +93,7 @@ def tune(options: argparse.Namespace, device: torch.device, page: measure.Page) 
     if device.type not in kernels.backend.DEVICES:
         raise UserError("tiles are of Triton's kernels, which need a GPU here; run it where there is one")
     titles = ["shape", "dtype", "direction", "in use", "ms", "fastest neighbour", "ms", "in use takes"]
-    page.start(titles, [39, 5, 9, 26, 6, 26, 6, 12])
+    page.start(titles, [39, 5, 9, 33, 6, 33, 6, 12])
     torch.manual_seed(0)
     for dtype in options.dtypes or ["bf16"]:
         for name in options.shapes or ["cifar", "imagenet"]:
@@ -109,7 +110,9 @@ def tune(options: argparse.Namespace, device: torch.device, page: measure.Page) 
                     shown = [text for row in (ours, best) for text in (row["tiles"], f"{1e3 * row['seconds']:.3g}")]
                     page.row([*what.values(), *shown, f"{ours['seconds'] / best['seconds']:.2f}x"])
     page.say(
-        "", "ms: medians of calls in a row. Queries a program x keys a step; a neighbour has half or twice as many of one."
+        "",
+        "ms: medians of calls in a row. Queries a program x keys a step. A neighbour has half or twice as many of one, gives "
+        "a short rest of the queries a whole tile, or has several programs a row.",
     )
     return {"rows": page.rows}
 

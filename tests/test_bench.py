@@ -319,6 +319,11 @@ def test_some_forms_alone_have_their_judges(capsys):
     assert rows["exact-2"]["verdict"] == "exact" and rows["first-order"]["verdict"] != "exact"
 
 
+def test_a_form_that_no_size_has_is_refused(capsys):
+    assert bench.main(["hypergradient", "--sizes", "solved", "--methods", "finite-difference"]) == 2
+    assert "--methods finite-difference has no part in --sizes solved" in capsys.readouterr().err
+
+
 def test_what_is_only_compared_with_may_fail(capsys, monkeypatch, tmp_path):
     """The parts that are a run's may not. Memory, then times, are in the file before anything follows from them."""
     real, path = bench.rival_step, tmp_path / "rows.jsonl"
@@ -329,6 +334,9 @@ def test_what_is_only_compared_with_may_fail(capsys, monkeypatch, tmp_path):
     assert "bad" not in {row["part"] for row in report["rows"]} and report["summary"]["best_rival"] == "good"
     memory, times = (row["so_far"] for row in rows_of(path) if "so_far" in row)
     assert all(set(row) == {"part", "peak_bytes"} for row in memory) and all(row["seconds"] > 0 for row in times)
+    monkeypatch.setattr(bench, "RIVALS", {})
+    status, report, out = run(capsys, "step", "--batch-size", "2")
+    assert status == 0 and report["summary"]["best_rival"] is None and "takes what no rival told." in out
     monkeypatch.setattr(bench, "parts_of", lambda *arguments: {"mask update": lambda: [][0]})
     with pytest.raises(IndexError):
         run(capsys, "step", "--batch-size", "2")
@@ -476,6 +484,8 @@ def test_what_a_gpu_is_asked_can_be_typed(tmp_path):
     for device in ("cpu", "cuda"):
         commands = bench.gpu_commands(torch.device(device), tmp_path)
         asked = [bench.parse(flags) for flags in commands.values()]
+        verbs = [each.verb for each in asked]
+        assert device == "cpu" or verbs[:6] == ["rates", *["step"] * 2, *["hypergradient"] * 2, "kernels"], verbs
         assert {each.verb for each in asked} == {"rates", "hypergradient", "step", "kernels"} and asked[0].verb == "rates"
         assert all(name.startswith(flags[0]) and "/" not in name for name, flags in commands.items())
     assert {size for each in asked if each.verb == "hypergradient" for size in each.sizes} == set(bench.SIZES)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import mlo_mae
 from experiments import open_run
-from experiments.encode import Model, encode, main
+from experiments.encode import Model, encode, main, shown_rows
 from harness import UserError
 from harness.pictures import as_images
 from harness.readers import decode, list_any
@@ -274,6 +274,9 @@ def test_a_decoder_of_pixels_gives_pixels(model, bare_weights):
     there = hidden.repeat_interleave(model.net.cfg.patch_size, 1).repeat_interleave(model.net.cfg.patch_size, 2)
     assert np.allclose(made[there].numpy(), expected[there.numpy()], atol=1e-5) and not torch.allclose(made, plain, atol=1e-2)
     assert torch.equal(made[~there], plain[~there])
+    raw = mlo_mae.load(bare_weights(), "cpu", raw_pixels=True, **heads)
+    shown = shown_rows(raw, some_images())[0][-1][1]  # in a picture, too
+    assert np.allclose(shown, raw.reconstruct(some_images())[0].numpy(), atol=1e-5)
 
 
 def test_a_t_that_has_not_learned_does_not_choose(whole_run):

@@ -69,7 +69,7 @@ def test_export_to_timm(run, capsys):
     assert {name: tuple(t.shape) for name, t in written.items()} == expected | {"head.weight": (2, 16), "head.bias": (2,)}
     assert not written["head.weight"].any() and all(torch.equal(written[name], trained["model", name]) for name in expected)
     before = (run / "encoder-timm.safetensors").read_bytes()
-    refused(["export", run, "--to", "timm"], capsys, "encoder-timm.safetensors exists already", "name another")
+    refused(["export", run, "--to", "timm"], capsys, "encoder-timm.safetensors exists already", "--file")
     assert (run / "encoder-timm.safetensors").read_bytes() == before
 
 
