@@ -700,7 +700,9 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
     kept += ", with a T that never waits" if cfg.mask_wait else ""
     source = f"JPEG files, {cfg.workers} processes" if cfg.workers else "from memory"
     best, ratio = summary["best_rival"], summary["rival_ratio"]
-    rival = f"{ratio:.2f}x the time of the faster rival's ({best}, with torch's fused AdamW)" if best else "what no rival told"
+    rival = "No rival's step could be measured."
+    if best:
+        rival = f"A plain MAE step takes {ratio:.2f}x the time of the faster rival's ({best}, with torch's fused AdamW)."
     off = "" if summary["kernels"] else " No Triton on this device: kernels are off."
     return [
         "",
@@ -711,7 +713,7 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
         "",
         f"A mask update takes {summary['time_ratio']:.2f}x the time of a plain MAE step and "
         f"{summary['operation_ratio']:.2f}x its operations: {summary['overhead']:.2f}x the time that as many of its own take.",
-        f"A plain MAE step takes {rival}.",
+        rival,
         f"{summary['updates']} outer iterations, the whole run of this preset, take {summary['hours']:.2f} hours at this pace"
         f"{plain}{kept}: {summary['images_per_second']:.0f} images a second.",
         f"Reading by itself ({source}) delivers {summary['input_images_per_second']:.0f} images a second; levels 1 to 3 take "

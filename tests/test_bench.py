@@ -336,7 +336,7 @@ def test_what_is_only_compared_with_may_fail(capsys, monkeypatch, tmp_path):
     assert all(set(row) == {"part", "peak_bytes"} for row in memory) and all(row["seconds"] > 0 for row in times)
     monkeypatch.setattr(bench, "RIVALS", {})
     status, report, out = run(capsys, "step", "--batch-size", "2")
-    assert status == 0 and report["summary"]["best_rival"] is None and "takes what no rival told." in out
+    assert status == 0 and report["summary"]["best_rival"] is None and "No rival's step could be measured." in out
     monkeypatch.setattr(bench, "parts_of", lambda *arguments: {"mask update": lambda: [][0]})
     with pytest.raises(IndexError):
         run(capsys, "step", "--batch-size", "2")
