@@ -699,10 +699,10 @@ def step_text(cfg: Config, rows: dict[str, dict], summary: dict) -> list[str]:
     kept = f", the last {after:.0f} % level-1 steps under the T that was learned" if after else ""
     kept += ", with a T that never waits" if cfg.mask_wait else ""
     source = f"JPEG files, {cfg.workers} processes" if cfg.workers else "from memory"
-    best, ratio = summary["best_rival"], summary["rival_ratio"]
     rival = "No rival's step could be measured."
-    if best:
-        rival = f"A plain MAE step takes {ratio:.2f}x the time of the faster rival's ({best}, with torch's fused AdamW)."
+    if best := summary["best_rival"]:
+        of = f"the faster rival's ({best.removeprefix('rival: ')}, with torch's fused AdamW)"
+        rival = f"A plain MAE step takes {summary['rival_ratio']:.2f}x the time of {of}."
     off = "" if summary["kernels"] else " No Triton on this device: kernels are off."
     return [
         "",
