@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -124,6 +125,23 @@ def hide_labels(net: Any, splits: Splits, device: torch.device, run: Any) -> Non
     splits.known = tuple(known)
 
 
+# -------------------------------------------------------------------------------------------------- weights without T
+
+
+def nearness(side: int) -> Tensor:
+    """[side, side]: minus the square of each patch's distance to the middle of the image, in patches."""
+    place = torch.arange(side) - (side - 1) / 2
+    return -(place.square()[:, None] + place.square())
+
+
+def weigh_the_middle(net: Networks, splits: Splits, device: torch.device, run: Any, deviation: float = 1.0) -> None:
+    """Patches near the middle of an image count more, from the first step on, and nothing is learned: logits of T's mean and
+    this deviation, moved with the crops. As `mlo_mae.train` calls it."""
+    near = nearness(math.isqrt(net.patches)).to(device)
+    weights = (deviation * (near - near.mean()) / near.std() - 2).sigmoid()
+    net.maps = lambda images: images.accompanied(weights.expand(len(images), -1, -1))
+
+
 # --------------------------------------------------------------------------------------------------------- questions
 
 
@@ -162,10 +180,14 @@ SEEN = {
     "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64, "log_every": 3}),
 }
 CHOICES = [f"MLO-MAE, {name}" for name in ("head steps", "CLS", "T on pixels", "drawn by p", "identity")]
+MIDDLE = {
+    "weights by nearness": Method(Config, {"masking": "random"}, prepare=weigh_the_middle),
+    "weights by nearness, steeper": Method(Config, {"masking": "random"}, prepare=partial(weigh_the_middle, deviation=2.0)),
+}
 TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
 LENDERS = ("shapes", "clutter-1", "shapes-stripes", "cifar100", "cifar100-coarse")
 GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
-ALL = METHODS | SEEN | TOGETHER | GIVEN
+ALL = METHODS | SEEN | MIDDLE | TOGETHER | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
 SETS = DATA | {
@@ -204,7 +226,8 @@ CHOICES_NOTE = (
     f"Head steps: level 2 is {Config.head_steps} AdamW steps on cross-entropy a look. CLS: features are the CLS token. "
     "T on pixels: a small network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: "
     "dU/dg = -1. First-order: the head is held constant. No restart: the learning rate of level 1 is one cosine. "
-    "T at rest: p is the same everywhere, at MAE's rate."
+    "T at rest: p is the same everywhere, at MAE's rate. Weights by nearness: nothing is learned; patches near the middle of "
+    "the image count more, from the first step on, by logits of T's mean and a deviation of 1 (steeper: 2), at T's rate."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
@@ -254,7 +277,7 @@ QUESTIONS = {
         paired(
             "shapes",
             *("MLO-MAE", *CHOICES, "MLO-MAE, first-order", *TOGETHER),
-            *("MLO-MAE, no restart", "MLO-MAE, T at rest", "MAE, no restart", "MAE"),
+            *("MLO-MAE, no restart", "MLO-MAE, T at rest", *MIDDLE, "MAE, no restart", "MAE"),
         ),
         [CHOICES_NOTE],
         also="MLO-MAE",
@@ -436,8 +459,7 @@ def maps_of_a_seed(ours: Path, mae: Path, other: Path) -> tuple[dict[str, Tensor
     model, plain, another = (encode.load(folder, "cpu") for folder in (ours, mae, other))
     test, size = open_run(ours, "cpu")[2].test, model.net.cfg.patch_size
     images = test.images[:LOOKED_AT].float() / 255
-    inputs, side = model.inputs(images), images.shape[-1] // size
-    place = torch.arange(side) - (side - 1) / 2
+    inputs = model.inputs(images)
     patches = gather_patches(images, None, size)  # [B, N, p*p*C]
     return {
         "p of T": model.weights(images).flatten(1),
@@ -446,7 +468,7 @@ def maps_of_a_seed(ours: Path, mae: Path, other: Path) -> tuple[dict[str, Tensor
         "CLS attention of MAE": cls_attention(plain, plain.inputs(images)),
         "reconstruction error of MAE": mean_errors(plain.net, plain.state.theta.params, plain.inputs(images)),
         "contrast of the pixels": patches.unflatten(2, (size**2, -1)).std(2).mean(2),
-        "nearness to the middle": (-place.square()[:, None] - place.square()).flatten().expand(len(images), -1),
+        "nearness to the middle": nearness(images.shape[-1] // size).flatten().expand(len(images), -1),
     }, share_covered(test.objects[:LOOKED_AT], size) > HALF
 
 

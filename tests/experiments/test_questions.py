@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from helpers import consume
 
 import data
 import mlo_mae
-from experiments import clutter, encode, questions, results, tissue
+from experiments import clutter, encode, level1_alone, questions, results, tissue
 from experiments.questions import ALL, QUESTIONS, FewLabels, hide_labels
 from experiments.results import Cell, Grid
 from kernels import attention, select_patches
@@ -250,6 +251,21 @@ def test_what_is_told_is_the_derivative_by_each_weight(splits, monkeypatch):
         assert found[i, j].item() == pytest.approx(-(by_theta @ c).item(), rel=1e-3, abs=1e-9)
     hidden = choice[2].bool()
     assert not found[~hidden].any() and found[hidden].all()
+
+
+def test_weights_by_nearness_are_those_of_level_1(tmp_path):
+    """From the first step on: the run is that of a loop in which these maps weigh, and its masks are those of MAE."""
+    cfg = Config(**TINY | {"masking": "random"})
+    _, state, splits = mlo_mae.train(cfg, None, prepare=partial(questions.weigh_the_middle, deviation=2.0))
+    side = splits.image_size // cfg.patch_size
+    assert torch.equal(questions.nearness(4)[0], torch.tensor([-4.5, -2.5, -2.5, -4.5]))
+    near = questions.nearness(side)
+    weights = torch.sigmoid(2 * (near - near.mean()) / near.std() - 2)
+    assert 0.2 < weights[side // 2, side // 2] < 0.9 and weights[0, 0] < 0.05
+    maps = splits.train.accompanied(weights.expand(len(splits.train), -1, -1))
+    *_, (_, alone, _) = level1_alone(cfg, splits, maps)
+    plain = mlo_mae.train(cfg, None)[1]
+    assert torch.equal(state.theta.params, alone.theta.params) and not torch.equal(state.theta.params, plain.theta.params)
 
 
 # --------------------------------------------------------------------------------------------------------- in one look
