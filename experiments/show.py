@@ -64,7 +64,7 @@ def picture_rows(
         *chosen_by,
         ("encoder sees\n(grey: hidden)", original * (1 - covered) + HIDDEN * covered, PIXELS),
         ("decoder fills\nhidden patches", original * (1 - covered) + predicted * covered, PIXELS),
-    ], f"{text} Visible patches are shown as they are; only hidden ones are reconstructed."
+    ], f"{text} Visible patches are shown as they are; hidden ones as reconstructed, with each true patch's mean and contrast."
 
 
 @torch.no_grad()
