@@ -354,8 +354,9 @@ def dead_leaves(rng: np.random.Generator, numbers: np.ndarray, size: int) -> np.
 
 
 OBJECT_AREA = (0.2, 0.3)  # least and most share of an image that its object covers
-DRAWN: dict[str, tuple[Background, tuple[float, float]]] = {  # data sets that are drawn here
+DRAWN: dict[str, tuple] = {  # data sets that are drawn here: what `shapes` takes after the size
     "shapes": (dead_leaves, OBJECT_AREA),
+    "shapes-anywhere": (dead_leaves, OBJECT_AREA, True),
     "shapes-stripes": (striped, (0.25, 0.4)),
 }
 
@@ -395,14 +396,22 @@ def draw_shapes(
     return (pixels.clip(0, 1) * 255).round().astype(np.uint8), distance < 0
 
 
-def shapes(size: int, background: Background, area: tuple[float, float], seed: int = 0) -> Parts:
+def shapes(size: int, background: Background, area: tuple[float, float], anywhere: bool = False, seed: int = 0) -> Parts:
     """6,000 training pictures, numbers 0 to 5,999, and 2,000 test pictures of shapes: {"train": (images, labels, objects),
-    "test": ...} as `draw_shapes` has them. What is drawn before the background is the same for every background."""
+    "test": ...} as `draw_shapes` has them. What is drawn before the background is the same for every background.
+
+    Objects lie near the middle, since they are large. anywhere: each picture is moved by a random distance, and what leaves
+    it on one side comes in on the other, so that no place tells where an object is."""
     in_turn = np.arange(8000, dtype=np.int64).reshape(1000, 8) % len(SHAPES)
     labels = numpy_generator(DRAW, 0, seed).permuted(in_turn, axis=1).ravel()  # balanced throughout
     some = zip(np.split(labels, 32), np.split(np.arange(8000), 32))
     drawn = [draw_shapes(numpy_generator(DRAW, 1, i, seed), *pair, size, background, area) for i, pair in enumerate(some)]
     images, objects = map(np.concatenate, zip(*drawn))
+    if anywhere:
+        moves = (numpy_generator(DRAW, 4, seed).uniform(size=(2, 8000)) * size).astype(int)
+        down, right = ((move[:, None] + np.arange(size)) % size for move in moves)  # each [N, size]
+        places = np.arange(8000)[:, None, None], down[:, :, None], right[:, None]
+        images, objects = images.transpose(0, 2, 3, 1)[places].transpose(0, 3, 1, 2), objects[places]
     return {"train": (images[:6000], labels[:6000], objects[:6000]), "test": (images[6000:], labels[6000:], objects[6000:])}
 
 

@@ -36,7 +36,7 @@ def on_photographs(pools: dict[str, np.ndarray], seed: int) -> Parts:
     def background(rng: np.random.Generator, numbers: np.ndarray, size: int) -> np.ndarray:
         return photographs[numbers].astype(np.float32) / 255
 
-    return shapes(photographs.shape[-1], background, OBJECT_AREA, seed)
+    return shapes(photographs.shape[-1], background, OBJECT_AREA, seed=seed)
 
 
 def arrays_of(parts: Parts) -> dict[str, np.ndarray]:

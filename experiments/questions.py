@@ -4,6 +4,7 @@
     python mlo_mae.py questions ratio        # how much is hidden
     python mlo_mae.py questions choices      # the defaults, each one alone changed
     python mlo_mae.py questions unrolling    # how much of levels 1 and 2 the derivative sees
+    python mlo_mae.py questions places       # T beside weights by nearness to the middle, where that tells and where not
     python mlo_mae.py questions transfer     # T of one data set, used on another
     python mlo_mae.py questions medical      # lesions in tissue (tissue makes the images)
     python mlo_mae.py questions cost         # all methods in equal time; where the time of a run goes
@@ -191,6 +192,7 @@ ALL = METHODS | SEEN | MIDDLE | TOGETHER | GIVEN
 for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
 SETS = DATA | {
+    "shapes-anywhere": ({"data": "shapes-anywhere"}, {}),
     "shapes-stripes": ({"data": "shapes-stripes"}, {}),
     "cifar100-coarse": (DATA["cifar100"][0] | {"data": "cifar100-coarse"}, {}),
 }
@@ -226,8 +228,12 @@ CHOICES_NOTE = (
     f"Head steps: level 2 is {Config.head_steps} AdamW steps on cross-entropy a look. CLS: features are the CLS token. "
     "T on pixels: a small network on the pixels of a patch and its eight neighbours. Drawn by p: masks are. Identity: "
     "dU/dg = -1. First-order: the head is held constant. No restart: the learning rate of level 1 is one cosine. "
-    "T at rest: p is the same everywhere, at MAE's rate. Weights by nearness: nothing is learned; patches near the middle of "
-    "the image count more, from the first step on, by logits of T's mean and a deviation of 1 (steeper: 2), at T's rate."
+    "T at rest: p is the same everywhere, at MAE's rate."
+)
+PLACES_NOTE = (
+    "Weights by nearness: nothing is learned; patches near the middle of the image count more, from the first step on, by "
+    "logits of T's mean and a deviation of 1 (steeper: 2), at T's rate. shapes-anywhere: the images of shapes, each moved by a "
+    "random distance, what leaves it on one side coming in on the other."
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
@@ -277,10 +283,18 @@ QUESTIONS = {
         paired(
             "shapes",
             *("MLO-MAE", *CHOICES, "MLO-MAE, first-order", *TOGETHER),
-            *("MLO-MAE, no restart", "MLO-MAE, T at rest", *MIDDLE, "MAE, no restart", "MAE"),
+            *("MLO-MAE, no restart", "MLO-MAE, T at rest", "MAE, no restart", "MAE"),
         ),
         [CHOICES_NOTE],
         also="MLO-MAE",
+    ),
+    "places": Question(
+        "is it more than nearness to the middle?",
+        [
+            *paired("shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", *MIDDLE),
+            *paired("shapes-anywhere", "MAE", "MLO-MAE", "T of shapes", *MIDDLE),
+        ],
+        [PLACES_NOTE],
     ),
     "transfer": Question(
         "T of one data set, used on another",

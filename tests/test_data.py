@@ -179,6 +179,25 @@ def test_shapes_on_stripes_are_as_they_were():
     assert abs(images.mean() - 103.9105) < 1e-3
 
 
+def test_shapes_anywhere_are_those_of_shapes_moved():
+    """And no place tells where an object is."""
+    plain, moved = (data.shapes(32, *data.DRAWN[name]) for name in ("shapes", "shapes-anywhere"))
+    for (images, labels, objects), (images2, labels2, objects2) in zip(plain.values(), moved.values()):
+        assert np.array_equal(labels, labels2) and np.array_equal(np.sort(images[:9], None), np.sort(images2[:9], None))
+        offsets = set()
+        for number in range(9):
+            (found,) = (
+                (down, right)
+                for down, right in itertools.product(range(32), repeat=2)
+                if np.array_equal(np.roll(images[number], (down, right), (1, 2)), images2[number])
+            )
+            assert np.array_equal(np.roll(objects[number], found, (0, 1)), objects2[number])
+            offsets.add(found)
+        assert len(offsets) == 9
+    share = np.concatenate([objects for _, _, objects in moved.values()]).mean(0)
+    assert share.std() / share.mean() < 0.03 and plain["train"][2].mean(0).std() / share.mean() > 0.3
+
+
 def test_backgrounds_differ_and_objects_do_not():
     """What is drawn before the background does not depend on it; another seed draws others."""
     numbers = []
@@ -289,7 +308,7 @@ def test_limit_and_hold_out(tmp_path):
     data_refused("held out", name=tmp_path / "a.npz", limit=1)
     for options in ({"val_fraction": 0}, {"val_fraction": 1.0}, {"limit": -1}, {"image_size": -1}, {"workers": -1}):
         data_refused("--", name=tmp_path / "a.npz", **options)
-    data_refused("shapes, shapes-stripes, cifar10", name="no such thing")
+    data_refused("shapes, shapes-anywhere, shapes-stripes, cifar10", name="no such thing")
     data_refused("too many", name="shapes", image_size=4000)
 
 
