@@ -136,7 +136,7 @@ class Config:
 
     data: str = flag(
         "shapes",
-        "shapes, shapes-anywhere, shapes-stripes, cifar10, cifar100, cifar100-coarse, FILE.npz, or DIR with train/<class>/*.jpg",
+        "shapes, shapes-anywhere, shapes-stripes, cifar10, cifar100, cifar100-coarse, FILE.npz, DIR with train/<class>/*.jpg",
         group="data",
     )
     data_dir: str = flag("data", "where cifar10 and cifar100 lie, or are downloaded to")
