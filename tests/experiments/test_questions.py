@@ -300,7 +300,7 @@ def small_tissue():
 def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     """All on the images of clutter's small file, and in this process. What one question has finished, the next ones find."""
     small = (TINY | {"data": str(files / "clutter.npz")}, {})
-    for name in ("shapes", "cifar100", "cifar100-coarse"):
+    for name in ("shapes", "shapes-anywhere", "cifar100", "cifar100-coarse"):
         monkeypatch.setitem(questions.SETS, name, small)
     for name, changes in {"SemMAE": {"parts_steps": 2}, "MLO-MAE, 64 steps": {"level1_steps": 3}}.items():
         monkeypatch.setitem(ALL, name, ALL[name]._replace(changes=changes))
@@ -335,7 +335,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         drawn = question.along is not None or name in ("learned", "cost")
         assert (tmp_path / f"questions-{name}.png").exists() == drawn
     assert len(ran) == len(set(ran))
-    for name in ("labels", "ratio", "unrolling", "choices", "transfer", "medical"):
+    for name in ("labels", "ratio", "unrolling", "choices", "places", "transfer", "medical"):
         assert len(rows[name]) == len(QUESTIONS[name].pairs) and all(len(row["probe"]) == 2 for row in rows[name])
     lines = (tmp_path / "questions-choices.md").read_text().splitlines()
     columns = {line.split(" | ")[1]: line.split(" | ")[3:9] for line in lines if line.startswith("| shapes |")}
