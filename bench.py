@@ -607,6 +607,7 @@ def measure_step(
     has_kernels = device.type == "cuda" and "triton" in sys.modules
 
     def tried(name: str, function: Callable) -> Any:
+        """function(); where it fails, and is only compared with, None, and a line that says so."""
         try:
             return function()
         except Exception as failure:

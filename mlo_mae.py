@@ -321,11 +321,12 @@ class Networks:
     masking: nn.Module
     sight: Sight | None = None  # set where T is another run's
     replay: "Callable[[Step, Tensor], Update] | None" = None  # `in_one_launch`, for steps that are made in place
-    # Baselines choose the masks: (images, known, generator, progress) -> [B, N]; the highest are hidden, T does not weigh
+    # For baselines. Another choice of masks: (images, known, generator, progress) -> [B, N], of which the highest are hidden;
+    # T does not weigh then
     score: Callable[[Tensor, Tensor | None, torch.Generator, float], Tensor] | None = None
-    # by M maps of each training image, made once; cropped and flipped as the image is, they are `known` [B, M*N] of a step
+    # M maps of each training image, made once. Cropped and flipped as it is, they are `known` [B, M*N]; their sum weighs
     maps: Callable[[data.Images], data.Images] | None = None
-    penalty: Callable[[Tensor], Tensor] | None = None  # and add a term to L1: CLS tokens [B, D] -> scalar
+    penalty: Callable[[Tensor], Tensor] | None = None  # a term added to L1: CLS tokens [B, D] -> scalar
 
     @property
     def patches(self) -> int:  # N
@@ -408,7 +409,7 @@ def draw_masks(
     prob = torch.ones(len(images), net.patches, device=images.device) if covered is None else covered
     if weighs:
         prob = known if known is not None else prob * masking_probability(net, psi, images, eyes)  # p of (1)
-    elif known is not None:  # maps of parts, which cover the image together
+    elif known is not None:  # a baseline's maps: their sum weighs (of parts it is what the image covers)
         prob = known.unflatten(1, (-1, net.patches)).sum(1)
     if net.score:
         score = net.score(images, known, torch_generator(*keys), progress)

@@ -61,16 +61,7 @@ from experiments.results import (
 from harness import UserError, cli, counted
 from harness.cli import flag
 from harness.files import write_whole
-from harness.measure import (
-    BENCHMARKS,
-    interleaved,
-    machine,
-    markdown,
-    operations,
-    peak_memory,
-    quartiles,
-    show_page,
-)
+from harness.measure import BENCHMARKS, interleaved, machine, markdown, operations, peak_memory, quartiles, show_page
 from harness.pictures import PIXELS, Panel, as_images, panels
 from harness.pictures import grid as grid_picture
 from harness.probe import HALF, area_under_roc, share_covered

@@ -51,7 +51,7 @@ def picture_rows(
     original, predicted = (as_images(patches, size, mean, std) for patches in (target, pred))
     covered = as_images(hidden.expand_as(target), size, [0.0], [1.0])  # 1 where hidden
 
-    chosen_by, text = [], "All patches count alike."
+    chosen_by, text, lent = [], "All patches count alike.", "" if raw else ", with each true patch's mean and contrast"
     if parts is not None:
         chosen_by, text = [("part", parts, PARTS)], "One colour, one part of the image: patches are hidden part by part."
     elif not (prob == 1).all():
@@ -64,7 +64,7 @@ def picture_rows(
         *chosen_by,
         ("encoder sees\n(grey: hidden)", original * (1 - covered) + HIDDEN * covered, PIXELS),
         ("decoder fills\nhidden patches", original * (1 - covered) + predicted * covered, PIXELS),
-    ], f"{text} Visible patches are shown as they are; hidden ones as reconstructed, with each true patch's mean and contrast."
+    ], f"{text} Visible patches are shown as they are; hidden ones as reconstructed{lent}."
 
 
 @torch.no_grad()

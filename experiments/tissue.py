@@ -63,8 +63,9 @@ def lesion(rng: np.random.Generator, labels: np.ndarray) -> tuple[np.ndarray, np
 def nuclei(rng: np.random.Generator, count: int) -> np.ndarray:
     """How much of each pixel nuclei cover, [N, SIZE, SIZE] from 0 to 1: 10 to 60 discs of 0.7 to 1.7 pixels."""
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) + 0.5
-    cover, density = np.zeros((count, SIZE, SIZE), np.float32), rng.integers(10, 61, count)
-    for number in range(60):
+    most = 60
+    cover, density = np.zeros((count, SIZE, SIZE), np.float32), rng.integers(10, most + 1, count)
+    for number in range(most):
         cx, cy, radius = rng.uniform(size=(3, count, 1, 1))
         disc = np.clip(0.5 + 0.7 + radius - np.hypot(x - SIZE * cx, y - SIZE * cy), 0, 1)
         cover = np.maximum(cover, disc * (number < density)[:, None, None])

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from harness import UserError, counted, printable
+from harness import UserError, counted, first_line, printable
 from harness.memory import keep_freed
 from harness.processes import end_children, first_to_fail, join, rank, started, world
 from harness.signals import Interrupted, handled, ignore, interruptible
@@ -253,7 +253,7 @@ def reported(program: str, work: Callable[[], dict | None], remedy: str = MORE_M
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(map(str(error).__contains__, NO_MEMORY)):
             raise
-        found = (str(error).splitlines() or [""])[0].split("DefaultCPUAllocator: ")[-1].rstrip(". ")
+        found = first_line(error, 1000).split("DefaultCPUAllocator: ")[-1].rstrip(". ")
         message = f"out of memory{found and f' ({found})'}; {remedy}"
     except OSError as error:
         message = f"{error.strerror or error}: {error.filename}" if error.filename else str(error)

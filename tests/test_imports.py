@@ -181,3 +181,10 @@ def test_a_program_runs_as_a_module_and_as_a_command(tmp_path):
     for name in PROGRAMS:
         assert said[f"{name}-module-1"] == said[f"{name}-command-1"] and said[f"{name}-module-1"].startswith("usage: "), name
     assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.slow
+def test_the_method_is_imported_from_another_folder(tmp_path):
+    program = "import mlo_mae, experiments.probe; print(mlo_mae.build(mlo_mae.Config(), 32, 3, 8)[0].patches)"
+    ended = python("-c", program, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert (ended.returncode, ended.stdout) == (0, "64\n"), ended.stderr

@@ -275,8 +275,10 @@ def test_a_decoder_of_pixels_gives_pixels(model, bare_weights):
     assert np.allclose(made[there].numpy(), expected[there.numpy()], atol=1e-5) and not torch.allclose(made, plain, atol=1e-2)
     assert torch.equal(made[~there], plain[~there])
     raw = mlo_mae.load(bare_weights(), "cpu", raw_pixels=True, **heads)
-    shown = shown_rows(raw, some_images())[0][-1][1]  # in a picture, too
-    assert np.allclose(shown, raw.reconstruct(some_images())[0].numpy(), atol=1e-5)
+    rows, text = shown_rows(raw, some_images())  # in a picture, too
+    assert np.allclose(rows[-1][1], raw.reconstruct(some_images())[0].numpy(), atol=1e-5)
+    assert "mean and contrast" not in text and text.endswith("as reconstructed.")
+    assert shown_rows(model, some_images())[1].endswith("as reconstructed, with each true patch's mean and contrast.")
 
 
 def test_a_t_that_has_not_learned_does_not_choose(whole_run):

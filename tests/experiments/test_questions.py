@@ -253,7 +253,7 @@ def test_what_is_told_is_the_derivative_by_each_weight(splits, monkeypatch):
     assert not found[~hidden].any() and found[hidden].all()
 
 
-def test_weights_by_nearness_are_those_of_level_1(tmp_path):
+def test_weights_by_nearness_are_those_of_level_1():
     """From the first step on: the run is that of a loop in which these maps weigh, and its masks are those of MAE."""
     cfg = Config(**TINY | {"masking": "random"})
     _, state, splits = mlo_mae.train(cfg, None, prepare=partial(questions.weigh_the_middle, deviation=2.0))

@@ -675,7 +675,13 @@ def test_damaged_text_files_are_refused(whole_run, tmp_path, capsys, name, conte
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{}", b'{"epoch": 1, "loss": "low"}\n', b'{"epoch": 1, "loss": NaN}\n', b'{"loss": 1}\n', b'{"epoch": 1e400}\n'],
+    [
+        b"",
+        b"{}",
+        b'{"loss": 1}\n',
+        b'{"epoch": 1e400}\n',
+        *(b'{"epoch": 1, "loss": %s}\n' % odd for odd in (b'"low"', b"NaN", b"null", b"[1]", b"1" + 400 * b"0")),
+    ],
     ids=str,
 )
 def test_metrics_that_are_none_are_refused(tmp_path, content):
