@@ -381,7 +381,7 @@ def draw(rows: dict[str, dict], methods: dict[str, Method], size: str, grown: li
     low, high = min(1e-8, *errors), max(1, *errors)
     error.set(xscale="log", xlim=(low, high * (high / low) ** 0.3))  # room for what is said at the points
     error.axvspan(low, LIMIT["float32"], color="green", alpha=0.07, lw=0)
-    error.invert_yaxis()
+    error.set_ylim(len(rows) - 0.5, -0.5)  # the first above; half a row of room, also where they are few
     dots = [Line2D([], [], marker="o", linestyle="", color=colour, label=verdict) for verdict, colour in VERDICTS.items()]
     above.legend(
         handles=dots,

@@ -148,6 +148,11 @@ def test_the_picture_has_a_panel_a_question_and_a_label_a_point(tmp_path, monkey
         for line in axis.lines:
             wanted = [100 * value if name == "time" else 2 * value for value in bench.GROWTH[along]]
             assert list(line.get_xdata()) == list(bench.GROWTH[along]) and np.allclose(line.get_ydata(), wanted)
+    bench.draw(dict(itertools.islice(rows.items(), 3)), bench.METHODS, "tiny", grown, tmp_path / "picture.png")
+    nothing_overlaps(saved[1])
+    for axis in saved[1].axes[:3]:  # of few rows, too, nothing lies on the frame
+        boxes = [text.get_window_extent() for text in axis.texts]
+        assert all(axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1 for box in boxes)
 
 
 @pytest.mark.slow
