@@ -175,15 +175,15 @@ def problem(cfg: Config, size: int, device: torch.device | str, count: int = 2, 
     state = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params))
     decay, mask_rate = mlo_mae.rates_of(net, device)
     torch.manual_seed(1)
-    batches = [random_batches(size, n, device) for n in (cfg.batch_size, *[cfg.labelled_batch_size] * 2)]
+    streams = mlo_mae.Streams(*(random_batches(size, n, device) for n in (cfg.batch_size, *[cfg.labelled_batch_size] * 2)))
     for _ in range(warm):
-        state, _ = mlo_mae.outer_iteration(net, state, batches, 1000, decay, mask_rate)
+        state, _ = mlo_mae.outer_iteration(net, state, streams, 1000, decay, mask_rate)
     theta, steps, rates = state.theta, [], Rates(cfg.lr, decay[0])
     for number in range(count):
-        images = next(batches[0]).images
+        images = next(streams.level1).images
         theta, step, _, _ = mlo_mae.level1_step(net, theta, state.psi.params, images, rates, 0, number)
         steps.append(step)
-    labelled = mlo_mae.labelled_of(cfg, next(batches[1]), next(batches[2]), Rates(cfg.head_lr, decay[1]), 0)
+    labelled = mlo_mae.labelled_of(cfg, next(streams.level2), next(streams.level3), Rates(cfg.head_lr, decay[1]), 0)
     return net, (theta, state.psi.params, state.head, labelled, steps)
 
 
@@ -589,9 +589,10 @@ def measure_step(
 
     record(True)
     batch, labelled, compared = cfg.batch_size, cfg.labelled_batch_size, parts_of(net, arguments)
-    streams = [split.stream(n, 0) for n in (batch, labelled, labelled)]
+    streams = mlo_mae.Streams(*(split.stream(n, 0) for n in (batch, labelled, labelled)))
     if isinstance(split, data.Images):
-        streams.append(mlo_mae.moved_weights(mlo_mae.coverage(split).stream(batch, 0), cfg.patch_size))
+        covered = mlo_mae.moved_weights(mlo_mae.coverage(split).stream(batch, 0), cfg.patch_size)
+        streams = streams._replace(covered=covered)
 
     def whole(net: Networks = net):
         return mlo_mae.outer_iteration(net, state, streams, 1000, *rates)
@@ -601,7 +602,8 @@ def measure_step(
             return whole(off)
 
     def batches():
-        return [next(stream) for stream in (*streams[::3] * cfg.level1_steps, *streams[1:3])]
+        drawn = [streams.level1, streams.covered] * cfg.level1_steps + [streams.level2, streams.level3]
+        return [next(stream) for stream in drawn if stream]
 
     calls, rows = {"outer iteration": whole, "data": batches} | compared, {}
     has_kernels = device.type == "cuda" and "triton" in sys.modules

@@ -871,15 +871,20 @@ def stays(cfg: Config, iteration: int, total: int, waited: int) -> bool:
     return cfg.masking == "learned" and (is_given(cfg) or iteration >= window(cfg, total, waited)[1])
 
 
-def is_known(net: Networks, iteration: int, total: int, waited: int) -> bool:
-    """Whether `batches[3]` of `outer_iteration`, where there is one, holds p or a baseline's maps, not what crops cover."""
-    return bool(net.maps) or stays(net.cfg, iteration, total, waited)
+class Streams(NamedTuple):
+    """What a run draws from without end: batches of each level, and maps of level 1's images, by patch, if there are any."""
+
+    level1: Iterator[data.Batch]
+    level2: Iterator[data.Batch]
+    level3: Iterator[data.Batch]
+    covered: Iterator[Tensor] | None = None  # the share of each patch that its image covers [B, N]
+    known: Iterator[Tensor] | None = None  # in its place: p of a T that stays as it is, or a baseline's maps [B, M*N]
 
 
 def outer_iteration(
     net: Networks,
     state: State,
-    batches: list[Iterator],
+    streams: Streams,
     total: int,
     decay: list[Tensor],
     mask_rate: Tensor,
@@ -887,10 +892,8 @@ def outer_iteration(
 ) -> tuple[State, dict[str, Tensor]]:
     """Some level-1 steps, then (where T learns) level 2 and one step of T.
 
-    batches: of levels 1, 2, 3, and perhaps maps of level 1's images: p or a baseline's where it `is_known`, else what they
-    cover; total: outer iterations of the whole run;
-    decay: of the three levels; mask_rate: learning rate of each parameter of T relative to --mask-lr; hypergradient: another
-    form than the configuration's.
+    total: outer iterations of the whole run; decay: of the three levels; mask_rate: learning rate of each parameter of T
+    relative to --mask-lr; hypergradient: another form than the configuration's.
     Returns the next State and the iteration's losses, scalars on the device."""
     cfg, head, psi, waited, steps = net.cfg, state.head, state.psi, state.waited, []
     progress, learns, all_steps = state.iteration / total, learns_at(cfg, state.iteration, total, waited), cfg.unroll == "full"
@@ -900,17 +903,16 @@ def outer_iteration(
 
     for n in range(cfg.level1_steps):
         lr = level1_rate(cfg, state.iteration, n, total, waited)
-        images, keys = next(batches[0]).images, (cfg.seed, MASKS, state.iteration * cfg.level1_steps + n)
+        images, keys = next(streams.level1).images, (cfg.seed, MASKS, state.iteration * cfg.level1_steps + n)
         how = {"progress": progress, "eyes": state.eyes, "in_place": n < unwatched}
-        if batches[3:]:
-            how["known" if is_known(net, state.iteration, total, waited) else "covered"] = next(batches[3])
+        how |= {name: next(maps) for name, maps in (("covered", streams.covered), ("known", streams.known)) if maps}
         theta, step, loss1, error = level1_step(net, theta, psi.params, images, Rates(lr, decay[0]), *keys, **how)
         if learns:  # of steps that were made in place the images and masks alone are looked at
             steps = [*steps, step][-(cfg.level1_steps if all_steps else cfg.mask_batches) :]
     losses = {"level1_loss": loss1, "reconstruction_error": error}
 
     if learns:
-        level2, level3 = next(batches[1]), next(batches[2])
+        level2, level3 = next(streams.level2), next(streams.level3)
         of_head, of_t = upper_schedules(cfg, state.iteration, total, waited)
         labelled = labelled_of(cfg, level2, level3, Rates(cfg.head_lr * of_head, decay[1]), state.iteration)
         if waited < round(cfg.mask_wait * total):
@@ -1359,11 +1361,11 @@ def train(
         seed = torch_generator(cfg.seed, purpose).initial_seed()
         return run.timed(split.stream(size, seed, start=used, part=share(size)))
 
-    batches = [
+    streams = Streams(
         stream(LEVEL1_DATA, splits.train, cfg.batch_size, state.iteration * cfg.level1_steps),
         stream(LEVEL2_DATA, splits.labelled[0], cfg.labelled_batch_size, looks),
         stream(LEVEL3_DATA, splits.labelled[1], cfg.labelled_batch_size, looks),
-    ]
+    )
     watched, objects = splits.watched(256)
     previous = None  # masks of `watched` at the last line of metrics
     chance = chance_loss(cfg, splits.labelled[1].labels)
@@ -1383,9 +1385,9 @@ def train(
     def along(maps):
         return moved_weights(stream(LEVEL1_DATA, maps, cfg.batch_size, state.iteration * cfg.level1_steps), cfg.patch_size)
 
-    resident, placed = isinstance(splits.train, data.Images), False
+    resident = isinstance(splits.train, data.Images)
     if resident and cfg.crop:
-        batches.append(along(coverage(splits.train)))
+        streams = streams._replace(covered=along(coverage(splits.train)))
 
     per_update = cfg.level1_steps * cfg.batch_size  # images of a mask update
     if run.writer and (epochs := total * per_update / len(splits.train)) > 1.05 * cfg.epochs:
@@ -1394,12 +1396,12 @@ def train(
     with run.at_work(total, state.iteration, f"{first_name(cfg, PRESETS)} {cfg.masking}"):
         while state.iteration < total and not run.stop:
             state = with_kept_eyes(net, state, total)
-            if resident and not placed and is_known(net, state.iteration, total, state.waited):
+            if resident and not streams.known and (net.maps or stays(cfg, state.iteration, total, state.waited)):
                 with run.at_once():
                     maps = net.maps(splits.train) if net.maps else weight_maps(net, state, splits.train)
-                batches[3:], placed = [along(maps)], True
+                streams = streams._replace(covered=None, known=along(maps))
             moves = state.psi.t
-            state, losses = outer_iteration(net, state, batches, total, decay, mask_rate, hypergradient)
+            state, losses = outer_iteration(net, state, streams, total, decay, mask_rate, hypergradient)
             epoch, moved = round(state.iteration * per_update / len(splits.train), 3), state.psi.t > moves
             if moved and run.is_tenth(state.psi.t, end - start):
                 with torch.no_grad():

@@ -220,7 +220,7 @@ TINY = mlo_mae.Config(  # for the method without a run, with a head that makes s
 DEFAULT = {name: getattr(mlo_mae.Config(), name) for name in ("masking_network", "mask_choice", "level2", "pooling")}
 
 
-def noise_batches(cfg: mlo_mae.Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Iterator[data.Batch]]:
+def noise_batches(cfg: mlo_mae.Config, dtype: torch.dtype = torch.float32, seed: int = 0) -> mlo_mae.Streams:
     """Batches of levels 1, 2 and 3, [B, 3, 16, 16] and five classes, of which each process has its share."""
     random = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (60, 3, 16, 16), generator=random, dtype=torch.uint8)
@@ -230,7 +230,8 @@ def noise_batches(cfg: mlo_mae.Config, dtype: torch.dtype = torch.float32, seed:
         for batch in split.stream(size, seed, part=share(size)):
             yield data.Batch(batch.images.to(dtype), batch.labels)
 
-    return [stream(size, seed) for seed, size in enumerate((cfg.batch_size, *2 * [cfg.labelled_batch_size]))]
+    sizes = (cfg.batch_size, *2 * [cfg.labelled_batch_size])
+    return mlo_mae.Streams(*(stream(size, seed) for seed, size in enumerate(sizes)))
 
 
 @functools.cache
@@ -251,12 +252,12 @@ def some_iterations(dtype: torch.dtype, **changes: object) -> dict[str, Tensor]:
     if cfg.masking_network == "tokens":  # its weights start at 0, and all p are equal then
         psi = psi._replace(params=0.3 * torch.randn(len(psi.params), generator=random, dtype=torch.float64).to(dtype))
     psi = psi._replace(mu=torch.zeros_like(psi.mu))  # so that after one step it is T's gradient
-    state, batches, rows, gradient = mlo_mae.State(0, theta, head, psi), noise_batches(cfg, dtype), [], None
+    state, streams, rows, gradient = mlo_mae.State(0, theta, head, psi), noise_batches(cfg, dtype), [], None
     decay = [weight_decays(modules, cfg.weight_decay).to(dtype) for modules in mlo_mae.modules_of(net).values()]
     for _ in range(2):
         rate = inverse_fan_in(net.masking).to(dtype)
         state = mlo_mae.with_kept_eyes(net, state, 10)
-        state, losses = mlo_mae.outer_iteration(net, state, batches, 10, decay, rate)
+        state, losses = mlo_mae.outer_iteration(net, state, streams, 10, decay, rate)
         gradient = state.psi.mu if gradient is None else gradient
         rows.append(average(torch.stack([value.to(dtype) for value in losses.values()])))
     levels = {"theta": state.theta, "head": state.head, "psi": state.psi}

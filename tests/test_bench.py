@@ -275,8 +275,10 @@ def test_an_outer_iteration_has_no_more_operators_than_it_had(name):
     net, (theta, psi, head, _, _) = bench.problem(cfg, 32, CPU, 1, warm=1)
     state, rates = mlo_mae.State(5, theta, head, mlo_mae.fresh_level(psi, CPU)), mlo_mae.rates_of(net, CPU)
     sizes = (cfg.batch_size, cfg.labelled_batch_size, cfg.labelled_batch_size)
-    batches = [iter([next(bench.random_batches(32, n, CPU)) for _ in range(cfg.level1_steps)]) for n in sizes]
-    count = measure.operators(lambda: mlo_mae.outer_iteration(net, state, batches, 1000, *rates))
+    streams = mlo_mae.Streams(
+        *(iter([next(bench.random_batches(32, n, CPU)) for _ in range(cfg.level1_steps)]) for n in sizes)
+    )
+    count = measure.operators(lambda: mlo_mae.outer_iteration(net, state, streams, 1000, *rates))
     assert 0.99 * most < count <= most
 
 

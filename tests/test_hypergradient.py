@@ -474,12 +474,13 @@ def test_kernels_forced_on_give_the_same_run(precision, iterations, settings, bf
     def run(backend, precision):
         net, params = build(dataclasses.replace(cfg, precision=precision), 16, 3, 5)
         state, rows = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params)), []
-        batches = [iter([Batch(images[i : i + size], labels[i : i + size]) for i in range(0, 30, size)]) for size in sizes]
+        batches = ([Batch(images[i : i + size], labels[i : i + size]) for i in range(0, 30, size)] for size in sizes)
+        streams = mlo_mae.Streams(*map(iter, batches))
         decay = [weight_decays(modules, cfg.weight_decay).to(device) for modules in mlo_mae.modules_of(net).values()]
         rate = inverse_fan_in(net.masking).to(device)
         with kernels.use(backend):
             for _ in range(iterations):
-                state, losses = mlo_mae.outer_iteration(net, state, batches, 2, decay, rate)
+                state, losses = mlo_mae.outer_iteration(net, state, streams, 2, decay, rate)
                 rows.append(torch.stack(list(losses.values())))
         return torch.stack(rows), state
 

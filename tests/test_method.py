@@ -473,11 +473,11 @@ def fresh_state(**settings):
 
 def run_through(net, state, rest, total=8):
     """States before the first iteration and after each of `total`, with what `train` does in between, and their losses."""
-    batches, _, *constant = rest
+    streams, _, *constant = rest
     states, rows = [state], []
     for _ in range(total):
         state = mlo_mae.with_kept_eyes(net, state, total)
-        state, losses = mlo_mae.outer_iteration(net, state, batches, total, *constant)
+        state, losses = mlo_mae.outer_iteration(net, state, streams, total, *constant)
         states.append(state)
         rows.append(losses)
     return states, rows
@@ -623,7 +623,7 @@ def test_weights_that_are_known_weigh_in_place_of_t():
     hidden = mlo_mae.draw_masks(net, state.psi.params, images, state.theta.params, 0, 1, known=sure)[3]
     assert torch.equal(hidden, sure)  # three quarters are hidden: those
     net.cfg, known = dataclasses.replace(net.cfg, mask_until=0.5), iter([known] * 2)
-    again, _ = mlo_mae.outer_iteration(net, state._replace(iteration=3), [*rest[0], known], 4, *rest[2:])
+    again, _ = mlo_mae.outer_iteration(net, state._replace(iteration=3), rest[0]._replace(known=known), 4, *rest[2:])
     assert next(known, None) is None and again.theta.params.isfinite().all()
 
 
@@ -663,7 +663,7 @@ def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypa
     assert [state.eyes is None for state in states] == [True] * 8 + [False]
     for number in (2, 4, 5):  # T did not move, nor did its moments
         assert states[number + 1].psi is states[number].psi
-    third = noise_batches(net.cfg)[2]  # each look has labelled images of its own, and their own shares
+    third = noise_batches(net.cfg).level3  # each look has labelled images of its own, and their own shares
     assert told == [next(third).labels.tolist() for _ in range(4)]  # the fifth is not judged
     lr, steps = TINY.lr, net.cfg.level1_steps  # the learning rate starts again where T's part really ends
     whole = [lr * schedule(n, 8 * steps, 0.25 * 8 * steps) for n in range(7 * steps)]
@@ -801,13 +801,13 @@ def in_launches(settings, record, device="cpu", total=8):
     """States and losses of a run whose steps are recorded, and of one whose steps are not."""
     runs = []
     for recorded in (True, False):
-        net, state, (batches, _, decay, mask_rate) = fresh_state(**settings)
+        net, state, (streams, _, decay, mask_rate) = fresh_state(**settings)
         decay, mask_rate = [vector.to(device) for vector in decay], mask_rate.to(device)
         state = state._replace(**{name: mlo_mae.fresh_level(getattr(state, name).params, device) for name in LEVELS})
-        batches = [(data.Batch(*(tensor.to(device) for tensor in batch)) for batch in stream) for stream in batches]
+        levels = ((data.Batch(*(tensor.to(device) for tensor in batch)) for batch in stream) for stream in streams[:3])
         if recorded:
             net.replay = mlo_mae.in_one_launch(net, decay[0], **record)
-        runs.append(run_through(net, state, (batches, 4, decay, mask_rate), total))
+        runs.append(run_through(net, state, (mlo_mae.Streams(*levels), 4, decay, mask_rate), total))
     return runs
 
 
@@ -850,8 +850,8 @@ def test_a_gpus_steps_in_one_launch_are_the_same_run(settings, capsys, monkeypat
 
 def test_what_a_step_goes_by_is_recorded_anew():
     """A baseline's term comes after a trial of a step; with and without kernels are measured in turn."""
-    net, state, (batches, _, decay, _) = fresh_state(**DEFAULT | {"masking": "random"})
-    images, rates, made, losses = next(batches[0]).images, mlo_mae.Rates(1e-3, decay[0]), [], []
+    net, state, (streams, _, decay, _) = fresh_state(**DEFAULT | {"masking": "random"})
+    images, rates, made, losses = next(streams.level1).images, mlo_mae.Rates(1e-3, decay[0]), [], []
     recording = mlo_mae.in_one_launch(net, decay[0], record=lambda f: made.append(1) or as_recorded(f))
 
     def term(features):
@@ -880,9 +880,9 @@ class OnOneDevice(TorchDispatchMode):
 def test_a_step_in_one_launch_waits_for_nothing_and_uploads_nothing(monkeypatch):
     """Which a CUDA graph must not: with tensors that have no value, whatever looks at one fails."""
     monkeypatch.setattr(mlo_mae, "autocast", lambda *given: contextlib.nullcontext())  # there is none for such tensors
-    net, state, (batches, _, decay, _) = fresh_state(**DEFAULT)
+    net, state, (streams, _, decay, _) = fresh_state(**DEFAULT)
     how, seen = {"record": lambda function: (function, function())}, []
-    images, rates = next(batches[0]).images, mlo_mae.Rates(1e-3, decay[0])
+    images, rates = next(streams.level1).images, mlo_mae.Rates(1e-3, decay[0])
     net.replay = lambda step, prob: seen.append((step, prob)) or (step.theta, None, None, None)
     mlo_mae.level1_step(net, state.theta, state.psi.params, images, rates, 0, in_place=True)
     ((step, prob),) = seen
@@ -991,7 +991,7 @@ def test_a_solved_head_is_that_of_the_batch_that_level_2_saw_last():
     net, state, rest = fresh_state(**DEFAULT)
     state = state._replace(head=state.head._replace(params=torch.randn(len(state.head.params))))  # of which nothing is left
     after, losses = mlo_mae.outer_iteration(net, state, *rest)
-    level2 = next(noise_batches(net.cfg)[1])
+    level2 = next(noise_batches(net.cfg).level2)
     features = mlo_mae.encode(net, after.theta.params[: net.encoder_size], level2.images)
     expected = mlo_mae.solved_head(net, features, level2.labels)
     assert torch.allclose(after.head.params, expected, atol=1e-6) and after.head.t == 1
@@ -1003,7 +1003,7 @@ def test_a_solved_head_is_that_of_the_batch_that_level_2_saw_last():
 @pytest.mark.parametrize("batches", [1, 2, 3])
 def test_t_is_moved_by_the_latest_batches(batches):
     net, state, rest = fresh_state(**DEFAULT | {"mask_batches": batches, "level1_steps": 3})
-    asked, drawn = [], noise_batches(net.cfg)[0]
+    asked, drawn = [], noise_batches(net.cfg).level1
 
     def form(net, theta, psi, head, labelled, steps):
         asked.extend(steps)
@@ -1034,8 +1034,8 @@ def test_an_outer_iteration_steps_each_level_as_often_as_asked():
 def test_another_form_of_the_hypergradient_takes_the_place_of_the_configurations():
     """It is asked with what `exact` is asked with, and its answer is followed."""
     net, state, rest = fresh_state(warmup=0.0)
-    batches, asked = noise_batches(net.cfg), []
-    given = [next(batch) for batch in batches[1:]]
+    streams, asked = noise_batches(net.cfg), []
+    given = [next(streams.level2), next(streams.level3)]
 
     def form(net, theta, psi, head, labelled, steps):
         asked.append((theta, psi, head, labelled, steps))

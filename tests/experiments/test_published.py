@@ -97,10 +97,10 @@ def test_dropout_is_drawn_anew_for_each_mask_update():
 
     def states(cfg, form_of):
         net, params = mlo_mae.build(cfg, 16, 3, 5)
-        state, batches = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, "cpu") for vector in params)), noise_batches(cfg)
+        state, streams = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, "cpu") for vector in params)), noise_batches(cfg)
         decay = [weight_decays(modules, cfg.weight_decay) for modules in mlo_mae.modules_of(net).values()]
         for update in range(3):
-            state, _ = mlo_mae.outer_iteration(net, state, batches, 3, decay, inverse_fan_in(net.masking), form_of(update))
+            state, _ = mlo_mae.outer_iteration(net, state, streams, 3, decay, inverse_fan_in(net.masking), form_of(update))
             yield state
 
     def redrawn(update):
