@@ -50,6 +50,7 @@ from experiments.results import (
     clock_of,
     folder_of,
     lender_of,
+    made_on,
     needed,
     numbers,
     rows_by_data,
@@ -61,7 +62,7 @@ from experiments.results import (
 from harness import UserError, cli, counted
 from harness.cli import flag
 from harness.files import write_whole
-from harness.measure import BENCHMARKS, interleaved, machine, markdown, operations, peak_memory, quartiles, show_page
+from harness.measure import BENCHMARKS, interleaved, markdown, operations, peak_memory, quartiles, show_page
 from harness.pictures import PIXELS, Panel, as_images, panels
 from harness.pictures import grid as grid_picture
 from harness.probe import HALF, area_under_roc, share_covered
@@ -629,9 +630,9 @@ def run_command(argv: list[str]) -> dict:
         drawn = question.along is not None and sweep(question, grid, figure)
     if not rows:
         raise UserError(f"{out} holds no finished rows; run without --table")
-    facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
+    facts = made_on(rows) | {"threads": options.threads, "cells at once": options.workers, "seeds": options.seeds}
     save = f"questions-{name}" if options.save else ""
-    show_page(["questions", *argv], facts | {"threads": options.threads}, lines, notes, save)
+    show_page(["questions", *argv], facts, lines, notes, save)
     if save and drawn:
         write_whole(BENCHMARKS / f"{save}.png", figure.read_bytes())
     return {"command": "questions", "question": name, "machine": facts, "rows": rows}

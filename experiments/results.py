@@ -259,7 +259,7 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
             cfg = replace(cfg, epochs=in_time(cfg, ours, own))
         else:  # no pretraining: its seconds go to fine-tuning
             recipe = replace(recipe, epochs=recipe.epochs + round(recipe.epochs * ours["seconds"] / own["finetune_seconds"]))
-    method = grid.methods[cell.method]
+    method, about = grid.methods[cell.method], {"threads": grid.threads, "machine": machine(cli.choose_device(cfg.device))}
     if method.encoder or not pretrained:  # there is no run that writes its settings
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "config.json", json.dumps(asdict(cfg)).encode())
@@ -267,13 +267,13 @@ def run_cell(cfg: Config, recipe: finetune.Recipe, cell: Cell, grid: Grid) -> No
         if method.encoder:
             found = probed_again(cfg, cell._replace(method=method.encoder), method, grid)
         else:
-            found = {"epochs": cfg.epochs, "threads": grid.threads} | pretrain(cfg, folder, grid.threads, method.prepare)
+            found = {"epochs": cfg.epochs} | about | pretrain(cfg, folder, grid.threads, method.prepare)
         write_whole(folder / "cell.json", json.dumps(found).encode())
     if grid.tuned:
         if pretrained:
             start = finetune.encoder_and_data(folder, recipe, {"data_dir": cfg.data_dir})
         else:
-            found = {"epochs": 0, "threads": grid.threads, "seconds": 0.0}
+            found = {"epochs": 0} | about | {"seconds": 0.0}
             start = finetune.encoder_and_data(None, recipe, asdict(cfg))
         clock = clock_of(grid.threads)
         began = clock()
@@ -462,6 +462,15 @@ def in_columns(cells: list[dict]) -> dict[str, list]:
     """{name: values over seeds}, for JSON."""
     names = dict.fromkeys(name for cell in cells for name in cell if name != "finetune_recipe")
     return {name: [cell.get(name) for cell in cells] for name in names}
+
+
+def made_on(rows: list[dict]) -> dict[str, str | int | None]:
+    """The machine that the cells of these rows were made on, which this takes out of the rows; where cells differ, all of
+    theirs. Cells of before it was kept in them are taken for this one's."""
+    here = machine(cli.choose_device("auto"))
+    each = [kept or here for row in rows for kept in row.pop("machine", [None])]
+    values = {name: list(dict.fromkeys(some.get(name) for some in each)) for name in here}
+    return {name: some[0] if len(some) == 1 else " and ".join(map(str, some)) for name, some in values.items()}
 
 
 def table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[dict]]:
@@ -671,8 +680,7 @@ def run_command(argv: list[str]) -> dict:
         notes += [GIVEN_NOTE] * any(METHODS[method].given for method in methods) + [SEMMAE_NOTE] * ("SemMAE" in methods)
     if not rows:
         raise UserError(f"{out} holds no finished rows; run without --table")
-    facts = machine(cli.choose_device("auto")) | {"cells at once": options.workers, "seeds": options.seeds}
-    facts["threads"] = options.threads
+    facts = made_on(rows) | {"threads": options.threads, "cells at once": options.workers, "seeds": options.seeds}
     save, pictures = f"results-{name}" if options.save else "", {}
     if name == data and figure(data, methods, grid, out / data / "results.png"):
         masks = folder_of(out, Cell(data, "MLO-MAE", "steps", grid.first)) / "masks-over-training.png"

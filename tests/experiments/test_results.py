@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import mlo_mae
 from experiments import clutter, results
 from experiments.results import Cell, Grid
 from harness import UserError
+from harness.cli import choose_device
+from harness.measure import machine
 from harness.signals import Interrupted
 
 SIZES = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2, "masking_width": 8}
@@ -95,6 +98,31 @@ def test_the_table_pairs_seeds_and_leaves_out_what_is_not_finished(tmp_path):
     assert lines[6:8] == ["| method | object_auc | object_weight |", "|---|--:|--:|"]
     assert lines[8:] == [f"| {name} | 0.70 ± 0.28 | 3.00 ± 0.00 |" for name in ("MLO-MAE", "MLO-MAE, T given")]
     assert rows[0]["probe"] == [0.5, 0.9] and "finetune" not in rows[1]
+
+
+def test_a_table_says_on_which_machines_its_cells_were_made(tmp_path, monkeypatch, capsys):
+    """Not on which one it is printed."""
+    monkeypatch.setattr(results, "figure", lambda *given: False)  # these cells have no runs
+    here = machine(choose_device("auto"))
+    there = here | {"cpu": "Another", "torch": "2.99"}
+    for method in ("MLO-MAE", "MAE"):
+        cell(tmp_path, method, "steps", 0, probe=0.5, probe_cls=0.5, machine=there)
+    words = ["--table", "--seeds", "1", "--first-seed", "0", "--methods", "MLO-MAE", "MAE", "--out", str(tmp_path)]
+
+    def told():
+        assert results.main(words) == 0
+        heading, report = itemgetter(2, -1)(capsys.readouterr().out.splitlines())
+        report = json.loads(report)
+        assert all("machine" not in row and row["probe"] == [0.5] for row in report["rows"])
+        return heading, report["machine"]
+
+    heading, facts = told()
+    assert "cpu Another, " in heading and "torch 2.99, " in heading and here["cpu"] not in heading
+    assert facts["cpu"] == "Another" and facts["python"] == here["python"] and facts["threads"] == 1
+    cell(tmp_path, "MAE", "steps", 0, probe=0.5, probe_cls=0.5)  # of before: it tells no machine
+    heading, facts = told()
+    assert f"cpu Another and {here['cpu']}, " in heading and facts["torch"] == f"2.99 and {here['torch']}"
+    assert facts["python"] == here["python"]
 
 
 def test_methods_differ_in_their_settings_alone(tmp_path):
@@ -394,6 +422,8 @@ def test_a_grid_of_tiny_runs_and_its_rules(tiny, clutter_file, tmp_path, monkeyp
     longer = [("time", method) for method in ("MLO-MAE", "MAE", "SemMAE")]
     assert list(before) == [*(("steps", method) for method in pretrained), *longer]
     assert all(len(row["probe"]) == len(row["probe_cls"]) == 2 and "finetune" not in row for row in before.values())
+    kept = [json.loads(path.read_text())["machine"] for path in (tmp_path / "grid").rglob("cell.json")]
+    assert kept == [machine(choose_device("auto")) | {"threads": 1}] * 2 * 6
     checkpoints = {path: path.read_bytes() for path in (tmp_path / "grid").rglob("checkpoint.pt")}
     assert len(checkpoints) == 2 * 6 and all(min(row["seconds"]) > 0 for row in before.values())
 
