@@ -151,7 +151,7 @@ def compare(argv: list[str]) -> int:
         bench.add_hypergradient_flags(parser, more)
         return parser.parse_args(argv)
 
-    command = shlex.join(["python", "-m", "experiments.published", "hypergradient", *argv])
+    command = shlex.join(["python", "mlo_mae.py", "published", "hypergradient", *argv])
     return measure.run("mlo_mae", command, parse)
 
 

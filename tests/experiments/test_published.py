@@ -183,7 +183,7 @@ def test_the_table_is_benchs_with_bettys_row_where_it_is_there(capsys, small_tab
     )  # silent where it is not installed
     assert [row["method"] for row in report["rows"]] == [*small_table, *["betty"] * there]
     (page,) = tmp_path.glob("hypergradient-tiny-*.md")
-    assert page.read_text().startswith("`python -m experiments.published hypergradient --sizes tiny ")
+    assert page.read_text().startswith("`python mlo_mae.py published hypergradient --sizes tiny ")
     assert "betty" not in bench.METHODS
 
 
