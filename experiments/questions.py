@@ -222,11 +222,11 @@ CHOICES_NOTE = (
     "dU/dg = -1. First-order: the head is held constant. No restart: the learning rate of level 1 is one cosine. "
     "T at rest: p is the same everywhere, at MAE's rate."
 )
-PLACES_NOTE = (
+NEARNESS_NOTE = (
     "Weights by nearness: nothing is learned; patches near the middle of the image count more, from the first step on, by "
-    "logits of T's mean and a deviation of 1 (steeper: 2), at T's rate. shapes-anywhere: the images of shapes, each moved by "
-    "a random distance, what leaves it on one side coming in on the other."
+    "logits of T's mean and a deviation of 1 (steeper: 2), at T's rate."
 )
+PLACES_NOTE = "shapes-anywhere: the images of shapes, each moved by a random distance, what leaves it on one side coming in on the other."
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
     "covers by more than half than in another; 0.5 is chance. Correlations: over an image's patches, mean over images. "
@@ -286,7 +286,7 @@ QUESTIONS = {
             *paired("shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", *MIDDLE),
             *paired("shapes-anywhere", "MAE", "MLO-MAE", "T of shapes", *MIDDLE),
         ],
-        [PLACES_NOTE],
+        [NEARNESS_NOTE, PLACES_NOTE],
     ),
     "transfer": Question(
         "T of one data set, used on another",
@@ -300,7 +300,9 @@ QUESTIONS = {
         [TRANSFER_NOTE],
     ),
     "medical": Question(
-        "lesions in tissue", paired("tissue", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of clutter-1")
+        "lesions in tissue",
+        paired("tissue", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of clutter-1", *MIDDLE),
+        [NEARNESS_NOTE],
     ),
     "cost": Question(
         "all methods in equal time; where the time of a run goes",
