@@ -226,7 +226,10 @@ NEARNESS_NOTE = (
     "Weights by nearness: nothing is learned; patches near the middle of the image count more, from the first step on, by "
     "logits of T's mean and a deviation of 1 (steeper: 2), at T's rate."
 )
-PLACES_NOTE = "shapes-anywhere: the images of shapes, each moved by a random distance, what leaves it on one side coming in on the other."
+PLACES_NOTE = (
+    "shapes-anywhere: the images of shapes, each moved by a random distance, what leaves it on one side coming in on the "
+    "other."
+)
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
     "covers by more than half than in another; 0.5 is chance. Correlations: over an image's patches, mean over images. "
