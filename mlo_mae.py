@@ -166,7 +166,9 @@ class Config:
     masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
     mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
-    mask_wait: float = flag(0.1, "share of the run that T may wait for a head better than chance (0: none)", least=0, most=1)
+    mask_wait: float = flag(
+        0.1, "T waits for a head better than chance, its part longer by at most this (0: no wait)", least=0, most=1
+    )
     mask_restart: bool = flag(True, "at --mask-until the learning rate of level 1 starts again, with any masks")
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
@@ -833,9 +835,10 @@ def joined(steps: list[Step]) -> Step:
 
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
     """(start, end): T learns in the outer iterations from `start` to before `end`, in one at least unless the run ends first.
-    Waiting makes `end` later. Where no T learns, `began` alone uses `end`."""
+    Waiting makes `end` later, by at most --mask-wait of the run. Where no T learns, `began` alone uses `end`."""
     start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.07 x 100 is above 7
-    return start, min(max(end, start + 1) + waited if trains(cfg) else end, total)
+    later = min(waited, round(cfg.mask_wait * total))
+    return start, min(max(end, start + 1) + later if trains(cfg) else end, total)
 
 
 def began(cfg: Config, iteration: int, total: int, waited: int) -> int:
@@ -915,7 +918,7 @@ def outer_iteration(
         level2, level3 = next(streams.level2), next(streams.level3)
         of_head, of_t = upper_schedules(cfg, state.iteration, total, waited)
         labelled = labelled_of(cfg, level2, level3, Rates(cfg.head_lr * of_head, decay[1]), state.iteration)
-        if waited < round(cfg.mask_wait * total):
+        if cfg.mask_wait:
             labelled = labelled._replace(chance=chance_loss(cfg, labelled.labels3))
         form = hypergradient or HYPERGRADIENTS[cfg.hypergradient]
         looked_at = steps if all_steps else [joined(steps)]
@@ -1550,8 +1553,12 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     if losses3 and losses3[-1] >= chance:
         mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"
         about = f"a head no better than chance (L3 {losses3[-1]:.3f}, chance {chance:.3f})"
-        learned, never = f"T learned from {about}, so its weights may mean nothing", f"T had {about}, and never learned"
-        print(f"{learned if state.psi.t else never}; {mend}", file=sys.stderr)
+        found = (
+            f"T learned from {about}, so its weights may mean nothing" if state.psi.t else f"T had {about}, and never learned"
+        )
+        if state.psi.t and state.waited:
+            found = f"T had {about} in {state.waited} of {state.waited + state.psi.t} looks, and learned from the others alone"
+        print(f"{found}; {mend}", file=sys.stderr)
     report = updates | ({"level3_loss": losses3[-1], "level3_chance": chance} if losses3 else {}) | rows[-1]
     with all_cores():
         if splits.class_names:
