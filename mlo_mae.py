@@ -54,9 +54,9 @@ c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_t
 H = d2L1/dtheta2. The hypergradient is the sum of (10) over these steps.                                         (13)
 
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs. While the head is no better on the validation
-images than their classes' shares would be, it has nothing to tell, and T waits (--mask-wait). After --mask-until (plus what
-T has waited) T and the encoder it reads are frozen, and p of images in memory is computed once. E and D have far to go under
-these weights, so their learning rate starts again (--mask-restart; with --masking random too, which gains by it).
+images than their classes' shares would be, it has nothing to tell, and T waits. After --mask-until (later where T has waited,
+by at most --mask-wait) T and the encoder it reads are frozen, and p of images in memory is computed once. E and D have far to
+go under these weights, so their learning rate starts again (--mask-restart; with --masking random too, which gains by it).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge (plain
 autograd, at a higher price), the loop; then the networks, a whole run, the command line. Images come from data.py; kernels/
