@@ -90,7 +90,9 @@ class Model:
     def weights(self, images: Pictures) -> Tensor:
         """p [N, H/patch, W/patch], from 0 to 1: how much each patch counts, as T has learned it."""
         if not self.sees:
-            raise UserError("there is no T that has learned; give a run of --masking learned that is past its --mask-start")
+            raise UserError(
+                "there is no T that has learned; give a run of --masking learned whose T has (not before --mask-start)"
+            )
         psi, eyes = self.state.psi.params, mlo_mae.eyes_of(self.net, self.state)
         p = in_batches(lambda some: mlo_mae.masking_probability(self.net, psi, some, eyes), self.inputs(images))
         return square(p)
@@ -125,7 +127,7 @@ class Model:
         """What `mlo_mae.draw_masks` returns for these inputs, the batch of this number. Raises UserError where the run hides
         by parts of images."""
         eyes, keys = mlo_mae.eyes_of(self.net, self.state), (seed, mlo_mae.MASKS, number)
-        progress = float(self.sees)  # a T that has not learned does not weigh yet
+        progress = float(self.sees or self.state.waited > 0)  # a T that the run has not come to does not weigh yet
         return mlo_mae.draw_masks(self.net, self.state.psi.params, inputs, eyes, *keys, progress=progress)
 
 

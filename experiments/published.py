@@ -49,6 +49,7 @@ class Published(Config):
     hypergradient: Literal["finite-difference"] = flag("finite-difference", "form of dL3/dpsi")
     redraw_dropout: bool = flag(True, "redraw dropout between the two evaluations, as the published code does")
     unroll: Literal["last"] = flag("last", "differentiate the last level-1 step")
+    mask_wait: float = flag(0.0, "as in pretrain; the published method never waits", least=0, most=1)
     level2: Literal["steps"] = flag("steps", "the head: AdamW steps, which the published form differentiates")
     head_steps: int = flag(1, "head steps a mask update; the published form differentiates one", least=1, most=1)
 

@@ -318,7 +318,7 @@ def pretrain(cfg: Config, folder: Path, threads: int, prepared: Callable | None 
     net, state, splits = mlo_mae.train(cfg, folder, resume=True, prepare=prepare)
     show.draw_run(net, state, splits, folder)
     last = read_metrics(folder / "metrics.jsonl")[-1]
-    seen = {name: last[name] for name in OBJECTS if name in last}
+    seen = {name: last[name] for name in OBJECTS if name in last} | {"mask_steps": state.psi.t}
     return {"seconds": json.loads(kept.read_text())} | probed(net, state, splits) | seen
 
 
@@ -386,7 +386,11 @@ def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
     try:
         while todo or running:
             for cell in list(todo):
-                if len(running) < workers and all(read_cell(grid, before) for before in needed(cell, grid)):
+                setting, lender = lender_of(cell, grid) or ("", cell)
+                if setting == "masking_from" and not (read_cell(grid, lender) or {}).get("mask_steps", 1):
+                    print("left out", *cell, f"since the T of {folder_of(grid.out, lender)} has not learned", file=sys.stderr)
+                    todo.remove(cell)
+                elif len(running) < workers and all(read_cell(grid, before) for before in needed(cell, grid)):
                     work, process = run_dense if cell.rule in DENSE else run_cell, idle.pop() if idle else cell_process()
                     with handled(signal.SIG_IGN):  # which it takes over: Ctrl-C must not meet its imports
                         running[process.submit(work, *settings(cell, grid), cell, grid)] = cell, process
@@ -469,8 +473,8 @@ def made_on(rows: list[dict]) -> dict[str, str | int | None]:
     theirs. Cells of before it was kept in them are taken for this one's."""
     here = machine(cli.choose_device("auto"))
     each = [kept or here for row in rows for kept in row.pop("machine", [None])]
-    values = {name: list(dict.fromkeys(some.get(name) for some in each)) for name in here}
-    return {name: some[0] if len(some) == 1 else " and ".join(map(str, some)) for name, some in values.items()}
+    told = {name: list(dict.fromkeys(some[name] for some in each if some.get(name) is not None)) for name in here}
+    return {name: (some or [None])[0] if len(some) < 2 else " and ".join(map(str, some)) for name, some in told.items()}
 
 
 def table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[dict]]:
@@ -547,7 +551,8 @@ def dense_table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], l
                 row += compared(cells, [dense.measure], rivals)
         if len(found) == len(DENSE):
             shown.append(row)
-            rows.append({"method": method, **found})
+            kept = [cell.get("machine") for cell in numbers(grid, data, method, "steps")]  # of the encoders
+            rows.append({"method": method, **found} | ({"machine": kept} if kept else {}))
     titles = [title for dense in DENSE.values() for title in (dense.heading, "against MAE")]
     return markdown(["method", *titles], shown), rows
 
@@ -684,7 +689,7 @@ def run_command(argv: list[str]) -> dict:
     save, pictures = f"results-{name}" if options.save else "", {}
     if name == data and figure(data, methods, grid, out / data / "results.png"):
         masks = folder_of(out, Cell(data, "MLO-MAE", "steps", grid.first)) / "masks-over-training.png"
-        pictures = {"": out / data / "results.png", "-masks": masks}
+        pictures = {"": out / data / "results.png"} | ({"-masks": masks} if masks.exists() else {})  # none if T never learned
     show_page(["results", *argv], facts, lines, notes, save)
     for suffix, picture in pictures.items() if save else ():
         write_whole(BENCHMARKS / f"{save}{suffix}.png", picture.read_bytes())

@@ -54,7 +54,7 @@ def picture_rows(
     chosen_by, text, lent = [], "All patches count alike.", "" if raw else ", with each true patch's mean and contrast"
     if parts is not None:
         chosen_by, text = [("part", parts, PARTS)], "One colour, one part of the image: patches are hidden part by part."
-    elif not (prob == 1).all():
+    elif (prob != prob[:, :1]).any():
         scale = scale_of(prob)
         over = overlaid(original, prob.cpu().numpy(), scale)
         chosen_by = [("p, weight of\neach patch", prob, scale), ("p over\nthe image", over, scale)]
@@ -86,7 +86,7 @@ def draw_run(net: mlo_mae.Networks, state: mlo_mae.State, splits: Splits, out: P
     if epochs:
         scale, written = scale_of(p), [*written, out / "masks-over-training.png"]
         film = [(f"epoch {epoch:.1f}", overlaid(rows[0][1], values, scale), scale) for epoch, values in zip(epochs, p)]
-        text = "p over the images, from when T begins to learn (left) until it stays as it is. If T works, objects light up."
+        text = "p over the images, from when T begins to learn (left) to when it has. If T works, objects light up."
         grid(written[-1], [rows[0], *film], text, film=True)
     return written
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -830,11 +831,15 @@ def same_run(runs, rtol):
 @pytest.mark.parametrize("settings", RECORDED, ids=str)
 def test_steps_in_one_launch_are_the_same_run(settings, monkeypatch):
     """To the bit, where learning rates are float32 as they are: they, and counts of steps, change from step to step. Three
-    parts of a run, in one of which T may wait."""
+    parts of a run, in one of which T waits and moves in turn."""
     monkeypatch.setattr(mlo_mae, "schedule", lambda step, *others: 2.0 ** -(step % 5))
+    chances, learned = itertools.cycle([0.0, 99.0]), settings.get("masking") != "random"
+    monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: next(chances))
     settings = DEFAULT | THREE_PARTS | {"level1_steps": 3, "mask_wait": 0.5, "lr": 2.0**-9} | settings
     for record in (as_recorded, lambda function: None):  # the latter: nothing would be gained
-        same_run(in_launches(settings, {"record": record}), 0)
+        runs = in_launches(settings, {"record": record})
+        same_run(runs, 0)
+        assert all((states[-1].psi.t, states[-1].waited) == (2 * learned, 2 * learned) for states, _ in runs)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records on a GPU")
@@ -842,6 +847,8 @@ def test_steps_in_one_launch_are_the_same_run(settings, monkeypatch):
 def test_a_gpus_steps_in_one_launch_are_the_same_run(settings, capsys, monkeypatch):
     monkeypatch.setattr(graphs, "GAIN", math.inf)  # recorded, even where little is gained
     monkeypatch.setattr(mlo_mae, "schedule", lambda step, *others: 2.0 ** -(step % 5))  # rates that float32 holds
+    chances = itertools.cycle([0.0, 99.0])
+    monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: next(chances))
     settings, made = DEFAULT | THREE_PARTS | {"level1_steps": 3, "mask_wait": 0.5, "lr": 2.0**-9} | settings, []
     record = {"record": lambda function: made.append(graphs.recorded(function)) or made[-1]}
     same_run(in_launches(settings, record, "cuda"), 1e-2)
@@ -1070,7 +1077,7 @@ def test_a_penalty_is_added_to_level_1_and_not_to_the_error():
 def test_a_t_that_had_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path, capsys, level2, loss, said, moved, waited):
     """What the classes' shares alone give. A later line, of a T that stays as it is, has no L3."""
     labels = torch.tensor([0] * 6 + [1] * 2 + [3] * 2)  # 1 - 0.44, and their entropy 0.950
-    cfg = Config(level2=level2)
+    cfg, said = Config(level2=level2), said or not moved  # a batch's own chance, by which T waits, may be lower
     splits = types.SimpleNamespace(
         class_names="abcd", train=range(1000), labelled=(None, types.SimpleNamespace(labels=labels))
     )

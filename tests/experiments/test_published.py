@@ -49,11 +49,12 @@ def test_a_run_records_the_published_choices(run):
 def test_the_presets_are_the_methods_and_the_papers():
     assert PRESETS.items() >= mlo_mae.PRESETS.items() and len(PRESETS) == len(mlo_mae.PRESETS) + 1
     published.check(Published(**{"preset": "cifar100-paper"} | PRESETS["cifar100-paper"]))
-    changed = {"hypergradient", "redraw_dropout", "unroll", "level2", "head_steps", "preset"}
+    changed = {"hypergradient", "redraw_dropout", "unroll", "level2", "head_steps", "preset", "mask_wait"}
     fields = {field.name: field for field in dataclasses.fields(Published)}
     for field in dataclasses.fields(Config):
         if field.name not in changed:
             assert fields[field.name].default == field.default and fields[field.name].metadata == field.metadata
+    assert fields["mask_wait"].default == 0  # it never waits
     assert fields.keys() - {field.name for field in dataclasses.fields(Config)} == {"redraw_dropout"}
 
 

@@ -325,6 +325,7 @@ def test_two_processes_go_past_ts_part_as_one(parts, name, alone):
             assert row[loss] == pytest.approx(other[loss], rel=1e-3)
     ours, theirs = (checkpoint_of(folder / run) for run in (name, alone))
     assert ours["waited"] == theirs["waited"] > 0
+    assert ours["moments"]["masking"]["t"] == theirs["moments"]["masking"]["t"] > 0
     ours, theirs = ours["eyes"]["weights"], theirs["eyes"]["weights"]
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-3) for key in theirs)
 
