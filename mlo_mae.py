@@ -54,9 +54,9 @@ c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_t
 H = d2L1/dtheta2. The hypergradient is the sum of (10) over these steps.                                         (13)
 
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs. While the head is no better on the validation
-images than their classes' shares would be, it has nothing to tell, and T waits. After --mask-until (later where T has waited,
-by at most --mask-wait) T and the encoder it reads are frozen, and p of images in memory is computed once. E and D have far to
-go under these weights, so their learning rate starts again (--mask-restart; with --masking random too, which gains by it).
+images than their classes' shares would be, it has nothing to tell, and T waits (--mask-wait). After --mask-until (plus what
+T has waited) T and the encoder it reads are frozen, and p of images in memory is computed once. E and D have far to go under
+these weights, so their learning rate starts again (--mask-restart; with --masking random too, which gains by it).
 
 Read on in this order: configuration, masks and the three losses, the AdamW step, the hypergradient and its judge (plain
 autograd, at a higher price), the loop; then the networks, a whole run, the command line. Images come from data.py; kernels/
@@ -166,7 +166,7 @@ class Config:
     masking_width: int = flag(64, "hidden units of shared and mlp", least=1, most=65536)
     mask_start: float = flag(0.2, "share of the run before T learns and weighs (0: none, as published)", least=0, below=1)
     mask_until: float = flag(0.3, "share of the run after which T stays as it is (1: never, as published)", above=0, most=1)
-    mask_wait: float = flag(0.1, "share of the run by which T's part may end later, as it waits (0: never)", least=0, most=1)
+    mask_wait: float = flag(0.1, "share of the run that T may wait for a head better than chance (0: none)", least=0, most=1)
     mask_restart: bool = flag(True, "at --mask-until the learning rate of level 1 starts again, with any masks")
     masking_from: str = flag("", "run whose T, as it is, weighs from the first step")
     masking_learns: bool = flag(False, "train the T of --masking-from further")
@@ -832,11 +832,10 @@ def joined(steps: list[Step]) -> Step:
 
 
 def window(cfg: Config, total: int, waited: int = 0) -> tuple[int, int]:
-    """(start, end): T may learn in the outer iterations from `start` to before `end`, one at least unless the run ends first.
-    Waiting makes `end` later, by at most --mask-wait of the run. Where no T learns, `began` alone uses `end`."""
+    """(start, end): T learns in the outer iterations from `start` to before `end`, in one at least unless the run ends first.
+    Waiting makes `end` later. Where no T learns, `began` alone uses `end`."""
     start, end = (math.ceil(part * total - 1e-9) for part in (cfg.mask_start, cfg.mask_until))  # 0.07 x 100 is above 7
-    later = min(waited, round(cfg.mask_wait * total))
-    return start, min(max(end, start + 1) + later if trains(cfg) else end, total)
+    return start, min(max(end, start + 1) + waited if trains(cfg) else end, total)
 
 
 def began(cfg: Config, iteration: int, total: int, waited: int) -> int:
@@ -855,10 +854,10 @@ def level1_rate(cfg: Config, iteration: int, step: int, total: int, waited: int)
 
 def upper_schedules(cfg: Config, iteration: int, total: int, waited: int) -> tuple[float, float]:
     """The head's and T's shares of their peak learning rates in this outer iteration, of T's part of the run. While T waits
-    its own schedule stands still (it ends early where too few looks are left); the head's, which goes on, is stretched."""
+    its own schedule stands still, and the head's, which goes on, is stretched."""
     start, end = window(cfg, total)
-    look, looks, later, warm = iteration - start, end - start, window(cfg, total, waited)[1] - end, cfg.warmup * (end - start)
-    return schedule(look, looks + later, warm), schedule(look - waited, looks, warm)  # T alone waits
+    look, looks, warm = iteration - start, end - start, cfg.warmup * (end - start)
+    return schedule(look, looks + waited, warm), schedule(look - waited, looks, warm)  # T alone waits
 
 
 def learns_at(cfg: Config, iteration: int, total: int, waited: int) -> bool:
@@ -916,7 +915,7 @@ def outer_iteration(
         level2, level3 = next(streams.level2), next(streams.level3)
         of_head, of_t = upper_schedules(cfg, state.iteration, total, waited)
         labelled = labelled_of(cfg, level2, level3, Rates(cfg.head_lr * of_head, decay[1]), state.iteration)
-        if cfg.mask_wait:
+        if waited < round(cfg.mask_wait * total):
             labelled = labelled._replace(chance=chance_loss(cfg, labelled.labels3))
         form = hypergradient or HYPERGRADIENTS[cfg.hypergradient]
         looked_at = steps if all_steps else [joined(steps)]
@@ -1549,12 +1548,11 @@ def reported_run(cfg: Config, out: Path, resume: bool = False, **baseline) -> di
     rows, chance = read_metrics(out / "metrics.jsonl"), chance_loss(cfg, splits.labelled[1].labels)
     losses3 = [row["level3_loss"] for row in rows if "level3_loss" in row]
     if losses3 and (losses3[-1] >= chance or not state.psi.t):
-        found = "T learned from a head no better than chance, so its weights may mean nothing"
-        if state.waited:
-            found = f"T had a head no better than chance in {state.waited} of {state.waited + state.psi.t} looks, and "
-            found += "learned from the others alone" if state.psi.t else "never learned"
+        learned = "T learned from a head no better than chance, so its weights may mean nothing"
+        never = f"T had a head no better than chance in all of its {state.waited} looks, and never learned"
         mend = "give more --epochs or --labelled-batch-size, or a later --mask-start and --mask-until"
-        print(f"{found} (last L3 {losses3[-1]:.3f}, chance {chance:.3f}); {mend}", file=sys.stderr)
+        about = f"(last L3 {losses3[-1]:.3f}, chance {chance:.3f})"
+        print(f"{learned if state.psi.t else never} {about}; {mend}", file=sys.stderr)
     report = updates | ({"level3_loss": losses3[-1], "level3_chance": chance} if losses3 else {}) | rows[-1]
     with all_cores():
         if splits.class_names:

@@ -47,7 +47,7 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
         method += f", weighed by the T of {cfg.masking_from}"
     elif cfg.masking == "learned":
         model += f", T ({cfg.masking_network}) of {masking}"
-        later = ", later or never if it has to wait" if cfg.mask_wait and cfg.mask_until < 1 else ""
+        later = ", or later if it has to wait" if cfg.mask_wait and cfg.mask_until < 1 else ""
         method += f"; T learns from mask update {start + 1} to {end}{later}, by dL3/dT {cfg.hypergradient}"
     else:
         method += f"; {'MAE: all patches count alike' if plain else type(cfg).__doc__.splitlines()[0]}"

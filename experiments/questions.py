@@ -304,7 +304,7 @@ QUESTIONS = {
     ),
     "medical": Question(
         "lesions in tissue",
-        paired("tissue", "MAE", "MLO-MAE", "T of shapes", "T of clutter-1", *MIDDLE),
+        paired("tissue", "MAE", "MLO-MAE", "MLO-MAE, T given", "T of shapes", "T of clutter-1", *MIDDLE),
         [NEARNESS_NOTE],
     ),
     "cost": Question(

@@ -644,11 +644,11 @@ def test_what_t_reads_is_kept_once_at_the_end_of_its_part_or_later():
 
 @pytest.mark.parametrize("form", ["exact", "first-order", "unrolled"])
 def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypatch, form):
-    """Chances are made up. Of five looks three put off the end of T's part, of two steps; the fourth that waits does not."""
+    """Chances are made up. Of five looks three put off T's part, of two steps; the last is not judged, and moves T."""
     settings = DEFAULT | THREE_PARTS | {"mask_wait": 0.375, "hypergradient": form, "mask_restart": True}
     settings |= {"mask_batches": 1} if form == "unrolled" else {}
     net, state, rest = fresh_state(**settings)
-    chances, told, rates = iter([0.0, 9.0, 0.0, 0.0, 0.0]), [], level1_rates(monkeypatch)
+    chances, told, rates = iter([0.0, 9.0, 0.0, 0.0]), [], level1_rates(monkeypatch)
 
     def chance(cfg, labels):
         told.append(labels.tolist())
@@ -656,16 +656,16 @@ def test_t_waits_for_a_head_better_than_chance_and_no_longer_than_asked(monkeypa
 
     monkeypatch.setattr(mlo_mae, "chance_loss", chance)
     states, rows = run_through(net, state, rest)
-    assert [state.waited for state in states] == [0, 0, 0, 1, 1, 2, 3, 4, 4]
-    assert [state.psi.t for state in states] == [0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert [state.waited for state in states] == [0, 0, 0, 1, 1, 2, 3, 3, 3]
+    assert [state.psi.t for state in states] == [0, 0, 0, 0, 1, 1, 1, 2, 2]
     assert [state.head.t for state in states] == [0, 0, 0, 1, 2, 3, 4, 5, 5]  # it is solved at every look
     assert ["level3_loss" in row for row in rows] == [2 <= n < 7 for n in range(8)]
-    assert ["hypergradient_norm" in row for row in rows] == [n == 3 for n in range(8)]
+    assert ["hypergradient_norm" in row for row in rows] == [n in (3, 6) for n in range(8)]
     assert [state.eyes is None for state in states] == [True] * 8 + [False]
-    for number in (2, 4, 5, 6):  # T did not move, nor did its moments
+    for number in (2, 4, 5):  # T did not move, nor did its moments
         assert states[number + 1].psi is states[number].psi
     third = noise_batches(net.cfg).level3  # each look has labelled images of its own, and their own shares
-    assert told == [next(third).labels.tolist() for _ in range(5)]
+    assert told == [next(third).labels.tolist() for _ in range(4)]  # the fifth is not judged
     lr, steps = TINY.lr, net.cfg.level1_steps  # the learning rate starts again where T's part really ends
     whole = [lr * schedule(n, 8 * steps, 0.25 * 8 * steps) for n in range(7 * steps)]
     assert rates == pytest.approx(whole + [lr * schedule(n, steps, 0.25 * steps) for n in range(steps)])
@@ -695,7 +695,7 @@ def test_whether_t_waits_is_what_the_processes_agree_on(monkeypatch, others):
     monkeypatch.setattr(mlo_mae, "chance_loss", lambda cfg, labels: 99.0 if others else 0.0)
     monkeypatch.setattr(mlo_mae, "agree", lambda *found: [others])
     states, _ = run_through(net, state, rest, total=4)
-    assert [state.waited for state in states] == ([0, 0, 1, 2, 3] if others else [0] * 5)
+    assert [state.waited for state in states] == ([0, 0, 1, 2, 2] if others else [0] * 5)
 
 
 @pytest.mark.parametrize("settings, watched_steps", [({"mask_batches": 2}, 1), ({"mask_batches": 1, "unroll": "full"}, 4)])
@@ -1070,18 +1070,18 @@ def test_a_penalty_is_added_to_level_1_and_not_to_the_error():
     assert not torch.equal(moved.theta.mu, plain.theta.mu)
 
 
-@pytest.mark.parametrize("moved, waited", [(0, 5), (3, 0), (3, 7)])
+@pytest.mark.parametrize("moved", [0, 3])
 @pytest.mark.parametrize(
     "level2, loss, said", [("ridge", 0.57, True), ("ridge", 0.55, False), ("steps", 0.96, True), ("steps", 0.94, False)]
 )
-def test_a_t_that_had_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path, capsys, level2, loss, said, moved, waited):
+def test_a_t_that_had_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path, capsys, level2, loss, said, moved):
     """What the classes' shares alone give. A later line, of a T that stays as it is, has no L3."""
     labels = torch.tensor([0] * 6 + [1] * 2 + [3] * 2)  # 1 - 0.44, and their entropy 0.950
     cfg, said = Config(level2=level2), said or not moved  # a batch's own chance, by which T waits, may be lower
     splits = types.SimpleNamespace(
         class_names="abcd", train=range(1000), labelled=(None, types.SimpleNamespace(labels=labels))
     )
-    state = types.SimpleNamespace(psi=types.SimpleNamespace(t=moved), waited=waited)
+    state = types.SimpleNamespace(psi=types.SimpleNamespace(t=moved), waited=5)
     monkeypatch.setattr(mlo_mae, "train", lambda *arguments, announce: (None, state, splits))
     monkeypatch.setattr(mlo_mae, "read_metrics", lambda path: [{"level3_loss": 9.0}, {"level3_loss": loss}, {"epoch": 1}])
     quiet = types.SimpleNamespace(after_training=lambda *arguments: [], announce=None)
@@ -1089,8 +1089,10 @@ def test_a_t_that_had_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path
     assert mlo_mae.reported_run(cfg, tmp_path)["epoch"] == 1
     told = capsys.readouterr().err
     assert told.count("\n") == said and said == ("no better than chance" in told and "--labelled-batch-size" in told)
-    words = {"never learned": not moved, "T learned from": moved and not waited, "in 7 of 10 looks": moved and waited}
-    assert {word: word in told for word in words} == {word: bool(said and right) for word, right in words.items()}
+    assert ("T learned from" in told, "all of its 5 looks, and never learned" in told) == (
+        said and moved > 0,
+        said and moved == 0,
+    )
 
 
 def test_one_training_image_is_too_few(tmp_path, capsys):

@@ -30,7 +30,6 @@ TINY = SIZES | {
     "epochs": 1,
     "mask_start": 0.1,
     "mask_until": 0.6,
-    "mask_wait": 0.0,
     "level1_steps": 2,
     "mask_batches": 2,
     "log_every": 1,
