@@ -287,6 +287,7 @@ QUESTIONS = {
         "is it more than nearness to the middle?",
         [
             *paired("shapes", "MAE", "MLO-MAE", "MLO-MAE, T given", *MIDDLE),
+            *paired("clutter-1", "MAE", "MLO-MAE", "T of shapes", *MIDDLE),
             *paired("shapes-anywhere", "MAE", "MLO-MAE", "T of shapes", *MIDDLE),
         ],
         [NEARNESS_NOTE, PLACES_NOTE],
