@@ -73,7 +73,7 @@ def level1_alone(
     state, rates = mlo_mae.State(0, *(mlo_mae.fresh_level(vector, device) for vector in params)), mlo_mae.rates_of(net, device)
     seed = torch_generator(cfg.seed, LEVEL1_DATA).initial_seed()
     weights = mlo_mae.moved_weights(maps.stream(cfg.batch_size, seed), cfg.patch_size)
-    streams = mlo_mae.Streams(splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), known=weights)
+    streams = mlo_mae.Streams(splits.train.stream(cfg.batch_size, seed), iter(()), iter(()), known=weights)  # no T learns
     for _ in tqdm(range(total), desc=f"seed {cfg.seed}", unit="update"):
         state, _ = mlo_mae.outer_iteration(net, state, streams, total, *rates)
         yield net, state, rates[0]

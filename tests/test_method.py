@@ -1089,10 +1089,8 @@ def test_a_t_that_had_a_head_no_better_than_chance_is_said(monkeypatch, tmp_path
     assert mlo_mae.reported_run(cfg, tmp_path)["epoch"] == 1
     told = capsys.readouterr().err
     assert told.count("\n") == said and said == ("no better than chance" in told and "--labelled-batch-size" in told)
-    assert ("T learned from" in told, "all of its 5 looks, and never learned" in told) == (
-        said and moved > 0,
-        said and moved == 0,
-    )
+    learned, never = "T learned from" in told, "all of its 5 looks, and never learned" in told
+    assert (learned, never) == (said and moved > 0, said and moved == 0)
 
 
 def test_one_training_image_is_too_few(tmp_path, capsys):
