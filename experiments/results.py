@@ -318,7 +318,7 @@ def pretrain(cfg: Config, folder: Path, threads: int, prepared: Callable | None 
     net, state, splits = mlo_mae.train(cfg, folder, resume=True, prepare=prepare)
     show.draw_run(net, state, splits, folder)
     last = read_metrics(folder / "metrics.jsonl")[-1]
-    seen = {name: last[name] for name in OBJECTS if name in last} | {"mask_steps": state.psi.t}
+    seen = {name: last[name] for name in OBJECTS if name in last}
     return {"seconds": json.loads(kept.read_text())} | probed(net, state, splits) | seen
 
 
@@ -386,11 +386,7 @@ def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
     try:
         while todo or running:
             for cell in list(todo):
-                setting, lender = lender_of(cell, grid) or ("", cell)
-                if setting == "masking_from" and not (read_cell(grid, lender) or {}).get("mask_steps", 1):
-                    print("left out", *cell, f"since the T of {folder_of(grid.out, lender)} has not learned", file=sys.stderr)
-                    todo.remove(cell)
-                elif len(running) < workers and all(read_cell(grid, before) for before in needed(cell, grid)):
+                if len(running) < workers and all(read_cell(grid, before) for before in needed(cell, grid)):
                     work, process = run_dense if cell.rule in DENSE else run_cell, idle.pop() if idle else cell_process()
                     with handled(signal.SIG_IGN):  # which it takes over: Ctrl-C must not meet its imports
                         running[process.submit(work, *settings(cell, grid), cell, grid)] = cell, process
@@ -689,7 +685,7 @@ def run_command(argv: list[str]) -> dict:
     save, pictures = f"results-{name}" if options.save else "", {}
     if name == data and figure(data, methods, grid, out / data / "results.png"):
         masks = folder_of(out, Cell(data, "MLO-MAE", "steps", grid.first)) / "masks-over-training.png"
-        pictures = {"": out / data / "results.png"} | ({"-masks": masks} if masks.exists() else {})  # none if T never learned
+        pictures = {"": out / data / "results.png", "-masks": masks}
     show_page(["results", *argv], facts, lines, notes, save)
     for suffix, picture in pictures.items() if save else ():
         write_whole(BENCHMARKS / f"{save}{suffix}.png", picture.read_bytes())

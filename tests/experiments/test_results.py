@@ -1,6 +1,5 @@
 """The grid of methods x seeds: its statistics against known values, its rules, and that finished cells stay."""
 
-import concurrent.futures
 import json
 import os
 import shlex
@@ -124,22 +123,6 @@ def test_a_table_says_on_which_machines_its_cells_were_made(tmp_path, monkeypatc
     heading, facts = told()
     assert f"cpu Another and {here['cpu']}, " in heading and facts["torch"] == f"2.99 and {here['torch']}"
     assert facts["python"] == here["python"]
-
-
-def test_a_t_that_has_not_learned_is_not_given(tmp_path, monkeypatch, capsys):
-    """The other cells are made, and so is the table."""
-    made = []
-    monkeypatch.setattr(results, "cell_process", lambda: concurrent.futures.ThreadPoolExecutor(1))
-    monkeypatch.setattr(results, "run_cell", lambda cfg, recipe, cell, grid: made.append(cell))
-    grid = replace(at(tmp_path, 2), tuned=False)
-    for seed, moved in ((0, 0), (1, 3)):
-        cell(tmp_path, "MLO-MAE", "steps", seed, mask_steps=moved)
-        cell(tmp_path, "MAE", "steps", seed, mask_steps=0)  # SemMAE begins with it all the same
-    asked = [Cell("shapes", method, "steps", seed) for seed in (0, 1) for method in ("MLO-MAE, T given", "SemMAE")]
-    results.run_grid(asked, grid, 1)
-    assert set(made) == set(asked) - {Cell("shapes", "MLO-MAE, T given", "steps", 1)}  # seed 1 is given the T of seed 0
-    said = capsys.readouterr().err
-    assert said.count("left out shapes MLO-MAE, T given steps 1 since the T of ") == said.count("left out") == 1
 
 
 def test_methods_differ_in_their_settings_alone(tmp_path):
