@@ -189,7 +189,7 @@ def take(stream: Iterator[data.Batch], count: int) -> list[data.Batch]:
 
 
 def memory_is_bounded() -> None:
-    """Asserts that this process has never had more than 3 GiB, where the system tells."""
+    """Asserts that this process has not had more than 3 GiB in this test, where the system tells."""
     if sys.platform == "linux":
         import resource
 
