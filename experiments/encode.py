@@ -90,9 +90,7 @@ class Model:
     def weights(self, images: Pictures) -> Tensor:
         """p [N, H/patch, W/patch], from 0 to 1: how much each patch counts, as T has learned it."""
         if not self.sees:
-            raise UserError(
-                "there is no T that has learned; give a run of --masking learned whose T has (not before --mask-start)"
-            )
+            raise UserError("there is no T that has learned; give a run of --masking learned whose T has, after --mask-start")
         psi, eyes = self.state.psi.params, mlo_mae.eyes_of(self.net, self.state)
         p = in_batches(lambda some: mlo_mae.masking_probability(self.net, psi, some, eyes), self.inputs(images))
         return square(p)

@@ -75,7 +75,7 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
         return mlo_mae.level1_step(net, *problem, 0, progress=progress, eyes=state.eyes, in_place=in_place)[1]
 
     def asks(n: int) -> bool:  # T in each step of this outer iteration
-        known = isinstance(splits.train, Images) and (net.maps or mlo_mae.stays(cfg, n, total, state.waited))
+        known = isinstance(splits.train, Images) and mlo_mae.stays(cfg, n, total, state.waited)
         return mlo_mae.weighed_by(cfg, n / total) and not known
 
     def look():

@@ -464,13 +464,13 @@ def in_columns(cells: list[dict]) -> dict[str, list]:
     return {name: [cell.get(name) for cell in cells] for name in names}
 
 
-def made_on(rows: list[dict]) -> dict[str, str | int | None]:
+def made_on(rows: list[dict]) -> dict[str, str | None]:
     """The machine that the cells of these rows were made on, which this takes out of the rows; where cells differ, all of
     theirs. Cells of before it was kept in them are taken for this one's."""
     here = machine(cli.choose_device("auto"))
     each = [kept or here for row in rows for kept in row.pop("machine", [None])]
     told = {name: list(dict.fromkeys(some[name] for some in each if some.get(name) is not None)) for name in here}
-    return {name: (some or [None])[0] if len(some) < 2 else " and ".join(map(str, some)) for name, some in told.items()}
+    return {name: " and ".join(map(str, some)) or None for name, some in told.items()}
 
 
 def table(data: str, methods: list[str], grid: Grid) -> tuple[list[str], list[dict]]:
