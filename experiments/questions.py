@@ -2,6 +2,7 @@
 
     python mlo_mae.py questions labels       # few labels, wrong labels: does T still find the objects?
     python mlo_mae.py questions ratio        # how much is hidden
+    python mlo_mae.py questions length       # runs of half and twice the length: what a second is worth
     python mlo_mae.py questions choices      # the defaults, each one alone changed
     python mlo_mae.py questions unrolling    # how much of levels 1 and 2 the derivative sees
     python mlo_mae.py questions places       # T beside weights by nearness to the middle, where that tells and where not
@@ -138,11 +139,12 @@ def weigh_the_middle(net: Networks, splits: Splits, device: torch.device, run: A
 # --------------------------------------------------------------------------------------------------------- questions
 
 
-def beside(name: str, changes: dict) -> dict[str, Method]:
-    """MLO-MAE with these changes, and the MAE it is compared with, at its own learning rate."""
+def beside(name: str, changes: dict, *given: str) -> dict[str, Method]:
+    """MLO-MAE with these changes, T's of these data sets, and the MAE they are compared with, at its own learning rate."""
     rival = f"MAE, {name}"
     return {
         f"MLO-MAE, {name}": Method(Config, changes, rival=rival),
+        **{f"T of {other}, {name}": Method(Config, changes, other, rival) for other in given},
         rival: Method(Config, changes | MAE, rival=rival),
     }
 
@@ -160,10 +162,12 @@ def knowing(name: str, changes: dict) -> dict[str, Method]:
 
 
 RATIOS = (0.4, 0.5, 0.6, 0.75, 0.9)
+LENGTHS = (12, 24, 48)  # epochs
 FRACTIONS = {0.1: "a tenth of the labels", 0.01: "a hundredth of the labels"}
 NOISE = 0.4
 WRONG = {"both": "labels wrong", "train": "labels of level 2 wrong", "val": "labels of level 3 wrong"}
 BY_RATIO = {ratio: beside(f"mask ratio {ratio}", {"mask_ratio": ratio}) for ratio in RATIOS if ratio != Config.mask_ratio}
+BY_LENGTH = {n: beside(f"{n} epochs", {"epochs": n}, "shapes") for n in LENGTHS if n != Config.epochs}
 BY_FRACTION = {share: knowing(words, {"label_fraction": share}) for share, words in FRACTIONS.items()}
 BY_NOISE = {noisy: knowing(f"two in five {words}", {"label_noise": NOISE, "noisy": noisy}) for noisy, words in WRONG.items()}
 SEEN = {
@@ -171,6 +175,11 @@ SEEN = {
     "MLO-MAE, unrolled": Method(Config, {"mask_batches": 1, "unroll": "full"}),
     "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4, "log_every": 40}),  # lines of metrics ask T too: as far apart
     "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64, "log_every": 3}),
+}
+LONGEST = max(LENGTHS)
+PART = {name: Config.epochs / LONGEST * getattr(Config, name) for name in ("mask_start", "mask_until")}
+EARLY = {
+    f"MLO-MAE, {LONGEST} epochs, T early": Method(Config, {"epochs": LONGEST} | PART, rival=f"MAE, {LONGEST} epochs"),
 }
 CHOICES = [f"MLO-MAE, {name}" for name in ("head steps", "CLS", "T on pixels", "drawn by p", "identity")]
 MIDDLE = {
@@ -180,8 +189,8 @@ MIDDLE = {
 TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
 LENDERS = ("shapes", "clutter-1", "shapes-stripes", "cifar100", "cifar100-coarse")
 GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
-ALL = METHODS | SEEN | MIDDLE | TOGETHER | GIVEN
-for some in (*BY_RATIO.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
+ALL = METHODS | EARLY | SEEN | MIDDLE | TOGETHER | GIVEN
+for some in (*BY_RATIO.values(), *BY_LENGTH.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
 SETS = DATA | {
     "shapes-anywhere": ({"data": "shapes-anywhere"}, {}),
@@ -189,6 +198,8 @@ SETS = DATA | {
     "cifar100-coarse": (DATA["cifar100"][0] | {"data": "cifar100-coarse"}, {}),
 }
 WHOLE = ["MLO-MAE", "T of clutter-1", "MAE"]
+LONG_AND_SHORT = {n: list(BY_LENGTH.get(n, ["MLO-MAE", "T of shapes", "MAE"])) for n in LENGTHS}
+SECONDS = "seconds of a run"  # as the x axis of a figure: those that cells took
 
 
 class Question(NamedTuple):
@@ -197,7 +208,7 @@ class Question(NamedTuple):
     words: str
     pairs: list[tuple[str, str]]  # data sets and methods
     notes: Sequence[str] = ()
-    along: tuple[str, dict[float, list[str]]] | None = None  # of a figure: what is varied, {value: methods as in WHOLE}
+    along: tuple[str, dict[float, list[str]]] | None = None  # of a figure: its x axis, {value: a method for each line}
     also: str = ""  # a method that rows are set against besides MAE
 
 
@@ -209,6 +220,10 @@ LABELS_NOTE = (
     "Levels 2 and 3 and the probes know the same labels (test labels are right): level 2's fit a probe, level 3's choose its "
     "weight decay. T of clutter-1 was learned there, with all of its labels. Without any label there is no feedback: "
     "MAE."
+)
+LENGTH_NOTE = (
+    f"Rows that name no number have {Config.epochs} epochs, the default. T of shapes was learned in {Config.epochs} epochs; "
+    "its seconds are in no row. T early: it learns in the mask updates in which that of the default run does."
 )
 UNROLLING_NOTE = (
     f"MLO-MAE itself: {Config.level1_steps} level-1 steps a mask update, of which the last is differentiated, for "
@@ -266,6 +281,12 @@ QUESTIONS = {
         ],
         (),
         ("mask ratio", {ratio: list(BY_RATIO.get(ratio, ["MLO-MAE", "MAE"])) for ratio in RATIOS}),
+    ),
+    "length": Question(
+        "runs of half and twice the length",
+        paired("clutter-1", *(name for rows in LONG_AND_SHORT.values() for name in rows), *EARLY),
+        [LENGTH_NOTE],
+        (SECONDS, LONG_AND_SHORT),
     ),
     "unrolling": Question(
         "how much of levels 1 and 2 the derivative sees",
@@ -330,24 +351,29 @@ def with_needed(cells: list[Cell], grid: Grid) -> list[Cell]:
 
 
 def sweep(question: Question, grid: Grid, path: Path) -> bool:
-    """Draw probes along what a question varies: lines are means over seeds, bands go from the lowest to the highest. False
-    where nothing is there to draw."""
+    """Draw probes along what a question varies, or the seconds that this takes: lines are means over seeds, bands go from the
+    lowest to the highest. False where nothing is there to draw."""
     along, rows = question.along
     shown = []
     for data in dict.fromkeys(data for data, _ in question.pairs):
         for measure, heading in PROBES.items():
             lines = {}
-            for number, name in enumerate(WHOLE if len(next(iter(rows.values()))) > 2 else ["MLO-MAE", "MAE"]):
-                cells = {x: numbers(grid, data, names[number], "steps") for x, names in rows.items()}
-                values = {x: 100 * np.array([cell[measure] for cell in some]) for x, some in sorted(cells.items()) if some}
-                if values:
-                    points = np.array([[some.mean(), some.min(), some.max()] for some in values.values()])
-                    lines[name] = (list(values), *points.T)
+            for names in zip(*(rows[x] for x in sorted(rows))):
+                points = []
+                for x, name in zip(sorted(rows), names):
+                    if cells := numbers(grid, data, name, "steps"):
+                        x = np.mean([cell["seconds"] for cell in cells]) if along == SECONDS else x
+                        values = 100 * np.array([cell[measure] for cell in cells])
+                        points.append((x, values.mean(), values.min(), values.max()))
+                if points:
+                    lines[names[0].split(",")[0]] = tuple(map(list, zip(*points)))
             if lines:
                 title = f"{data}: {heading.removesuffix(' %')}"
                 shown.append(Panel(title, "% of test images", lines, along=along, log=min(rows) < 0.1))
     if shown:
         text = f"Line: mean of {counted(len(grid.numbers), 'seed')}. Band: from the lowest seed to the highest."
+        if along == SECONDS:
+            text += f" Points: {', '.join(map(str, rows))} epochs. Seconds of a T that is given are not counted."
         panels(path, shown, text, across=2)
     return bool(shown)
 

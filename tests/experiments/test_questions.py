@@ -133,6 +133,10 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
         "MAE, two in five labels of level 3 wrong": {"label_noise", "noisy", "masking", "lr"},
         "MLO-MAE, unrolled": {"mask_batches", "unroll"},
         "MLO-MAE, 64 steps": {"level1_steps", "log_every"},
+        "MLO-MAE, 48 epochs": {"epochs"},
+        "MLO-MAE, 48 epochs, T early": {"epochs", "mask_start", "mask_until"},
+        "T of shapes, 12 epochs": {"epochs", "masking_from"},
+        "MAE, 12 epochs": {"epochs", "masking", "lr"},
         "MAE, no restart": {"mask_restart", "masking", "lr"},
         "MLO-MAE, these five": {"level2", "pooling", "masking_network", "mask_choice", "update_jacobian"},
     }.items():
@@ -140,6 +144,12 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
         new = {"label_fraction": 1.0, "label_noise": 0.0, "noisy": "both"}
         differ = {key for key, value in found.items() if (plain | new)[key] != value} - {"data_dir", "checkpoint_minutes"}
         assert differ == changes, name
+
+
+def test_an_early_t_learns_when_that_of_the_default_run_does(tmp_path):
+    grid = grid_at(tmp_path)
+    early, _ = results.settings(Cell("clutter-1", "MLO-MAE, 48 epochs, T early", "steps", 0), grid)
+    assert early.epochs == 48 and mlo_mae.window(early, 450) == mlo_mae.window(Config(), 225) == (45, 68)
 
 
 def test_what_a_row_needs_runs_before_it(tmp_path):
@@ -176,6 +186,24 @@ def test_a_sweep_has_a_line_for_each_method_and_a_point_for_each_value(tmp_path,
     for found, above in zip(values, (1, 0, 2)):  # mean, lowest, highest
         np.testing.assert_allclose(found, expected + above)
     assert "mean of 2 seeds" in text
+
+
+def test_a_sweep_of_lengths_is_along_the_seconds_that_each_method_took(tmp_path, monkeypatch):
+    given, question = [], QUESTIONS["length"]
+    monkeypatch.setattr(questions, "panels", lambda path, shown, text, across: given.append((shown, text)))
+    for (epochs, names), seed in itertools.product(question.along[1].items(), (0, 1)):
+        for name, pace in zip(names, (13, 11, 10)):
+            folder = results.folder_of(tmp_path, Cell("clutter-1", name, "steps", seed))
+            folder.mkdir(parents=True)
+            found = {"probe": pace * epochs / 1000, "probe_cls": 0.1, "seconds": pace * epochs + 2 * seed - 1}
+            (folder / "cell.json").write_text(json.dumps(found))
+    assert questions.sweep(question, grid_at(tmp_path), tmp_path / "x.png")
+    (((mean, _), text),) = given
+    for name, pace in {"MLO-MAE": 13, "T of shapes": 11, "MAE": 10}.items():
+        seconds, means, *_ = mean.lines[name]
+        assert seconds == [12 * pace, 24 * pace, 48 * pace] and means == pytest.approx([0.1 * some for some in seconds])
+    assert list(mean.lines) == ["MLO-MAE", "T of shapes", "MAE"] and mean.along == "seconds of a run"
+    assert "12, 24, 48 epochs" in text
 
 
 # ---------------------------------------------------------------------------------------------------- what is measured
@@ -302,7 +330,11 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     small = (TINY | {"data": str(files / "clutter.npz")}, {})
     for name in ("shapes", "shapes-anywhere", "cifar100", "cifar100-coarse"):
         monkeypatch.setitem(questions.SETS, name, small)
-    for name, changes in {"SemMAE": {"parts_steps": 2}, "MLO-MAE, 64 steps": {"level1_steps": 3}}.items():
+    shorter = {"SemMAE": {"parts_steps": 2}, "MLO-MAE, 64 steps": {"level1_steps": 3}}
+    for epochs, rows in questions.BY_LENGTH.items():
+        shorter |= {name: ALL[name].changes | {"epochs": epochs // 12} for name in rows}
+    shorter |= {name: method.changes | {"epochs": 2} for name, method in questions.EARLY.items()}
+    for name, changes in shorter.items():
         monkeypatch.setitem(ALL, name, ALL[name]._replace(changes=changes))
     monkeypatch.setattr(tissue, "write", lambda path: path.write_bytes((files / "tissue.npz").read_bytes()))
     monkeypatch.setattr(clutter, "write", lambda path, data_dir, seed: path.write_bytes((files / "clutter.npz").read_bytes()))
@@ -335,7 +367,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         drawn = question.along is not None or name in ("learned", "cost")
         assert (tmp_path / f"questions-{name}.png").exists() == drawn
     assert len(ran) == len(set(ran))
-    for name in ("labels", "ratio", "unrolling", "choices", "places", "transfer", "medical"):
+    for name in ("labels", "ratio", "length", "unrolling", "choices", "places", "transfer", "medical"):
         assert len(rows[name]) == len(QUESTIONS[name].pairs) and all(len(row["probe"]) == 2 for row in rows[name])
     lines = (tmp_path / "questions-choices.md").read_text().splitlines()
     columns = {line.split(" | ")[1]: line.split(" | ")[3:9] for line in lines if line.startswith("| shapes |")}
