@@ -216,10 +216,10 @@ class Images:
         split.labels = torch.as_tensor(labels).to(self.labels)
         return split
 
-    def accompanied(self, maps: Tensor) -> "Images":
+    def accompanied(self, maps: Tensor, precision: torch.dtype = torch.float16) -> "Images":
         """Maps [N, h, w] (or several of each, [N, n, h, w]) of these images as a split whose streams move them as this split's
-        move the images; around a map is 0. They are kept as small as they are, in float16."""
-        maps = maps.reshape(len(maps), -1, *maps.shape[-2:]).half()
+        move the images; around a map is 0. They are kept as small as they are, in this precision."""
+        maps = maps.reshape(len(maps), -1, *maps.shape[-2:]).to(precision)
         split = Images(maps, self.labels, (0.0,), (1 / 255,), device=maps.device)
         split.cell, split.flip, split.crop = self.images.shape[-1] // maps.shape[-1], self.flip, self.crop
         return split

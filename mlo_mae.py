@@ -950,7 +950,8 @@ def weight_maps(net: Networks, state: State, images: data.Images) -> data.Images
     """p of each whole image, as maps that its crops and flips move with it: once T stays as it is, it need look no more at
     images in memory, and a step costs what MAE's does."""
     p = [masking_probability(net, state.psi.params, batch.images, eyes_of(net, state)) for batch in images.ordered(256)]
-    return images.accompanied(torch.cat(p).unflatten(1, (math.isqrt(net.patches), -1)))
+    precision = torch.float16 if net.cfg.mask_choice == "random" else torch.float32  # which tells p near 1 apart, to choose by
+    return images.accompanied(torch.cat(p).unflatten(1, (math.isqrt(net.patches), -1)), precision)
 
 
 def coverage(images: data.Images) -> data.Images:
@@ -1518,11 +1519,11 @@ def renormalised(here: dict, there: dict) -> tuple[Tensor, Tensor]:
 
 def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
     """psi, and the parameters of the encoder that T reads, out of another run's checkpoint. Raises as `sight_of` does, and
-    UserError where T has not learned and is not to, by which all patches would count alike."""
+    UserError where T has not learned, and is not to or its p alone would choose the masks: to it all patches are alike."""
     kept = content["eyes"].get("weights")
     kept = {name: content["model"][name] for name, _ in net.seer.named_parameters()} if kept is None else kept
     psi = flatten([net.masking], content["masking"])
-    if not psi.any() and not net.cfg.masking_learns:
+    if not psi.any() and (not net.cfg.masking_learns or net.cfg.mask_choice == "highest"):
         raise UserError("its T has not learned (all its weights are 0); take a run whose T has")
     return psi, flatten([net.seer], kept)
 

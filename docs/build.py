@@ -89,9 +89,9 @@ def draw(toy: dict) -> Figure:
 
 
 def main() -> None:
-    files, toy = made(PAGE.read_text())
+    files, toy = made(PAGE.read_text("utf-8"))
     for name, text in files.items():
-        (HERE / name).write_text(text)
+        (HERE / name).write_text(text, "utf-8", newline="\n")
     draw(toy).savefig(HERE / "toy.png", dpi=100)
 
 

@@ -391,7 +391,8 @@ def run_grid(cells: list[Cell], grid: Grid, workers: int) -> None:
                     with handled(signal.SIG_IGN):  # which it takes over: Ctrl-C must not meet its imports
                         running[process.submit(work, *settings(cell, grid), cell, grid)] = cell, process
                     todo.remove(cell)
-            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
+            # a second at a time: on Windows a signal is heard in between
+            for future in concurrent.futures.wait(running, 1, concurrent.futures.FIRST_COMPLETED).done:
                 cell, process = running.pop(future)
                 idle.append(process)  # first, so that it is shut down where its cell fails, too
                 try:

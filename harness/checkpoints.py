@@ -106,7 +106,12 @@ def read_saved(path: Path, *formats: str) -> dict:
 
 
 def newest(out: Path, *formats: str) -> dict:
-    """`of_newest`'s content, of one of these formats."""
+    """The content of a run's newest checkpoint that is whole, of one of these formats. Raises UserError."""
+    return newest_and_path(out, *formats)[0]
+
+
+def newest_and_path(out: Path, *formats: str) -> tuple[dict, Path]:
+    """`newest`, and its file."""
 
     def place(content: dict) -> str:
         return f", mask update {content['iteration']}" if "iteration" in content else f", step {content.get('step')}"
@@ -114,12 +119,14 @@ def newest(out: Path, *formats: str) -> dict:
     return of_newest(out, lambda path: read_saved(path, *formats), place)
 
 
-def of_newest(out: Path, read: Callable[[Path], Content], place: Callable[[Content], str] = lambda found: "") -> Content:
+def of_newest(
+    out: Path, read: Callable[[Path], Content], place: Callable[[Content], str] = lambda found: ""
+) -> tuple[Content, Path]:
     """What `read` makes of a run's checkpoint or, where that is absent or damaged, of the one before it, saying so, and its
-    `place`, on stderr. Raises UserError, about the former, where neither can be read."""
-    previous = out / "checkpoint.previous.pt"
+    `place`, on stderr; and the file. Raises UserError, about the former, where neither can be read."""
+    path, previous = out / "checkpoint.pt", out / "checkpoint.previous.pt"
     try:
-        return read(out / "checkpoint.pt")
+        return read(path), path
     except UserError as error:
         try:
             found = read(previous)
@@ -127,7 +134,7 @@ def of_newest(out: Path, read: Callable[[Path], Content], place: Callable[[Conte
             also = f" ({previous.name} cannot be read either)" if previous.exists() else ""
             raise UserError(f"{error}{also}") from None
         print(f"mlo_mae: {error}; going on from {previous}{place(found)}", file=sys.stderr)
-        return found
+        return found, previous
 
 
 @contextlib.contextmanager

@@ -3,12 +3,29 @@
 import contextlib
 import json
 import os
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 from harness import UserError
 from harness.signals import postponed
+
+PATIENCE = 10.0  # seconds that `replace` tries for
+
+
+def replace(source: Path, target: Path) -> None:
+    """`os.replace`, tried again and again on Windows, where it fails while another program (one that reads the run, a virus
+    scanner) has either file open."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
 def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object], previous: Path | None = None) -> None:
@@ -25,12 +42,12 @@ def write_whole(path: Path, content: bytes | Callable[[BinaryIO], object], previ
                 os.fsync(file.fileno())
             aside = previous is not None and path.exists()
             if aside:
-                os.replace(path, previous)
+                replace(path, previous)
             try:
-                os.replace(temporary, path)
+                replace(temporary, path)
             except OSError:
                 if aside:
-                    os.replace(previous, path)
+                    replace(previous, path)
                 raise
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):

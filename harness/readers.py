@@ -6,7 +6,6 @@ file ends in a `UserError` that names it and says what to do. `data.py` makes sp
 
 import hashlib
 import io
-import itertools
 import math
 import os
 import pickletools
@@ -420,7 +419,7 @@ class Files(NamedTuple):
     def read(self, split: str, first: int, key: Key | None, out: np.ndarray) -> int:
         """Decode image `first` into out, or if that cannot be decoded and is to be skipped, the next that can; its label."""
         count = len(self.labels[split])
-        for i in itertools.islice(itertools.cycle(range(count)), first, first + count):
+        for i in ((first + k) % count for k in range(count)):
             path = os.path.join(self.root, os.fsdecode(self.paths[split][i]))
             with blaming(path, "it was there when the folder was listed: restore it, or start again"):
                 file = open(path, "rb")

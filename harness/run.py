@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from harness import UserError
-from harness.checkpoints import fitting, newest
+from harness.checkpoints import fitting, newest_and_path
 from harness.cli import add_dry_run, add_flags, check, flag_name, given_as, named_path
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 from harness.processes import agree, average, exchange_seconds, rank, world
@@ -67,6 +67,7 @@ class Run:
     ):
         self.out, self.minutes, self.writer = out, minutes, out is not None and rank() == 0
         self.checkpoint, self.stop, self.received, self.waiting = None, 0, [], 0.0
+        self.whole = None  # the newest checkpoint that is
         self.content, self.cut = None, False  # what makes a checkpoint's content; whether a signal has ended work `at_once`
         self.beside = {"config.json": json.dumps(settings["config"], indent=2).encode()}
         self.tensorboard, self.board = tensorboard and self.writer, None
@@ -78,7 +79,7 @@ class Run:
         if not resume:
             refuse_taken(out)
         elif any((out / name).exists() for name in ("checkpoint.pt", "checkpoint.previous.pt")):
-            self.checkpoint = newest(out, form)
+            self.checkpoint, self.whole = newest_and_path(out, form)
             for part, values in settings.items():
                 self.compare(part, values, machine)
 
@@ -241,14 +242,15 @@ class Run:
             append_line(self.out / "masks.jsonl", {"iteration": iteration, "epoch": epoch, "p": rows})
 
     def save(self, content: dict) -> None:
-        """Write a checkpoint, whole or not at all, and keep the one before it. Raises UserError where a value is not finite,
-        and leaves everything as it is."""
+        """Write a checkpoint, whole or not at all, and keep the whole one before it. Raises UserError where a value is not
+        finite, and leaves everything as it is."""
         if not all(leaf.isfinite().all() for leaf in tree_leaves(content) if isinstance(leaf, Tensor)):
             raise UserError(
                 f"a weight is not finite; {self.out / 'checkpoint.pt'} is left as it was: lower the learning rates"
             )
         path, previous = self.out / "checkpoint.pt", self.out / "checkpoint.previous.pt"
-        write_whole(path, lambda file: torch.save(content, file), previous)
+        write_whole(path, lambda file: torch.save(content, file), previous if self.whole == path else None)
+        self.whole = path
 
     def _read(self, iteration: int, steps: int) -> list[dict[str, float]]:
         """The losses still on the device as floats, means over processes, in one transfer."""

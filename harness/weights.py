@@ -371,7 +371,7 @@ def starting_weights(path: str | Path, modules: list[nn.Module], params: Tensor,
     heads: {"heads", "decoder_heads": of these modules}, which must be those that the file states, if it does.
     Says what was used, one line on stderr. Raises UserError."""
     path, fresh = Path(path), named(modules, params)
-    found = of_newest(path, read_weights) if path.is_dir() else read_weights(path)
+    found = of_newest(path, read_weights)[0] if path.is_dir() else read_weights(path)
     both = (found.heads["heads"], heads["heads"]) if "heads" in found.heads else None
     try:
         taken, line = fit(found.weights, {name: tuple(tensor.shape) for name, tensor in fresh.items()}, found.others, both)

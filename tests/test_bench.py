@@ -161,7 +161,7 @@ def test_hypergradient_writes_table_and_picture(capsys, monkeypatch, tmp_path, f
     status, report, out = run(capsys, "hypergradient", "--sizes", "tiny", "--save")
     pages, pictures = ([*(tmp_path / "benchmarks").glob(f"hypergradient-*.{suffix}")] for suffix in ("md", "png"))
     assert status == 0 and len(pages) == len(pictures) == 1
-    page = pages[0].read_text()
+    page = pages[0].read_text("utf-8")
     assert page.startswith("`python bench.py hypergradient --sizes tiny --save ") and "| exact " in page
     assert pictures[0].read_bytes().startswith(b"\x89PNG")
     assert {row["along"] for row in report["growth"]} == {"depth", "batch", "unrolled steps"}
@@ -197,8 +197,8 @@ def test_a_comparison_that_fails_leaves_the_others_which_are_saved_as_they_come(
     path, saved, seen, right = tmp_path / "rows.jsonl", [], [], bench.race
 
     def failing(case, direction, *rest):
-        saved.append([page.read_text() for page in (tmp_path / "benchmarks").glob("*.md")])
-        seen.append(path.read_text().count('"kernel"'))
+        saved.append([page.read_text("utf-8") for page in (tmp_path / "benchmarks").glob("*.md")])
+        seen.append(path.read_text("utf-8").count('"kernel"'))
         if case.kernel == "scatter_tokens":
             raise RuntimeError("no room\nat all")
         return right(case, direction, *rest)
@@ -211,15 +211,18 @@ def test_a_comparison_that_fails_leaves_the_others_which_are_saved_as_they_come(
     assert {row["kernel"] for row in report["rows"]} == {"gather_patches", "select_patches", "patch_loss", "attention"}
     assert "| gather_patches |" in saved[1][0] and "| patch_loss" in saved[-1][0]
     (page,) = (tmp_path / "benchmarks").glob("*.md")
-    assert page.name.startswith("kernels-cifar-fp32-2-") and page.read_text() in f"`{page.read_text().split('`')[1]}`\n\n{out}"
+    assert (
+        page.name.startswith("kernels-cifar-fp32-2-")
+        and page.read_text("utf-8") in f"`{page.read_text('utf-8').split('`')[1]}`\n\n{out}"
+    )
     assert seen[:3] == [0, 3, 6]  # ours, eager and a copy of each
-    first, *rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+    first, *rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text("utf-8").splitlines()]
     assert first["command"] == f"python bench.py kernels {' '.join(words)} --device cpu --repeats 1"
     assert first["machine"] == report["machine"]
     assert [row for row in rows if "failed" not in row] == report["rows"]
     assert [row["failed"] for row in rows if "failed" in row] == ["RuntimeError: no room"] * 3
     run(capsys, "rates", "--rows", str(path))
-    whole = path.read_text().splitlines()
+    whole = path.read_text("utf-8").splitlines()
     assert json.loads(whole[1 + len(rows)])["command"].startswith("python bench.py rates") and len(whole) > len(rows) + 4
 
 
@@ -315,7 +318,7 @@ def test_step(capsys, tmp_path):
     needs = 6 / plain, (6 * 2 + 2 * 6) / whole
     assert summary["needed_images_per_second"] == pytest.approx(max(needs))
     assert summary["overhead"] == pytest.approx(summary["time_ratio"] / summary["operation_ratio"])
-    assert json.loads(trace.read_text())["traceEvents"]
+    assert json.loads(trace.read_text("utf-8"))["traceEvents"]
 
 
 def test_some_forms_alone_have_their_judges(capsys):
@@ -434,7 +437,7 @@ def fake(monkeypatch, tmp_path):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def test_a_failure_is_a_row_and_no_end(capsys, fake, tmp_path):
@@ -448,7 +451,7 @@ def test_a_failure_is_a_row_and_no_end(capsys, fake, tmp_path):
         assert [one, two] == [{"number": 1}, {"number": 2}] and (end["status"], end["reason"]) == (code, reason)
         assert command["command"] == f"{name} --device cpu --repeats 1 --rows {out / name}.jsonl" and end["seconds"] > 0
         assert end["reported"] == (code == 0) and end in [{n: row[n] for n in end} for row in report["rows"]]
-        assert (out / f"{name}.txt").read_text().startswith(f"begun {name}\n")
+        assert (out / f"{name}.txt").read_text("utf-8").startswith(f"begun {name}\n")
 
 
 def test_a_fault_may_well_have_the_status_of_a_wrong_result(capsys, fake, tmp_path):
@@ -518,7 +521,7 @@ def test_gpu_as_it_is_at_tiny_sizes(capsys, tmp_path):
         first, *rows, end = rows_of(tmp_path / f"{name}.jsonl")
         rows = [row for row in rows if "so_far" not in row]
         assert first["machine"] == report["machine"] and len(rows) >= 3 and end["reported"]
-        assert json.loads((tmp_path / f"{name}.txt").read_text().splitlines()[-1])["rows"] == rows
+        assert json.loads((tmp_path / f"{name}.txt").read_text("utf-8").splitlines()[-1])["rows"] == rows
 
 
 # --------------------------------------------------------------------------------------------------- command line
@@ -536,7 +539,7 @@ def test_what_the_user_can_mend_ends_in_one_line(capsys, tmp_path):
     for where in ("no/folder", "kept"):
         bad = ["step", "--batch-size", "2", "--repeats", "1", "--profile", str(tmp_path / where)]
         assert bench.main([*bad, "--device", "cpu"]) == 2
-    assert (tmp_path / "kept").read_text() == "a trace of before"
+    assert (tmp_path / "kept").read_text("utf-8") == "a trace of before"
     if not torch.cuda.is_available():
         assert bench.main(["step", "--device", "cuda"]) == 2
     error = capsys.readouterr().err

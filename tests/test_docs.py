@@ -19,7 +19,7 @@ from mlo_mae import Level, Rates
 
 DOCS = SCRIPT.parent / "docs"
 build = types.SimpleNamespace(**runpy.run_path(str(DOCS / "build.py")))
-PAGE = (DOCS / "hypergradient.md").read_text()
+PAGE = (DOCS / "hypergradient.md").read_text("utf-8")
 PIECES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 PRINTED = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
 WRONG, OTHER = "the formula is wrong", "autograd was asked something else"
@@ -34,7 +34,7 @@ def usual_dtype():
 
 def toy(*changes):
     """What the toy prints and the names that it leaves behind, with (old, new) pieces of it exchanged first."""
-    text = (DOCS / "toy.py").read_text()
+    text = (DOCS / "toy.py").read_text("utf-8")
     for old, new in changes:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -53,11 +53,11 @@ def test_the_files_are_made_of_the_page():
     assert time.perf_counter() - begun < 60 and float(names["psi"]) == 0.5
     assert set(files) == {"hypergradient.md", "toy.py", "hypergradient.ipynb"}
     for name, text in files.items():
-        assert (DOCS / name).read_text() == text, f"{name} is not what hypergradient.md makes: python docs/build.py"
+        assert (DOCS / name).read_text("utf-8") == text, f"{name} is not what hypergradient.md makes: python docs/build.py"
 
 
 def test_the_toy_is_the_page_s_code_and_prints_what_stands_there():
-    assert (DOCS / "toy.py").read_text().split('"""\n\n', 1)[1] == "\n\n".join(PIECES) and len(PIECES) >= 9
+    assert (DOCS / "toy.py").read_text("utf-8").split('"""\n\n', 1)[1] == "\n\n".join(PIECES) and len(PIECES) >= 9
     own = "ignore:`torch.jit.script` is deprecated:FutureWarning"  # torch 2.14 warns of what its own jvp calls
     command = [sys.executable, "-W", own, DOCS / "toy.py"]
     ended = subprocess.run(command, capture_output=True, text=True)
@@ -66,7 +66,7 @@ def test_the_toy_is_the_page_s_code_and_prints_what_stands_there():
 
 
 def test_the_notebook_holds_the_page_s_code_and_words():
-    book = json.loads((DOCS / "hypergradient.ipynb").read_text())
+    book = json.loads((DOCS / "hypergradient.ipynb").read_text("utf-8"))
     assert (book["nbformat"], book["nbformat_minor"]) == (4, 5)
     assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
@@ -161,14 +161,14 @@ def test_the_picture_has_the_slopes_of_the_toy():
 
 def anchors(page):
     """The anchors of a page's headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_what_the_pages_point_at_is_there():
     root, found = SCRIPT.parent, 0
     for page in (root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))):
-        for name, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", page.read_text()):
+        for name, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", page.read_text("utf-8")):
             target = page.parent / name if name else page
             assert target.exists(), f"{page.name} points at {name}"
             assert not anchor or anchor in anchors(target), f"{page.name} points at {name}#{anchor}"

@@ -29,7 +29,7 @@ def name_of(path):
 PATHS = [*ROOT.glob("*.py"), *(path for room in ("harness", "kernels", "experiments") for path in (ROOT / room).rglob("*.py"))]
 FILES = {name_of(path): path for path in PATHS}
 TESTS = {name_of(path): path for path in (ROOT / "tests").rglob("*.py")}
-TREES = {name: ast.parse(path.read_text()) for name, path in (FILES | TESTS).items()}
+TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in (FILES | TESTS).items()}
 
 
 def imported(node, module, is_package):
@@ -176,7 +176,7 @@ def test_a_program_runs_as_a_module_and_as_a_command(tmp_path):
             assert ended.returncode == 0, ended.stderr
             for number, text in enumerate((ended.stdout, ended.stderr), 1):
                 (printed / f"{name}-{way}-{number}").write_text(text)
-    said = {path.name: path.read_text() for path in printed.iterdir()}
+    said = {path.name: path.read_text("utf-8") for path in printed.iterdir()}
     assert len(said) == 4 * len(PROGRAMS) and not any(text for name, text in said.items() if name.endswith("2")), said
     for name in PROGRAMS:
         assert said[f"{name}-module-1"] == said[f"{name}-command-1"] and said[f"{name}-module-1"].startswith("usage: "), name

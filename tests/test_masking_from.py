@@ -230,6 +230,8 @@ def test_a_t_that_has_not_learned_is_refused(source, sides, tmp_path, capsys):
     torch.save(content, tmp_path / "given" / "checkpoint.pt")
     refused(arguments(sides, tmp_path / "out", *begun_from(tmp_path / "given")), capsys, "its T has not learned")
     assert not (tmp_path / "out").exists()
+    choose = ["--masking-learns", "--mask-choice", "highest"]  # the same patches of every image, until it moves
+    refused(arguments(sides, tmp_path / "out", *begun_from(tmp_path / "given"), *choose), capsys, "its T has not learned")
     further = arguments(sides, tmp_path / "further", *begun_from(tmp_path / "given"), "--masking-learns", "--epochs", 1)
     assert main(further) == 0
 

@@ -534,8 +534,10 @@ def test_from_its_end_on_t_and_what_it_reads_stay_as_they_are(network):
         assert not torch.equal(state.theta.params[: net.encoder_size], kept)  # E goes on
 
 
-def test_a_t_that_stays_looks_at_each_whole_image_once():
-    net, state, _ = fresh_state(**DEFAULT)
+@pytest.mark.parametrize("choice, tolerance", [("random", 3e-4), ("odds", 1e-6)])
+def test_a_t_that_stays_looks_at_each_whole_image_once(choice, tolerance):
+    """Where p chooses the masks, two that are near 1 must not become one."""
+    net, state, _ = fresh_state(**DEFAULT | {"mask_choice": choice})
     psi = torch.randn(len(state.psi.params), generator=torch.Generator().manual_seed(1))
     state = state._replace(psi=state.psi._replace(params=psi), eyes=state.theta.params[: net.encoder_size] + 0.1)
     pixels = torch.randint(0, 256, (300, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -544,7 +546,7 @@ def test_a_t_that_stays_looks_at_each_whole_image_once():
     p = mlo_mae.masking_probability(net, psi, images.pick(torch.arange(300)).images, state.eyes)
     assert p.std(1).min() > 0.01 and maps.images.shape == (300, 1, 4, 4)
     (found,) = next(zip(maps.ordered(300)))
-    assert (F.avg_pool2d(found.images, 4).flatten(1) - p).abs().max() < 3e-4
+    assert (F.avg_pool2d(found.images, 4).flatten(1) - p).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("masking, progress", [("random", 1.0), ("learned", 0.1), ("learned", 0.9)])

@@ -11,7 +11,7 @@ from harness.randomness import draw_dropout
 from harness.vectors import weight_decays
 from mlo_mae import Config, Labelled, Level, Rates
 
-README = Path(mlo_mae.__file__).with_name("README.md").read_text()
+README = Path(mlo_mae.__file__).with_name("README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

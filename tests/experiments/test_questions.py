@@ -363,13 +363,13 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
         assert mlo_mae.main(["questions", name, *words]) == 0
         text, report = capsys.readouterr().out.rsplit("\n", 2)[:2]
         rows[name] = json.loads(report)["rows"]
-        assert (tmp_path / f"questions-{name}.md").read_text() == text + "\n"
+        assert (tmp_path / f"questions-{name}.md").read_text("utf-8") == text + "\n"
         drawn = question.along is not None or name in ("learned", "cost")
         assert (tmp_path / f"questions-{name}.png").exists() == drawn
     assert len(ran) == len(set(ran))
     for name in ("labels", "ratio", "length", "unrolling", "choices", "places", "transfer", "medical"):
         assert len(rows[name]) == len(QUESTIONS[name].pairs) and all(len(row["probe"]) == 2 for row in rows[name])
-    lines = (tmp_path / "questions-choices.md").read_text().splitlines()
+    lines = (tmp_path / "questions-choices.md").read_text("utf-8").splitlines()
     columns = {line.split(" | ")[1]: line.split(" | ")[3:9] for line in lines if line.startswith("| shapes |")}
     assert any("| against MAE | against MLO-MAE | probe, CLS % |" in line for line in lines)
     assert [bool(value) for value in columns["MLO-MAE"]] == [True, True, False] * 2
@@ -377,7 +377,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     few = {row["method"]: row for row in rows["labels"]}
     assert few["MAE, a tenth of the labels"]["seconds"] == few["MAE"]["seconds"]  # the same runs, probed with fewer
     folder = tmp_path / "grid/shapes/MLO-MAE-a-hundredth-of-the-labels-steps-0"
-    assert json.loads((folder / "config.json").read_text())["label_fraction"] == 0.01
+    assert json.loads((folder / "config.json").read_text("utf-8"))["label_fraction"] == 0.01
     assert {row.get("rule") for row in rows["cost"]} == {"steps", "time", None}
     parts = {row["part"]: row for row in rows["cost"] if "part" in row}
     assert len(parts) == 6 and all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in parts.values())

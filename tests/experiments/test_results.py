@@ -363,7 +363,7 @@ def test_a_table_is_saved_with_its_pictures(tmp_path, monkeypatch, capsys):
     assert results.main(arguments) == 0
     assert (saved / "results-shapes-masks.png").read_bytes() == b"masks"
     assert (saved / "results-shapes.png").stat().st_size > 10_000
-    text = (saved / "results-shapes.md").read_text()
+    text = (saved / "results-shapes.md").read_text("utf-8")
     assert text in capsys.readouterr().out and "| equal steps | MLO-MAE | 1 | 1 | 50.0 |" in text
 
 

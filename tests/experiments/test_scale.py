@@ -258,7 +258,7 @@ def test_the_command_prints_tables(capsys):
 
 def test_the_page_says_what_the_command_prints(capsys):
     """docs/scale.md: each command there is run, and its numbers are on the page."""
-    page = Path(mlo_mae.__file__).with_name("docs").joinpath("scale.md").read_text()
+    page = Path(mlo_mae.__file__).with_name("docs").joinpath("scale.md").read_text("utf-8")
     commands = [line.split("#")[0].split()[2:] for line in page.splitlines() if line.startswith("python mlo_mae.py scale")]
     assert len(commands) == 6
     for command in commands:

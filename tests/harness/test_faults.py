@@ -45,12 +45,13 @@ def in_a_process(program, **options):
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped", "absent"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(finished, run, capsys, damage):
-    path = run / "checkpoint.pt"
-    content = path.read_bytes()
+    path, previous = run / "checkpoint.pt", run / "checkpoint.previous.pt"
+    content, whole = path.read_bytes(), previous.read_bytes()
     path.unlink()
     if damage != "absent":
         path.write_bytes(DAMAGED[damage](content))
     assert main(["pretrain", "--out", str(run), "--resume"]) == 0
+    assert previous.read_bytes() == whole  # not what was damaged, in its place
     err = capsys.readouterr().err
     assert f"going on from {run / 'checkpoint.previous.pt'}, mask update 8" in err and "8/9" in err
     assert same(weights(run), weights(finished))

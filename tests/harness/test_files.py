@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
 
-from harness import UserError
+from harness import UserError, files
 from harness.files import append_line, drop_rows_after, read_rows, write_whole
 
 
@@ -44,6 +45,30 @@ def test_a_file_that_cannot_be_put_in_place_leaves_the_old_one_there(tmp_path, m
     with pytest.raises(UserError, match="what was there before is intact"):
         write_whole(tmp_path / "file", b"new", tmp_path / "before")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"old"}
+
+
+@pytest.mark.parametrize("system, failures, written", [("win32", 2, True), ("win32", 1000, False), ("linux", 1, False)])
+def test_a_file_that_is_being_read_is_waited_for_on_windows(tmp_path, monkeypatch, system, failures, written):
+    """There it can be replaced only once nobody has it open."""
+    real, tries = os.replace, []
+
+    def replace(source, target):
+        tries.append(target)
+        if len(tries) <= failures:
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        real(source, target)
+
+    write_whole(tmp_path / "file", b"old")
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(files, "PATIENCE", 0.5)
+    if written:
+        write_whole(tmp_path / "file", b"new")
+    else:
+        with pytest.raises(UserError, match="used by another process"):
+            write_whole(tmp_path / "file", b"new")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new" if written else b"old"}
+    assert (len(tries) > 1) == (system == "win32")
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):

@@ -127,13 +127,15 @@ def test_a_page_is_whole_after_every_line(capsys, tmp_path):
     page.start(["name", "ms"], [6, 4])
     page.row(["one", "1"])
     whole = "`command`\n\n\n| name   |   ms |\n| ------ | ---: |\n| one    |    1 |\n"
-    assert (tmp_path / "page.md").read_text() == whole and capsys.readouterr().out == whole.removeprefix("`command`\n\n")
+    assert (tmp_path / "page.md").read_text("utf-8") == whole and capsys.readouterr().out == whole.removeprefix(
+        "`command`\n\n"
+    )
     page.record({"name": "one", "error": math.nan}, {"name": "two"})
     page.append({"failed": True})
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text("utf-8").splitlines()]
     assert rows == [{"name": "one", "error": None}, {"name": "two"}, {"failed": True}] and len(page.rows) == 2
     page.say("last")
-    assert (tmp_path / "page.md").read_text() == whole + "last\n"
+    assert (tmp_path / "page.md").read_text("utf-8") == whole + "last\n"
 
 
 def test_runs_that_measure_different_things_write_different_files(monkeypatch, tmp_path):
@@ -169,7 +171,7 @@ def test_a_report_is_the_last_line(capsys, monkeypatch, tmp_path):
     assert status == 0 and not err and heading.startswith("cpu ") and line == "3 cpu"
     assert json.loads(report) == {"command": "some", "machine": measure.machine(CPU), "found": [1.0, None]}
     (page,) = tmp_path.iterdir()
-    assert page.read_text() == f"`command`\n\n{heading}\n{line}\n"
+    assert page.read_text("utf-8") == f"`command`\n\n{heading}\n{line}\n"
 
 
 def test_a_wrong_result_is_status_1_and_a_line(capsys):

@@ -779,6 +779,16 @@ def test_undecodable_images(tmp_path, monkeypatch):
     data_refused("none of the 6 images", name=root, image_size=16, skip_corrupt=True)
 
 
+def test_the_last_of_many_images_is_found_as_fast_as_the_first(tmp_path):
+    picture().save(tmp_path / "1.png")
+    count = 10_000_000
+    paths, labels = (np.broadcast_to(np.array(value), count) for value in (b"1.png", 3))
+    files, out = readers.Files(str(tmp_path), 16, True, {"val": paths}, {"val": labels}), np.empty((3, 16, 16), np.uint8)
+    began = time.monotonic()
+    assert [files.read("val", count - 1, None, out) for _ in range(20)] == [3] * 20
+    assert time.monotonic() - began < 1
+
+
 @pytest.mark.parametrize("skip", [False, True])
 def test_want_of_memory_and_a_disk_that_fails_are_no_corrupt_images(tmp_path, monkeypatch, skip):
     """What is skipped must not depend on the machine's load."""
