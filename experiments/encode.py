@@ -11,6 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,10 +75,20 @@ class Model:
     def inputs(self, images: Pictures) -> Tensor:
         """What the networks read, on their device: normalised pixels [N, C, H, W] float32."""
         found = checked(images, self.image_size, len(self.mean))
+        return self.normalised(found)
+
+    def normalised(self, found: Tensor) -> Tensor:
+        """The same, of what has been `checked`."""
         pixels = found.float() / 255 if found.dtype == torch.uint8 else found.detach().float()
         pixels = pixels.to(self.state.theta.params.device)
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
         return (pixels - mean) / std
+
+    @torch.no_grad()
+    def in_batches(self, function: Callable[[Tensor], Tensor], images: Pictures) -> Tensor:
+        """function(inputs) [N, ...] on the CPU, of so many images at a time that they fit."""
+        parts = checked(images, self.image_size, len(self.mean)).split(AT_A_TIME)
+        return torch.cat([function(self.normalised(some)).float().cpu() for some in parts])
 
     def features(self, images: Pictures, pooling: str = "") -> Tensor:
         """Features [N, D]: the mean of the patches' tokens ("mean") or the CLS token ("cls"); by default what level 2 of the
@@ -85,14 +96,14 @@ class Model:
         if pooling not in ("", "mean", "cls"):
             raise UserError(f"pooling {pooling!r}: choose mean or cls")
         params = self.state.theta.params[: self.net.encoder_size]
-        return in_batches(lambda some: mlo_mae.encode(self.net, params, some, pooling), self.inputs(images))
+        return self.in_batches(lambda some: mlo_mae.encode(self.net, params, some, pooling), images)
 
     def weights(self, images: Pictures) -> Tensor:
         """p [N, H/patch, W/patch], from 0 to 1: how much each patch counts, as T has learned it."""
         if not self.sees:
             raise UserError("there is no T that has learned; give a run of --masking learned whose T has, after --mask-start")
         psi, eyes = self.state.psi.params, mlo_mae.eyes_of(self.net, self.state)
-        p = in_batches(lambda some: mlo_mae.masking_probability(self.net, psi, some, eyes), self.inputs(images))
+        p = self.in_batches(lambda some: mlo_mae.masking_probability(self.net, psi, some, eyes), images)
         return square(p)
 
     def reconstruct(self, images: Pictures, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -111,7 +122,7 @@ class Model:
             whole = torch.where(mask[..., None] > 0, made, gather_patches(some, None, self.net.cfg.patch_size))
             return torch.cat([mask[..., None], whole], dim=2)
 
-        hidden, patches = in_batches(work, self.inputs(images)).tensor_split([1], dim=2)
+        hidden, patches = self.in_batches(work, images).tensor_split([1], dim=2)
         pixels = as_images(patches, self.net.cfg.patch_size, self.mean, self.std)
         return torch.from_numpy(pixels), square(hidden[..., 0] > 0)
 
@@ -127,12 +138,6 @@ class Model:
         eyes, keys = mlo_mae.eyes_of(self.net, self.state), (seed, mlo_mae.MASKS, number)
         progress = float(self.sees or self.state.waited > 0)  # a T that the run has not come to does not weigh yet
         return mlo_mae.draw_masks(self.net, self.state.psi.params, inputs, eyes, *keys, progress=progress)
-
-
-@torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """function(inputs) [N, ...] on the CPU, of so many images at a time that they fit."""
-    return torch.cat([function(some).float().cpu() for some in inputs.split(AT_A_TIME)])
 
 
 def square(rows: Tensor) -> Tensor:
@@ -282,6 +287,11 @@ def expected(shape: list) -> str:
 def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterator[tuple[list[str], np.ndarray]]:
     """Names, and images [n, size, size, channels] uint8, of all images in these files and folders, in order, a few at a time;
     the bar counts them. Raises UserError."""
+
+    def decoded(file: Path) -> np.ndarray:
+        with blaming(file, "leave it out, or give an image in its place"):
+            return picture(file, size, channels)
+
     for path in paths:
         if path.suffix.lower() == ".npz" and not path.is_dir():
             for array, images in npz_pictures(path):
@@ -305,12 +315,13 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
             except UserError as error:  # black images may be meant
                 bar.write(f"data {error}", file=sys.stderr)
         bar.total += len(files)
-        for start in range(0, len(files), AT_A_TIME):
-            some, decoded = files[start : start + AT_A_TIME], []
-            for file in some:
-                with blaming(file, "leave it out, or give an image in its place"):
-                    decoded.append(picture(file, size, channels))
-            yield list(map(str, some)), np.stack(decoded)
+        pool = ThreadPoolExecutor()
+        try:
+            for start in range(0, len(files), AT_A_TIME):
+                some = files[start : start + AT_A_TIME]
+                yield list(map(str, some)), np.stack(list(pool.map(decoded, some)))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after an error, or a signal, nothing is waited for
 
 
 def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", masks: Path | None = None) -> dict:

@@ -8,6 +8,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 import mlo_mae
@@ -60,13 +61,14 @@ def announce(out: Path, net: Networks, state: State, splits: Splits, total: int,
 
 
 def foretold(net: Networks, state: State, splits: Splits, total: int, decay: list[Tensor]) -> str:
-    """How long the rest of a run takes, in words: by a trial of a step and of a look of T, which leave nothing behind."""
+    """How long the rest of a run takes, in words: by a trial of a step and of a look of T, which leave nothing behind. Reading
+    images, which may go on meanwhile, is not counted."""
     cfg, looks = net.cfg, sum(mlo_mae.learns_at(net.cfg, n, total, state.waited) for n in range(state.iteration, total))
     if world() > 1:  # a trial would be an exchange
         return "as the bar will tell"
 
-    def batch(split: Images | Folder, size: int):
-        return next(split.stream(size, 0))
+    def batch(split: Images | Folder, size: int):  # of a folder a stream would read ahead
+        return split.pick(np.arange(size) % len(split))
 
     theta = mlo_mae.copied(state.theta)
 
@@ -79,7 +81,6 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
         return mlo_mae.weighed_by(cfg, n / total) and not known
 
     def look():
-        pairs = batch(splits.train, cfg.labelled_batch_size), batch(splits.val, cfg.labelled_batch_size)
         labelled = mlo_mae.labelled_of(cfg, *pairs, Rates(cfg.head_lr, decay[1]), 0)
         steps = [made] * (cfg.level1_steps if cfg.unroll == "full" else min(cfg.mask_batches, cfg.level1_steps))
         steps = steps if cfg.unroll == "full" else [mlo_mae.joined(steps)]
@@ -91,7 +92,12 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
     if (first := min(seconds(step, device) for _ in range(2))) > SLOW:  # the first of all is slower than others
         return f"at least {cli.duration(steps * first)}" if looks else f"about {cli.duration(steps * first)}"
     made, of_step = step(in_place=False), seconds(step, device)
-    rest = steps * of_step + (looks * seconds(look, device) if looks else 0)
+    rest = steps * of_step
+    if looks:
+        pairs = [batch(split, cfg.labelled_batch_size) for split in (splits.train, splits.val)]
+        if device.type != "cpu":
+            look()  # the first of all compiles kernels
+        rest += looks * seconds(look, device)
     if asking := cfg.level1_steps * sum(map(asks, range(state.iteration, total))):
         rest += asking * max(0.0, seconds(lambda: step(progress=1.0), device) - of_step)
     return f"about {cli.duration(rest)}"

@@ -229,14 +229,15 @@ def average_precision(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[
     is the best at that recall or any higher one, and the mean is over recalls of 0, 0.01, ..., 1. Crowds, whose boxes COCO
     neither rewards nor punishes, are not known here."""
     per_class, labels = [torch.zeros(0, len(THRESHOLDS))], torch.cat(truth)[:, 4]
-    for label in labels.unique():
-        scores, right = [torch.zeros(0)], [torch.zeros(len(THRESHOLDS), 0, dtype=torch.bool)]
-        for boxes, there in zip(found, truth):
-            boxes = boxes[boxes[:, 5] == label]
-            if len(boxes):
-                boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)]
-                scores.append(boxes[:, 4])
-                right.append(matches(boxes, there[there[:, 4] == label]))
+    nothing = torch.zeros(0), torch.zeros(len(THRESHOLDS), 0, dtype=torch.bool)
+    judged = {label: [nothing] for label in labels.unique().tolist()}  # of each class: scores, and which are right
+    for boxes, there in zip(found, truth):
+        boxes = boxes[boxes[:, 4].argsort(descending=True, stable=True)]
+        for label in judged.keys() & boxes[:, 5].tolist():  # an image has few of the classes
+            some = boxes[boxes[:, 5] == label]
+            judged[label].append((some[:, 4], matches(some, there[there[:, 4] == label])))
+    for label, pairs in judged.items():
+        scores, right = zip(*pairs)
         order = torch.cat(scores).argsort(descending=True, stable=True)
         right = torch.cat(right, dim=1)[:, order].double().cumsum(1)  # [10, n]: how many of the best are right
         recall = right / (labels == label).sum()

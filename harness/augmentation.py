@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.memory import uploaded
+
 
 def soft_targets(labels: Tensor, classes: int, smoothing: float) -> Tensor:
     """[B] -> [B, classes]: 1 - smoothing for the label, and smoothing spread over all classes (arXiv 1512.00567)."""
@@ -39,15 +41,20 @@ def erase(images: Tensor, probability: float, rng: np.random.Generator) -> Tenso
     """In each image, with this probability, noise in a rectangle of 2 to 33 % of its area and a ratio of sides from 0.3
     to 1/0.3 (arXiv 1708.04896, settings of MAE's recipe)."""
     images, (channels, height, width) = images.clone(), images.shape[1:]
+    places, noise = [], []
     for i in np.flatnonzero(rng.random(len(images)) < probability):
         for _ in range(10):  # some are too long to fit
             area, ratio = height * width * rng.uniform(0.02, 1 / 3), 0.3 ** rng.uniform(-1, 1)
             h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if h < height and w < width:
                 top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
-                noise = torch.from_numpy(rng.standard_normal((channels, h, w), np.float32))
-                images[i, :, top : top + h, left : left + w] = noise.to(images.device)
+                places.append((i, slice(None), slice(top, top + h), slice(left, left + w)))
+                noise.append(rng.standard_normal((channels, h, w), np.float32).ravel())
                 break
+    if places:  # in one transfer
+        pieces = uploaded(torch.from_numpy(np.concatenate(noise)), images.device).split(list(map(len, noise)))
+        for place, piece in zip(places, pieces):
+            images[place] = piece.view(images[place].shape)
     return images
 
 
@@ -58,7 +65,8 @@ def erase(images: Tensor, probability: float, rng: np.random.Generator) -> Tenso
 def warp(pixels: Tensor, *matrix: float | Tensor) -> Tensor:
     """Pixels at the places that an affine map of each place gives (coordinates -1 to 1; 6 numbers or [n, 1, 1, 1]); grey
     where that is outside."""
-    matrix = [torch.as_tensor(entry, device=pixels.device).float().expand(len(pixels), 1, 1, 1) for entry in matrix]
+    filled = [entry if isinstance(entry, Tensor) else pixels.new_full((), entry) for entry in matrix]
+    matrix = [entry.expand(len(pixels), 1, 1, 1) for entry in filled]
     grid = F.affine_grid(torch.cat(matrix, dim=1).view(-1, 2, 3), list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels - 128, grid, align_corners=False) + 128
 
@@ -77,7 +85,7 @@ def blend(pixels: Tensor, plain: Tensor, s: Tensor) -> Tensor:
 def grey(pixels: Tensor) -> Tensor:
     """[n, 1, H, W], luminance of ITU-R 601."""
     weights = (0.299, 0.587, 0.114) if pixels.shape[1] == 3 else (1.0,)
-    return (pixels * pixels.new_tensor(weights)[:, None, None]).sum(1, keepdim=True)
+    return sum(weight * channel for weight, channel in zip(weights, pixels.split(1, dim=1)))
 
 
 def smooth(pixels: Tensor) -> Tensor:
@@ -129,10 +137,12 @@ def rand_augment(images: Tensor, magnitude: float, mean: Tensor, std: Tensor, rn
     for _ in range(2):
         kinds = np.where(rng.random(len(images)) < 0.5, -1, rng.integers(len(DISTORTIONS), size=len(images)))
         strengths = rng.normal(magnitude, 0.5, len(images)).clip(0, 10) / 10 * rng.choice((-1, 1), len(images))
-        for kind, distort in enumerate(DISTORTIONS.values()):
-            chosen = np.flatnonzero(kinds == kind)
+        order, counts = np.argsort(kinds, kind="stable"), np.bincount(kinds + 1, minlength=len(DISTORTIONS) + 1)
+        by_kind = zip(  # in two transfers
+            uploaded(torch.from_numpy(order), pixels.device).split(counts.tolist())[1:],
+            uploaded(torch.from_numpy(strengths[order]).float(), pixels.device).split(counts.tolist())[1:],
+        )
+        for distort, (chosen, s) in zip(DISTORTIONS.values(), by_kind):
             if len(chosen):
-                s = torch.from_numpy(strengths[chosen]).float()[:, None, None, None].to(pixels.device)
-                chosen = torch.from_numpy(chosen).to(pixels.device)
-                pixels[chosen] = distort(pixels[chosen], s).clamp(0, 255)
+                pixels[chosen] = distort(pixels[chosen], s[:, None, None, None]).clamp(0, 255)
     return (pixels - mean) / std

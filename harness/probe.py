@@ -17,7 +17,8 @@ from data import index_batches
 from harness.schedule import schedule
 
 bar_if_long = partial(tqdm, delay=10, leave=False)  # shown once the work has taken so many seconds
-Labelled = tuple[Tensor, Tensor]  # features [N, D] and labels [N], on the CPU
+BLOCK = 2**16  # rows whose logits are held at a time
+Labelled = tuple[Tensor, Tensor]  # features [N, D] and labels [N]
 Probe = Callable[[Tensor], Tensor]  # features [N, D] -> logits [N, classes]
 
 
@@ -41,21 +42,27 @@ def accuracy(probe: Probe, features: Tensor, labels: Tensor) -> float:
 
 def lbfgs_probes(train: Tensor, labels: Tensor, classes: int) -> dict[float, Probe]:
     """L-BFGS on standardised features [N, D] and labels [N], at most 100 iterations (at the lowest weight decay a full fit
-    takes 100 to 230 and differs by 0.0 to 0.6 points: eight probes of 64 features and 8 classes): {weight decay: probe}."""
+    takes 100 to 230 and differs by 0.0 to 0.6 points: eight probes of 64 features and 8 classes): {weight decay: probe}.
+    Works where the features are."""
     mean, std = train.mean(0), train.std(0).clamp_min(1e-6)
 
     def standardised(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias
         return F.pad((inputs - mean) / std, (1, 0), value=1.0)
 
+    blocks = list(zip(standardised(train).split(BLOCK), labels.split(BLOCK)))
+
     def fit(weight_decay):
-        weight = torch.zeros(1 + train.shape[1], classes, requires_grad=True)
-        inputs = standardised(train)
+        weight = torch.zeros(1 + train.shape[1], classes, device=train.device, requires_grad=True)
         solver = torch.optim.LBFGS([weight], max_iter=100, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
 
         def objective():
             solver.zero_grad()
-            loss = F.cross_entropy(inputs @ weight, labels) + 0.5 * weight_decay * weight[1:].square().sum()
+            loss = 0.5 * weight_decay * weight[1:].square().sum()
             loss.backward()
+            for inputs, those in blocks:
+                error = F.cross_entropy(inputs @ weight, those) * (len(those) / len(labels))
+                error.backward()
+                loss = loss.detach() + error.detach()
             return loss
 
         solver.step(objective)
@@ -70,14 +77,14 @@ def sgd_probes(
     train: Tensor, labels: Tensor, classes: int, epochs: int = 90, warmup: int = 10, batch_size: int = 1024
 ) -> dict[float, Probe]:
     """MAE's probe (arXiv 2111.06377) on features [N, D] and labels [N]: BatchNorm without affine, then linear;
-    90 epochs, 10 of warmup, cosine, no weight decay: {learning rate: probe}.
+    90 epochs, 10 of warmup, cosine, no weight decay: {learning rate: probe}. Works where the features are.
 
     Where MAE has LARS at one rate and batches of 16,384 cropped images, here SGD with momentum 0.9 has several rates."""
     rates = (3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-    scale, batch_size = torch.tensor(rates)[:, None, None], min(batch_size, len(labels))
+    scale, batch_size = torch.tensor(rates, device=train.device)[:, None, None], min(batch_size, len(labels))
     steps = epochs * len(labels) // batch_size
-    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
-    weight = torch.zeros(len(rates), 1 + train.shape[1], classes, requires_grad=True)  # the bias comes first
+    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6, device=train.device)
+    weight = torch.zeros(len(rates), 1 + train.shape[1], classes, device=train.device, requires_grad=True)  # bias first
     velocity = torch.zeros_like(weight)
 
     def normed(inputs):  # [N, D] -> [N, 1+D], with a constant for the bias

@@ -439,8 +439,12 @@ class Files(NamedTuple):
         raise UserError(f"{self.root}: none of the {count} images of the {split} split can be decoded")
 
 
+PIECE = 64  # images that a worker decodes at a time
+
+
 class Decoder:
-    """Decodes batches of Files: here, or where there are workers, in that many processes and ahead of need."""
+    """Decodes batches of Files: here, or where there are workers, in that many processes, and ahead of need by two PIECEs for
+    each of them, whatever the size of a batch: a piece that waits takes memory and an open file."""
 
     def __init__(self, files: Files, workers: int = 0):
         self.files, self.ahead = files, 2 * workers
@@ -452,27 +456,40 @@ class Decoder:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`Files.batch` of each (indices [B], random keys or None), in order. Raises UserError as that does, and where a
         worker dies."""
+        if not self.executor:
+            yield from (self.files.batch(split, indices, keys) for indices, keys in requests)
+            return
+        made = []
+        for images, labels, is_last in self.pieces(split, requests):
+            made.append((images, torch.from_numpy(labels)))
+            if is_last:
+                yield made[0] if len(made) == 1 else tuple(map(torch.cat, zip(*made)))
+                made = []
+
+    def pieces(
+        self, split: str, requests: Iterable[tuple[np.ndarray, list[Key] | None]]
+    ) -> Iterator[tuple[torch.Tensor, np.ndarray, bool]]:
+        """What workers make of each piece of the requests, in order, and whether its batch ends with it."""
         pending = deque()
         try:
             for indices, keys in requests:
-                if not self.executor:
-                    yield self.files.batch(split, indices, keys)
-                    continue
-                pending.append(self.executor.submit(work, split, indices, keys))
-                if len(pending) > self.ahead:
-                    yield pending.popleft().result()
+                for start in range(0, max(1, len(indices)), PIECE):
+                    piece, end = slice(start, start + PIECE), start + PIECE >= len(indices)
+                    pending.append((self.executor.submit(work, split, indices[piece], keys and keys[piece]), end))
+                    if len(pending) > self.ahead:
+                        future, end = pending.popleft()
+                        yield *future.result(), end
             while pending:
-                yield pending.popleft().result()
+                future, end = pending.popleft()
+                yield *future.result(), end
         except UserError as error:
             raise UserError(str(error)) from None  # without the worker's traceback
         except (RuntimeError, OSError) as error:  # BrokenProcessPool is a RuntimeError
-            if not self.executor:
-                raise
             problem = f"a process that decodes images died or ran out of memory ({error})"
             remedy = "close other programs, make more room in /dev/shm, or start a run with fewer --workers (0: none)"
             raise UserError(f"{self.files.root}: {problem}; {remedy}") from None
         finally:
-            for future in pending:
+            for future, _ in pending:
                 future.cancel()
 
 
@@ -490,9 +507,10 @@ def start_worker(files: Files) -> None:
     after_parent(lambda: os._exit(1))
 
 
-def work(split: str, indices: np.ndarray, keys: list[Key] | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Files.batch`, in a worker process."""
-    return files_here.batch(split, indices, keys)
+def work(split: str, indices: np.ndarray, keys: list[Key] | None) -> tuple[torch.Tensor, np.ndarray]:
+    """`Files.batch`, in a worker process: the images in shared memory, and the labels, which are too few for it."""
+    images, labels = files_here.batch(split, indices, keys)
+    return images, labels.numpy()
 
 
 # ------------------------------------------------------------------------------------------------------------ pickles

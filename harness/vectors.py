@@ -29,7 +29,8 @@ Params = Tensor | dict[str, Tensor]  # of a module: one vector, or what `unflatt
 
 def call(module: nn.Module, params: Params, *args) -> Tensor:
     """`module(*args)` with its parameters taken from `params`; differentiable in them to any order."""
-    return functional_call(module, unflatten(module, params) if isinstance(params, Tensor) else params, args)
+    named_params = unflatten(module, params) if isinstance(params, Tensor) else params
+    return functional_call(module, named_params, args, tie_weights=False)  # none is tied: looking for some walks the module
 
 
 def size_of(module: nn.Module) -> int:

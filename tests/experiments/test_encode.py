@@ -4,14 +4,18 @@ import dataclasses
 import json
 import os
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import arguments
+from helpers import arguments, write_folder
 from PIL import Image
+from tqdm import tqdm
 
 import mlo_mae
+from experiments import encode as program
 from experiments import open_run
 from experiments.encode import Model, encode, main, shown_rows
 from harness import UserError
@@ -69,7 +73,21 @@ def test_many_images_are_worked_through_in_batches(model, monkeypatch):
     monkeypatch.setattr(
         mlo_mae, "encode", lambda net, params, some, *rest: sizes.append(len(some)) or real(net, params, some, *rest)
     )
-    assert torch.allclose(model.features(images), expected, atol=1e-6) and sizes == [4, 4, 1]
+    normalised, real_inputs = [], Model.normalised
+    monkeypatch.setattr(Model, "normalised", lambda *how: normalised.append(len(how[1])) or real_inputs(*how))
+    assert torch.allclose(model.features(images), expected, atol=1e-6) and sizes == normalised == [4, 4, 1]
+
+
+def test_files_are_decoded_several_at_once(model, tmp_path, monkeypatch):
+    """Each waits for another."""
+    both, real = threading.Barrier(2, timeout=20), program.picture
+    root = write_folder(tmp_path / "files", (("train", 4),)) / "train"
+    expected = [names for names, _ in program.chunks([root], SIZE, 3, tqdm(total=0, disable=True))]
+    monkeypatch.setattr(program, "picture", lambda *how: both.wait() is None or real(*how))
+    (found,) = program.chunks([root], SIZE, 3, tqdm(total=0, disable=True))
+    assert [found[0]] == expected and len(found[0]) == 8
+    alone = [real(Path(name), SIZE, 3) for name in found[0]]
+    assert np.array_equal(found[1], np.stack(alone))
 
 
 def test_the_module_is_the_encoder(model):

@@ -10,6 +10,7 @@ from helpers import write_colours
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
+from harness import augmentation
 from harness.augmentation import DISTORTIONS, cutmix, erase, mixup, rand_augment, soft_targets
 
 
@@ -112,6 +113,18 @@ def test_distortions_are_pillows(distortion):
         inside = slice(1, -1) if distortion == "sharpness" else slice(None)
         far = (found - expected)[:, inside, inside].abs() > (2 if warped or blended else 0)
         assert far.double().mean() < (0.08 if warped else 1e-9)
+
+
+def test_what_is_drawn_goes_to_the_device_in_few_transfers(monkeypatch):
+    """Each would have it wait for the CPU."""
+    sent, images, rng = [], torch.rand(60, 3, 16, 16), np.random.default_rng(0)
+    monkeypatch.setattr(augmentation, "uploaded", lambda tensor, device: sent.append(len(tensor)) or tensor)
+    mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    erase(images, 1.0, rng)
+    rand_augment(images, 9.0, mean, std, rng)
+    assert len(sent) == 1 + 2 * 2 and sent[1:] == [60] * 4
+    sent.clear()
+    assert torch.equal(erase(images, 0.0, rng), images) and not sent
 
 
 def test_rand_augment_leaves_a_quarter_alone_and_repeats(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from data import index_batches
+from harness import probe as probe_module
 from harness.probe import PROBES, area_under_roc, lbfgs_probes, linear_probe, mask_statistics, sgd_probes
 from harness.schedule import schedule
 
@@ -41,8 +42,11 @@ def test_the_sgd_probe_is_batch_norm_and_a_linear_layer():
         assert torch.allclose(probes[rate](new), expected, rtol=1e-4, atol=1e-6), rate
 
 
-def test_the_lbfgs_probe_is_at_a_minimum_of_its_objective():
-    """Of standardised features: there the gradient of loss and weight decay is 0, and only there (it is convex)."""
+@pytest.mark.parametrize("block", [2**16, 40])
+def test_the_lbfgs_probe_is_at_a_minimum_of_its_objective(block, monkeypatch):
+    """Of standardised features: there the gradient of loss and weight decay is 0, and only there (it is convex). The same
+    where not all rows are looked at at once."""
+    monkeypatch.setattr(probe_module, "BLOCK", block)
     train, labels = clouds(90, seed=0, spread=2.0)
     standardised = (train - train.mean(0)) / train.std(0)
     for decay, probe in lbfgs_probes(train, labels, 3).items():
@@ -53,6 +57,15 @@ def test_the_lbfgs_probe_is_at_a_minimum_of_its_objective():
         loss = F.cross_entropy(inputs @ weight, labels) + 0.5 * decay * weight[1:].square().sum()
         (gradient,) = torch.autograd.grad(loss, weight)
         assert gradient.abs().max() < 1e-3, decay
+
+
+@pytest.mark.parametrize("recipe", PROBES)
+def test_probes_are_fitted_where_the_features_are(recipe):
+    """All that is made without a device would be without values here."""
+    train = clouds(30, 0)
+    with torch.device("meta"):
+        probes = PROBES[recipe][1](*train, 3)
+        assert all(probe(train[0]).device.type == "cpu" for probe in probes.values())
 
 
 @pytest.mark.parametrize("recipe, chosen", [("lbfgs", "weight_decay"), ("mae", "learning_rate")])

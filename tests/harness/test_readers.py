@@ -960,6 +960,25 @@ def test_folder_works_where_processes_are_spawned(tmp_path):
         multiprocessing.set_start_method(before, force=True)
 
 
+def test_workers_decode_a_batch_in_pieces_and_only_so_far_ahead(tmp_path, monkeypatch):
+    """Whatever its size: a stream of large batches must not fill the memory with those to come."""
+    root = write_folder(tmp_path)
+    splits, plain = (data.load(root, ".", image_size=16, workers=workers) for workers in (2, 0))
+    decoder, sizes = splits.train.decoder, []
+    real = decoder.executor.submit
+    monkeypatch.setattr(decoder.executor, "submit", lambda *how: sizes.append(len(how[2])) or real(*how))
+    monkeypatch.setattr(readers, "PIECE", 3)
+    stream, expected = splits.train.stream(7, seed=0), plain.train.stream(7, seed=0)
+    assert equal(next(stream), next(expected)) and sizes == [3, 3, 1] * 2 + [3]  # a batch, and 4 pieces for 2 workers
+    for _ in range(5):
+        assert equal(next(stream), next(expected)) and len(sizes) % 3 == 1
+    assert [len(batch.images) for batch in splits.test.ordered(4)] == [4, 2]
+    assert all(map(equal, splits.test.ordered(4), plain.test.ordered(4)))
+    (root / "val" / "dog" / "1.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="1.jpg.*skip-corrupt"):
+        list(splits.test.ordered(4))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="kills with a signal")
 def test_a_worker_that_dies_is_an_error(tmp_path):
     children = set(multiprocessing.active_children())
