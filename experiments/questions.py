@@ -176,11 +176,6 @@ SEEN = {
     "MLO-MAE, 4 steps": Method(Config, {"level1_steps": 4, "log_every": 40}),  # lines of metrics ask T too: as far apart
     "MLO-MAE, 64 steps": Method(Config, {"level1_steps": 64, "log_every": 3}),
 }
-LONGEST = max(LENGTHS)
-PART = {name: Config.epochs / LONGEST * getattr(Config, name) for name in ("mask_start", "mask_until")}
-EARLY = {
-    f"MLO-MAE, {LONGEST} epochs, T early": Method(Config, {"epochs": LONGEST} | PART, rival=f"MAE, {LONGEST} epochs"),
-}
 CHOICES = [f"MLO-MAE, {name}" for name in ("head steps", "CLS", "T on pixels", "drawn by p", "identity")]
 MIDDLE = {
     "weights by nearness": Method(Config, {"masking": "random"}, prepare=weigh_the_middle),
@@ -189,7 +184,7 @@ MIDDLE = {
 TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
 LENDERS = ("shapes", "clutter-1", "shapes-stripes", "cifar100", "cifar100-coarse")
 GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
-ALL = METHODS | EARLY | SEEN | MIDDLE | TOGETHER | GIVEN
+ALL = METHODS | SEEN | MIDDLE | TOGETHER | GIVEN
 for some in (*BY_RATIO.values(), *BY_LENGTH.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
 SETS = DATA | {
@@ -223,7 +218,7 @@ LABELS_NOTE = (
 )
 LENGTH_NOTE = (
     f"Rows that name no number have {Config.epochs} epochs, the default. T of shapes was learned in {Config.epochs} epochs; "
-    "its seconds are in no row. T early: it learns in the mask updates in which that of the default run does."
+    "its seconds are in no row."
 )
 UNROLLING_NOTE = (
     f"MLO-MAE itself: {Config.level1_steps} level-1 steps a mask update, of which the last is differentiated, for "
@@ -284,7 +279,7 @@ QUESTIONS = {
     ),
     "length": Question(
         "runs of half and twice the length",
-        paired("clutter-1", *(name for rows in LONG_AND_SHORT.values() for name in rows), *EARLY),
+        paired("clutter-1", *(name for rows in LONG_AND_SHORT.values() for name in rows)),
         [LENGTH_NOTE],
         (SECONDS, LONG_AND_SHORT),
     ),

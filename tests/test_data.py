@@ -179,6 +179,20 @@ def test_shapes_on_stripes_are_as_they_were():
     assert abs(images.mean() - 103.9105) < 1e-3
 
 
+def test_shapes_are_as_they_were():
+    """The tables are measured on them."""
+    parts = data.shapes(32, *data.DRAWN["shapes"])
+    images, labels, objects = (np.concatenate(arrays) for arrays in zip(parts["train"], parts["test"]))
+    assert labels[:10].tolist() == [1, 2, 0, 7, 4, 5, 3, 6, 1, 4] and objects.sum() == 2044398
+    for found, expected in (  # functions differ in their last bit between machines
+        (images[7990, 1, 16, ::4], [135, 54, 149, 173, 105, 71, 150, 114]),
+        (images[7990, 0, ::4, 5], [176, 138, 242, 87, 160, 182, 132, 157]),
+        (images[11, 2, 3, ::4], [216, 255, 75, 102, 117, 50, 55, 62]),
+    ):
+        assert np.abs(found.astype(int) - expected).max() <= 1
+    assert abs(images.mean() - 115.8334) < 1e-3
+
+
 def test_shapes_anywhere_are_those_of_shapes_moved():
     """And no place tells where an object is."""
     plain, moved = (data.shapes(32, *data.DRAWN[name]) for name in ("shapes", "shapes-anywhere"))
@@ -241,6 +255,13 @@ def test_maps_are_cropped_and_flipped_as_their_images(part):
         moved += (ours.images == 0).all(2).any().item()  # a row of what is around
     assert moved
     assert (split.accompanied(torch.full((20, 2, 2), 0.3)).images - 0.3).abs().max() < 2e-4
+
+
+def test_the_order_of_images_is_as_it_was():
+    """Whoever changes it changes every result."""
+    expected = [9, 18, 3, 7, 1, 16, 19, 13, 11, 2, 4, 17, 10, 12, 6, 15, 0, 5, 14, 8]
+    (number, found), (_, then) = itertools.islice(data.index_batches(20, 15, 5, 0), 2)
+    assert number == 0 and found.tolist() == expected[:15] and then[:5].tolist() == expected[15:]
 
 
 # -------------------------------------------------------------------------------------------------------------- watched

@@ -17,6 +17,11 @@ from harness.vectors import inverse_fan_in, unflatten, weight_decays
 from mlo_mae import Level, Rates, adamw, adamw_pullback, build
 
 
+def test_each_name_stands_for_its_form():
+    forms = {"exact": mlo_mae.exact, "unrolled": mlo_mae.unrolled, "first-order": mlo_mae.first_order}
+    assert mlo_mae.HYPERGRADIENTS == forms
+
+
 @pytest.mark.parametrize("jacobian", ["adamw", "identity"])
 @pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize("head_steps", [1, 3])
@@ -319,17 +324,20 @@ def as_float32(value):
 # ------------------------------------------------------------------------------------------------ level 2 in steps
 
 
-def test_levels_2_and_3_by_modules_and_torchs_adamw():
+@pytest.mark.parametrize("head_norm", ["layer", "batch"])
+def test_levels_2_and_3_by_modules_and_torchs_adamw(head_norm):
     """phi', L2 and L3 as PyTorch's own modules and optimiser make them; the forms above share `upper_levels`."""
-    net, (theta, psi, head, labelled, steps) = hypergradient_problem(warm=False, head_steps=3)
+    net, (theta, psi, head, labelled, steps) = hypergradient_problem(warm=False, head_steps=3, head_norm=head_norm)
     encoder = dict(unflatten(net.encoder, theta.params[: net.encoder_size]))
     features2, features3 = (
         torch.func.functional_call(net.encoder, encoder, (images,))[:, 0].detach()
         for images in (labelled.images2, labelled.images3)
     )
-    norm, fc = torch.nn.LayerNorm(TINY.width).double(), torch.nn.Linear(TINY.width, 5).double()
+    norm = {"layer": torch.nn.LayerNorm(TINY.width), "batch": torch.nn.BatchNorm1d(TINY.width, affine=False)}[head_norm]
+    norm, fc = norm.double(), torch.nn.Linear(TINY.width, 5).double()
     named = unflatten(net.head, head.params)
-    norm.load_state_dict({"weight": named["norm.weight"], "bias": named["norm.bias"]})
+    if head_norm == "layer":
+        norm.load_state_dict({"weight": named["norm.weight"], "bias": named["norm.bias"]})
     fc.load_state_dict({"weight": named["fc.weight"], "bias": named["fc.bias"]})
     groups = [
         {"params": [fc.weight], "weight_decay": labelled.rates.decay.max().item()},
@@ -342,7 +350,7 @@ def test_levels_2_and_3_by_modules_and_torchs_adamw():
         losses[-1].backward()
         optimizer.step()
     found = mlo_mae.exact(net, theta, psi, head, labelled, steps)
-    expected = torch.cat([p.detach().flatten() for p in (norm.weight, norm.bias, fc.weight, fc.bias)])
+    expected = torch.cat([p.detach().flatten() for p in (*norm.parameters(), fc.weight, fc.bias)])
     assert relative_error(found.head.params, expected) < 1e-12 and found.head.t == 3
     assert found.level2_loss.item() == pytest.approx(losses[0].item(), rel=1e-12)
     loss3 = torch.nn.functional.cross_entropy(fc(norm(features3)), labelled.labels3)

@@ -20,7 +20,7 @@ import kernels
 import mlo_mae
 from harness import UserError, graphs
 from harness.probe import mask_statistics
-from harness.randomness import DROPOUT, MASKS, draw_dropout
+from harness.randomness import DROPOUT, MASKS, draw_dropout, torch_generator
 from harness.schedule import schedule
 from harness.vectors import inverse_fan_in, unflatten, weight_decays
 from mlo_mae import CIFAR, IMAGENET, PRESETS, Config, build, call
@@ -167,6 +167,22 @@ def test_every_preset_is_a_configuration_that_runs(preset):
     published |= {"mask_ratio": 0.75}
     published |= {"level2": "steps", "pooling": "cls", "mask_batches": 1, "head_norm": "layer", "head_steps": 1}
     assert preset == "shapes" or dataclasses.asdict(cfg).items() >= published.items()
+
+
+def test_presets_hold_the_rates_that_they_are_meant_to():
+    names = "lr", "head_lr", "mask_lr", "weight_decay", "warmup"
+    cifar, imagenet = (1e-4, 1e-3, 0.05, 0.01, 0.0), (1.5e-4, 5e-4, 0.05, 0.05, 0.0)
+    expected = {"shapes": (4e-3, 1e-2, 2.0, 0.05, 0.05), "cifar10": cifar, "cifar100": cifar}
+    expected |= {"imagenet": imagenet, "imagenet-large": imagenet}
+    cfgs = {preset: Config(**{"preset": preset} | PRESETS[preset]) for preset in PRESETS}
+    assert {preset: tuple(getattr(cfg, name) for name in names) for preset, cfg in cfgs.items()} == expected
+    assert (Config.ridge, Config.mask_ratio, Config.mask_start, Config.mask_until, Config.mask_wait) == (
+        0.3,
+        0.5,
+        0.2,
+        0.3,
+        0.1,
+    )
 
 
 def test_positions_are_sin_cos_of_column_then_row():
@@ -343,6 +359,37 @@ def test_the_shared_t_starts_without_a_preference(masking_input):
     assert torch.equal(prob, torch.full((5, 64), 0.5))
     window = (3, 12, 12) if masking_input == "pixels" else (16, 3, 3)  # three by three patches
     assert net.masking.window.weight.shape == (6, *window)
+
+
+def test_ts_of_pixels_are_their_equations_written_out():
+    """Of images that are standardised each by itself: two layers on all of them, or on a patch and those around it."""
+    random = torch.Generator().manual_seed(0)
+    images = 3 + 2 * torch.randn(2, 3, 8, 8, generator=random)
+    flat = images.flatten(1)
+    flat = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    mlp, shared = mlo_mae.MaskingNetwork(192, 6, 4), mlo_mae.SharedMaskingNetwork(3, 4, 5)
+    for parameter in (*mlp.parameters(), *shared.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3, generator=random)
+    hidden = (flat @ mlp.fc1.weight.T + mlp.fc1.bias).clamp_min(0)
+    logits = hidden @ mlp.fc2.weight.T + mlp.fc2.bias
+    assert torch.allclose(mlp(images), 1 / (1 + (-logits).exp()), atol=1e-6) and (hidden == 0).any()
+    around = F.pad(flat.view_as(images), (4, 4, 4, 4))
+    windows = [around[:, :, top : top + 12, left : left + 12] for top in (0, 4) for left in (0, 4)]
+    features = torch.stack([torch.einsum("bcpq,dcpq->bd", window, shared.window.weight) for window in windows], 1)
+    features = features + shared.window.bias  # [B, 4, D]
+    features = features * 0.5 * (1 + torch.erf(features / math.sqrt(2)))
+    logits = features @ shared.fc.weight.flatten()
+    logits = logits - logits.mean(1, keepdim=True)
+    assert torch.allclose(shared(images), 1 / (1 + (-logits).exp()), atol=1e-5) and logits.std() > 0.1
+
+
+def test_t_is_in_float32_beside_an_encoder_in_bfloat16(monkeypatch):
+    net, state, _ = fresh_state(**DEFAULT)
+    tokens, psi = torch.randn(6, 16, 4, 4), torch.randn(len(state.psi.params))
+    monkeypatch.setattr(mlo_mae, "masking_input", lambda *how: tokens)
+    low = dataclasses.replace(net, cfg=dataclasses.replace(net.cfg, precision="bf16"))
+    plain, found = (mlo_mae.masking_probability(some, psi, None, None) for some in (net, low))
+    assert torch.equal(found, plain) and found.dtype == torch.float32 and found.std() > 0.01
 
 
 def test_the_shared_t_sees_a_patch_and_its_neighbours_wherever_they_lie():
@@ -939,6 +986,60 @@ def test_chance_is_what_the_classes_shares_alone_give(labels):
         assert chance == pytest.approx(closure().item(), abs=1e-4)
 
 
+@pytest.mark.usefixtures("drawn_once")
+def test_a_run_draws_each_level_from_a_stream_of_its_own_and_at_its_own_rates(monkeypatch):
+    """The numbers of the streams are part of every result, and so are the decays, which a run looks up itself."""
+    small = {"patch_size": 8, "width": 8, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_heads": 2, "masking_blocks": 1}
+    cfg = Config(
+        **small, images=200, epochs=1, batch_size=20, labelled_batch_size=32, level1_steps=2, mask_start=0, device="cpu"
+    )
+    seen, (step, labelled, update) = {3: [], 4: [], 5: []}, (mlo_mae.level1_step, mlo_mae.labelled_of, mlo_mae.adamw)
+    decays = {"level 1": [], "head": [], "T": []}
+
+    def level1_step(net, theta, psi, images, rates, *rest, **how):
+        seen[3].append(images)
+        decays["level 1"].append(rates.decay)
+        return step(net, theta, psi, images, rates, *rest, **how)
+
+    def labelled_of(cfg, level2, level3, rates, *rest):
+        seen[4].append(level2.images)
+        seen[5].append(level3.images)
+        decays["head"].append(rates.decay)
+        return labelled(cfg, level2, level3, rates, *rest)
+
+    def adamw(level, gradient, rates, *rest):
+        if len(level.params) == cfg.width:
+            decays["T"].append(rates)
+        return update(level, gradient, rates, *rest)
+
+    for name, spy in (("level1_step", level1_step), ("labelled_of", labelled_of), ("adamw", adamw)):
+        monkeypatch.setattr(mlo_mae, name, spy)
+    net, _, splits = mlo_mae.train(cfg, None)
+    for purpose, split, size in zip(seen, (splits.train, splits.train, splits.val), (20, 32, 32)):
+        stream = split.stream(size, torch_generator(cfg.seed, purpose).initial_seed())
+        assert len(seen[purpose]) >= 2 and all(torch.equal(images, next(stream).images) for images in seen[purpose])
+    expected = {"level 1": [net.encoder, net.decoder], "head": [net.head]}
+    for name, modules in expected.items():
+        assert all(torch.equal(decay, weight_decays(modules, 0.05)) for decay in decays[name]) and decays[name]
+    for rates in decays["T"]:  # (8) has E's own beside it
+        assert torch.equal(rates.decay, weight_decays([net.masking], 0.05)) and rates.lr.max() <= cfg.mask_lr / cfg.width
+    assert decays["T"] and max(rates.lr.max() for rates in decays["T"]) > 0.5 * cfg.mask_lr / cfg.width
+
+
+@pytest.mark.parametrize("network", ["tokens", "shared", "mlp"])
+def test_rates_of_are_those_of_each_levels_own_parameters(network):
+    net, params = build(dataclasses.replace(TINY, weight_decay=0.3, masking_network=network), 16, 3, 5)
+    decay, mask_rate = mlo_mae.rates_of(net, torch.device("cpu"))
+    modules = [net.encoder, net.decoder], [net.head], [net.masking]
+    for vector, found, some in zip(params, decay, modules):
+        assert (
+            torch.equal(found, weight_decays(list(some), 0.3))
+            and found.max() == torch.tensor(0.3)
+            and len(found) == len(vector)
+        )
+    assert torch.equal(mask_rate, inverse_fan_in(net.masking)) and mask_rate.min() < 0.1
+
+
 def test_level_1s_learning_rate_starts_again_where_asked(monkeypatch):
     """As in a run of the remaining iterations, warm-up and all."""
     rates = level1_rates(monkeypatch)
@@ -1043,13 +1144,14 @@ def test_an_outer_iteration_steps_each_level_as_often_as_asked():
 def test_another_form_of_the_hypergradient_takes_the_place_of_the_configurations():
     """It is asked with what `exact` is asked with, and its answer is followed."""
     net, state, rest = fresh_state(warmup=0.0)
-    streams, asked = noise_batches(net.cfg), []
+    streams, asked, answers = noise_batches(net.cfg), [], []
     given = [next(streams.level2), next(streams.level3)]
 
     def form(net, theta, psi, head, labelled, steps):
         asked.append((theta, psi, head, labelled, steps))
         found = mlo_mae.exact(net, theta, psi, head, labelled, steps)
-        return found._replace(hypergradient=-found.hypergradient)
+        answers.append(-found.hypergradient)
+        return found._replace(hypergradient=answers[-1])
 
     other, losses = mlo_mae.outer_iteration(net, state, *rest, hypergradient=form)
     ((theta, psi, head, labelled, steps),) = asked
@@ -1060,6 +1162,8 @@ def test_another_form_of_the_hypergradient_takes_the_place_of_the_configurations
     own, same_losses = mlo_mae.outer_iteration(net, state, noise_batches(net.cfg), *rest[1:])
     assert losses == same_losses and torch.equal(own.head.params, other.head.params)
     assert torch.equal(own.psi.mu, -other.psi.mu) and own.psi.mu.any()
+    (answer,) = answers
+    assert torch.allclose(other.psi.mu, 0.1 * answer) and (other.psi.params - psi) @ answer < 0  # down, not up
 
 
 def test_a_penalty_is_added_to_level_1_and_not_to_the_error():

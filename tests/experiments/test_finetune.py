@@ -19,9 +19,10 @@ import data
 import mlo_mae
 from experiments import finetune
 from experiments.finetune import RECIPES, Recipe
-from harness import UserError
+from harness import UserError, augmentation
 from harness.checkpoints import read_saved
 from harness.memory import held_for_backward
+from harness.randomness import DISTORT, numpy_generator
 from harness.vectors import unflatten
 from harness.weights import read_weights, write_safetensors
 from mlo_mae import build, main
@@ -108,6 +109,26 @@ def test_a_step_uses_each_groups_rate(given):
     for name, scale in scales.items():
         moved = (models[0].state_dict()[name] - before[name]).abs()
         assert moved.max().item() == pytest.approx(1e-2 * scale, rel=1e-2), name
+
+
+def test_every_step_has_the_rate_of_its_place_in_the_run(given, monkeypatch):
+    net, theta, splits = given
+    recipe, seen, real = (
+        Recipe(epochs=2, batch_size=24, warmup_epochs=0.5, layer_decay=0.5, lr=1e-2),
+        [],
+        torch.optim.AdamW.step,
+    )
+
+    def step(optimizer, *rest):
+        seen.append([(group["lr"], group["scale"], group["betas"]) for group in optimizer.param_groups])
+        return real(optimizer, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    finetune.finetune(net, theta, splits, recipe)
+    assert len(seen) == 2 * 4
+    for number, groups in enumerate(seen):
+        for lr, scale, betas in groups:
+            assert lr == pytest.approx(scale * finetune.learning_rate(recipe, number, 4)) and betas == (0.9, 0.999)
 
 
 # ----------------------------------------------------------------------------------------------------- classifier
@@ -203,6 +224,35 @@ def test_augmentation_is_a_function_of_seed_and_step(given):
     assert not torch.equal(images, finetune.augment(batch, other, split, 6, 5)[0])
     plain = finetune.augment(batch, Recipe(), split, 6, 5)
     assert torch.equal(plain[0], batch.images) and torch.equal(plain[1], F.one_hot(batch.labels, 6).float())
+
+
+@pytest.mark.parametrize("setting", [{"label_smoothing": 0.1}, {"randaugment": 9.0}, {"erasing": 1.0}], ids=str)
+def test_each_part_of_the_augmentation_is_the_function_of_that_name(given, setting):
+    split = given[2].train
+    batch, recipe = split.pick(torch.arange(24)), Recipe(**setting)
+    rng, images, smoothing = numpy_generator(recipe.seed, DISTORT, 5), batch.images, setting.get("label_smoothing", 0.0)
+    if "randaugment" in setting:
+        images = augmentation.rand_augment(images, 9.0, split.mean, split.std, rng)
+    if "erasing" in setting:
+        images = augmentation.erase(images, 1.0, rng)
+    found, targets = finetune.augment(batch, recipe, split, 6, 5)
+    assert torch.equal(found, images) and torch.equal(targets, augmentation.soft_targets(batch.labels, 6, smoothing))
+    assert torch.equal(found, batch.images) == (smoothing > 0)
+
+
+def test_drop_path_and_augmentation_reach_the_loss(given):
+    net, theta, splits = given
+    batch, recipe = splits.train.pick(torch.arange(24)), Recipe()
+    model = finetune.start(net, theta, splits, recipe)
+    torch.nn.init.normal_(model.head.weight)
+    kept, left_out = torch.ones(2, 2, 24, 1, 1), torch.zeros(2, 2, 24, 1, 1)
+
+    def loss(scales, recipe):
+        return finetune.classification_loss(model, batch, scales, recipe, splits, 0).item()
+
+    assert loss(kept, recipe) == pytest.approx(loss(None, recipe), abs=1e-6)
+    assert abs(loss(left_out, recipe) - loss(kept, recipe)) > 1e-3
+    assert abs(loss(kept, Recipe(label_smoothing=0.5)) - loss(kept, recipe)) > 1e-3
 
 
 def test_mixup_and_cutmix_take_turns(given, monkeypatch):
@@ -318,7 +368,22 @@ def test_the_weights_of_the_best_validation_epoch_are_tested(given):
     shares, losses = [0.2, 0.7, 0.7, 0.7, 0.4], [9.0, 3.0, 2.0, 2.0, 1.0]  # of equal shares the lowest loss decides
     scores, seen, tested = iter(zip(shares, losses)), [], []
 
+    class NotTrained(data.Images):
+        def stream(self, *arguments, **options):
+            raise AssertionError("trained on the validation split")
+
+    class NotRead(data.Images):
+        def ordered(self, *arguments):
+            raise AssertionError("evaluated on the training split")
+
+    train, val = (
+        kind(split.images, split.labels, splits.mean, splits.std)
+        for kind, split in ((NotRead, splits.train), (NotTrained, splits.val))
+    )
+    splits = dataclasses.replace(splits, train=train, val=val)
+
     def scored(model, split):
+        assert split is splits.test or split is splits.val
         weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         (tested if split is splits.test else seen).append(weights)
         return dict(zip(("top1", "loss"), (0.1, 5.0) if split is splits.test else next(scores)))

@@ -17,6 +17,7 @@ import mlo_mae
 from experiments import clutter, encode, level1_alone, questions, results, tissue
 from experiments.questions import ALL, QUESTIONS, FewLabels, hide_labels
 from experiments.results import Cell, Grid
+from harness.run import read_metrics
 from kernels import attention, select_patches
 from mlo_mae import Config
 
@@ -100,6 +101,18 @@ def test_levels_2_and_3_and_probes_see_what_is_known_and_nothing_else(splits, tm
     assert right == pytest.approx((test == 0).double().mean().item())  # a probe that knows one class says nothing else
 
 
+def test_the_chance_in_metrics_is_that_of_the_labels_of_level_3(splits, tmp_path, monkeypatch):
+    def prepare(net, some, device, run):
+        shares = np.arange(40) % 8, np.arange(40) % 2
+        some.known = tuple(split.part(np.arange(40), labels) for split, labels in zip((some.train, some.val), shares))
+
+    monkeypatch.setattr(mlo_mae, "load_data", lambda cfg, device: replace(splits))
+    mlo_mae.train(FewLabels(**TINY, images=1250, device="cpu"), tmp_path / "run", prepare=prepare)
+    chances = {row["level3_chance"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "level3_chance" in row}
+    (chance,) = chances
+    assert chance == pytest.approx(0.5)  # of two classes; of eight it is 0.875
+
+
 def questions_probe(net, state, splits):
     return results.probed(net, state, splits)["probe"]
 
@@ -134,7 +147,6 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
         "MLO-MAE, unrolled": {"mask_batches", "unroll"},
         "MLO-MAE, 64 steps": {"level1_steps", "log_every"},
         "MLO-MAE, 48 epochs": {"epochs"},
-        "MLO-MAE, 48 epochs, T early": {"epochs", "mask_start", "mask_until"},
         "T of shapes, 12 epochs": {"epochs", "masking_from"},
         "MAE, 12 epochs": {"epochs", "masking", "lr"},
         "MAE, no restart": {"mask_restart", "masking", "lr"},
@@ -144,12 +156,6 @@ def test_rows_differ_from_their_rivals_in_what_they_say(tmp_path):
         new = {"label_fraction": 1.0, "label_noise": 0.0, "noisy": "both"}
         differ = {key for key, value in found.items() if (plain | new)[key] != value} - {"data_dir", "checkpoint_minutes"}
         assert differ == changes, name
-
-
-def test_an_early_t_learns_when_that_of_the_default_run_does(tmp_path):
-    grid = grid_at(tmp_path)
-    early, _ = results.settings(Cell("clutter-1", "MLO-MAE, 48 epochs, T early", "steps", 0), grid)
-    assert early.epochs == 48 and mlo_mae.window(early, 450) == mlo_mae.window(Config(), 225) == (45, 68)
 
 
 def test_what_a_row_needs_runs_before_it(tmp_path):
@@ -333,7 +339,6 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     shorter = {"SemMAE": {"parts_steps": 2}, "MLO-MAE, 64 steps": {"level1_steps": 3}}
     for epochs, rows in questions.BY_LENGTH.items():
         shorter |= {name: ALL[name].changes | {"epochs": epochs // 12} for name in rows}
-    shorter |= {name: method.changes | {"epochs": 2} for name, method in questions.EARLY.items()}
     for name, changes in shorter.items():
         monkeypatch.setitem(ALL, name, ALL[name]._replace(changes=changes))
     monkeypatch.setattr(tissue, "write", lambda path: path.write_bytes((files / "tissue.npz").read_bytes()))
@@ -383,6 +388,18 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     assert len(parts) == 6 and all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in parts.values())
     # 3 mask updates of 2 steps; T learns in one of them, and then looks at 6 batches of 32
     assert [row["calls"] for row in parts.values()] == [6, 2 + 6, 1, 1, 1, 1] and parts["d (9)"]["operations"] > 0
+    runs = [tmp_path / "grid/shapes" / name for name in ("MLO-MAE-steps-0", "MAE-steps-0", "MLO-MAE-steps-1")]
+    (ours, plain, other), (drawn, _) = (encode.load(run, "cpu") for run in runs), questions.maps_of_a_seed(*runs)
+    images = data.load(str(files / "clutter.npz")).test.images[: questions.LOOKED_AT].float() / 255
+    for name, expected in {
+        "p of T": ours.weights(images).flatten(1),
+        "p of another seed's T": other.weights(images).flatten(1),
+        "CLS attention, last block": questions.cls_attention(ours, ours.inputs(images)),
+        "CLS attention of MAE": questions.cls_attention(plain, plain.inputs(images)),
+        "reconstruction error of MAE": questions.mean_errors(plain.net, plain.state.theta.params, plain.inputs(images)),
+    }.items():  # each of its own run
+        assert torch.allclose(drawn[name], expected), name
+    assert not any(torch.allclose(one, another) for one, another in itertools.combinations(drawn.values(), 2))
     maps = {row["map"]: row for row in rows["learned"] if "map" in row}
     assert maps["p of T"]["with p"] == pytest.approx([1, 1]) and maps["nearness to the middle"]["auc"][0] > 0.7
     assert [row["share"] for row in rows["learned"] if "share" in row] == [0.2, 0.5, 1.0]  # of 3 updates, 0.1 is 0.2

@@ -18,6 +18,13 @@ def some():
     return *tissue.draw(np.random.default_rng(0), labels), labels
 
 
+def test_tissue_is_as_it_was():
+    """A table is measured on it."""
+    images, lesions = tissue.draw(np.random.default_rng(0), np.arange(64) % 4)
+    assert lesions.sum() == 8028 and images.mean() == pytest.approx(191.0152, abs=1e-2)
+    assert np.abs(images[5].ravel()[::400].astype(int) - [204, 149, 109, 125, 190, 209]).max() <= 1
+
+
 def test_lesions_are_of_the_size_that_is_said_and_inside(some):
     images, lesions, _ = some
     assert images.shape == (400, 3, 28, 28) and images.dtype == np.uint8 and lesions.dtype == bool

@@ -308,6 +308,19 @@ def test_boxes_of_the_truth_are_all_right():
 # ----------------------------------------------------------------------------------------------- from start to end
 
 
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_drop_path_reaches_the_loss(task):
+    model, net, theta, splits, recipe = model_of(task)
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = splits.train.pick(torch.arange(8))
+    kept, left_out = torch.ones(2, 2, 8, 1, 1), torch.zeros(2, 2, 8, 1, 1)
+    plain, one, other = (
+        transfer.TASKS[task].loss(model, batch, scales, recipe, splits, 0).item() for scales in (None, kept, left_out)
+    )
+    assert one == pytest.approx(plain, rel=1e-5) and abs(other - one) > 1e-3
+
+
 def test_frozen_encoders_stay_as_they_are():
     model, net, theta, splits, recipe = model_of("segment", frozen=True)
     groups = finetune.layer_groups(model, recipe)

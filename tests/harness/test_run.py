@@ -384,7 +384,7 @@ def run_in(out, resume=False, minutes=0.0, **changes):
 def test_a_line_holds_means_and_checkpoints_come_after_minutes(tmp_path, monkeypatch):
     now, saved = [1000.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    run, cfg = run_in(tmp_path / "run", minutes=5.0), types.SimpleNamespace(log_every=2, batch_size=1, level1_steps=1)
+    run, cfg = run_in(tmp_path / "run", minutes=5.0), types.SimpleNamespace(log_every=2, batch_size=4, level1_steps=3)
     run.save = lambda content: (saved.append(content["n"]), setattr(run, "saved", now[0]))
     with run.at_work(100, 0, ""):
         for n, loss in enumerate((1.0, 3.0, 5.0, 7.0), 1):
@@ -394,7 +394,18 @@ def test_a_line_holds_means_and_checkpoints_come_after_minutes(tmp_path, monkeyp
         for seconds, due in ((150, False), (2, True), (299, False), (2, True)):  # 149 have passed since
             now[0] += seconds
             assert run.is_due(5) == due
-    assert [row["level1_loss"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [2.0, 6.0]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["level1_loss"] for row in rows] == [2.0, 6.0] and [row["seconds"] for row in rows] == [298.0, 596.0]
+    assert [row["images_per_second"] for row in rows] == pytest.approx([2 * 4 * 3 / 298] * 2)
+
+    torch.save({"format": "a format"} | settings(), tmp_path / "run" / "checkpoint.pt")
+    run = run_in(tmp_path / "run", resume=True)
+    run.lock = None
+    with run.at_work(100, 4, ""):
+        for n in (5, 6):
+            now[0] += 10
+            run.after(n, {"level1_loss": torch.tensor(1.0)}, cfg, lambda means: {"epoch": n}, dict)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["seconds"] == 596.0 + 20.0
 
 
 def checkpoint_in(out, **changes):
