@@ -58,7 +58,9 @@ class Training:
     warmup_epochs: float = flag(
         1.0, "epochs over which the learning rate rises; a tenth of all where there are no more", least=0
     )
-    layer_decay: float = flag(0.75, "each layer's learning rate, as a share of that of the layer above", least=0, most=1)
+    layer_decay: float = flag(
+        0.75, "each layer's learning rate, as a share of that of the layer above; of fresh weights 1", least=0, most=1
+    )
     weight_decay: float = flag(0.05, "of weights; biases, norms, tokens and positions have none", least=0)
     drop_path: float = flag(0.0, "how often the last block's branches are left out; the first's never are", least=0, most=0.99)
     precision: Literal["fp32", "bf16"] = flag("fp32", "of the encoder; parameters and head are fp32 always")
@@ -97,11 +99,12 @@ RECIPES = {
 }
 
 
-def warmed(recipe: Training, given: dict) -> Training:
-    """The recipe; a --warmup-epochs that is not `given`, and for which there are too few epochs, is a tenth of them."""
-    if "warmup_epochs" in given or recipe.warmup_epochs < recipe.epochs:
-        return recipe
-    return replace(recipe, warmup_epochs=recipe.epochs / 10)
+def suited(recipe: Training, given: dict) -> Training:
+    """The recipe; of what is not `given`, a --warmup-epochs for which there are too few epochs is a tenth of them, and the
+    layers of fresh weights learn at one rate: a lower one below is for layers that have learned already."""
+    if "warmup_epochs" not in given and recipe.warmup_epochs >= recipe.epochs:
+        recipe = replace(recipe, warmup_epochs=recipe.epochs / 10)
+    return replace(recipe, layer_decay=1.0) if recipe.from_scratch and "layer_decay" not in given else recipe
 
 
 def check(recipe: Training) -> None:
@@ -485,7 +488,7 @@ def run_command(argv: list[str] | None) -> dict:
     flags = vars(parser.parse_args(argv))
     run, out, resume = (flags.pop(name) for name in ("run", "out", "resume"))
     settings = {name: flags.pop(name) for name in SETTINGS if name in flags}
-    recipe = warmed(Recipe(**RECIPES[flags.get("recipe", "short")] | flags), flags)
+    recipe = suited(Recipe(**RECIPES[flags.get("recipe", "short")] | flags), flags)
     check(recipe)
     net, theta, splits = encoder_and_data(run, recipe, settings)
     name = f"{'scratch' if recipe.from_scratch else 'finetune'}-{recipe.recipe}-{recipe.seed}"

@@ -50,7 +50,6 @@ from experiments.results import (
     add_grid_flags,
     clock_of,
     folder_of,
-    lender_of,
     made_on,
     needed,
     numbers,
@@ -242,7 +241,8 @@ PLACES_NOTE = (
 )
 LEARNED_NOTE = (
     "Of 512 test images; mean ± standard deviation over seeds. AUC: how often a map is higher in a patch that the object "
-    "covers by more than half than in another; 0.5 is chance. Correlations: over an image's patches, mean over images. "
+    "covers by more than half than in another, of all images, or of the same one (mean over images); 0.5 is chance. "
+    "Correlations: over an image's patches, mean over images. Another seed's T: the next one's. "
     "d (9) is that of random masks with all patches alike, of 64 validation images, mean over 24 labelled batches; -d above 0 "
     "says: weigh more."
 )
@@ -464,6 +464,14 @@ def alike(first: Tensor, second: Tensor) -> float:
     return float(((first * second).sum(1)[vary] / sizes[vary]).mean())
 
 
+def aucs(maps: Tensor, inside: Tensor) -> tuple[float, float]:
+    """How well a map [B, N] tells the patches `inside` [B, N] from the others: the area under its ROC curve, of the patches of
+    all images, and of each image's own, mean over the images that have both."""
+    some = inside.any(1) & ~inside.all(1)
+    each = [area_under_roc(values[where], values[~where]) for values, where in zip(maps[some], inside[some])]
+    return area_under_roc(maps[inside], maps[~inside]), float(np.mean(each))
+
+
 @torch.no_grad()
 def cls_attention(model: encode.Model, inputs: Tensor) -> Tensor:
     """[B, N]: how much the CLS token attends to each patch in the last block, mean over heads."""
@@ -554,24 +562,27 @@ def learned(grid: Grid, picture: Path) -> tuple[list[str], list[dict]]:
     seed."""
     maps, tolds = {}, []
     for seed in grid.numbers:
-        ours, mae, given = (Cell("shapes", name, "steps", seed) for name in ("MLO-MAE", "MAE", "MLO-MAE, T given"))
-        found, inside = maps_of_a_seed(*(folder_of(grid.out, cell) for cell in (ours, mae, lender_of(given, grid)[1])))
+        ours, mae = (Cell("shapes", name, "steps", seed) for name in ("MLO-MAE", "MAE"))
+        other = ours._replace(seed=grid.first + (seed - grid.first + 1) % grid.seeds)
+        found, inside = maps_of_a_seed(*(folder_of(grid.out, cell) for cell in (ours, mae, other)))
         for name, values in found.items():
-            row = maps.setdefault(name, {"auc": [], "with p": []})
-            row["auc"].append(area_under_roc(values[inside], values[~inside]))
-            row["with p"].append(alike(values, found["p of T"]))
+            row = maps.setdefault(name, {"auc": [], "auc_by_image": [], "with p": []})
+            for column, value in zip(row.values(), (*aucs(values, inside), alike(values, found["p of T"]))):
+                column.append(value)
         points, inside, splits = told_over_a_run(settings(mae, grid)[0])
-        tolds.append([(each, area_under_roc(each.maps[inside], each.maps[~inside])) for each in points])
+        tolds.append([(each, *aucs(each.maps, inside)) for each in points])
         if seed == grid.first:
             draw_told(points, splits, picture)
     lines = [[name, *(spread(values, 1, 2) for values in row.values())] for name, row in maps.items()]
-    shown = markdown(["map of the patches", "AUC against objects", "correlation with p of T"], lines)
+    auc = "AUC against objects", "image by image"
+    shown = markdown(["map of the patches", *auc, "correlation with p of T"], lines)
     said, rows = [], [{"map": name, **row} for name, row in maps.items()]
     for points in zip(*tolds):
-        share, losses, aucs = points[0][0].share, [each.loss3 for each, _ in points], [found for _, found in points]
-        said.append([f"{share:.0%}", spread(losses, 1, 3), spread(aucs, 1, 2)])
-        rows.append({"share": share, "level3_loss": losses, "auc": aucs})
-    shown += ["", *markdown(["after this share of MAE's run", "L3", "AUC of -d against objects"], said)]
+        (of_first, *_), losses = points[0], [each.loss3 for each, *_ in points]
+        pooled, by_image = zip(*(found for _, *found in points))
+        said.append([f"{of_first.share:.0%}", spread(losses, 1, 3), spread(pooled, 1, 2), spread(by_image, 1, 2)])
+        rows.append({"share": of_first.share, "level3_loss": losses, "auc": pooled, "auc_by_image": by_image})
+    shown += ["", *markdown(["after this share of MAE's run", "L3", *auc], said)]
     return shown, rows
 
 

@@ -179,8 +179,8 @@ def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
     cfg = (method.kind or Config)(**shared | method.changes | config | given)
     how = {"seed": cell.seed, "from_scratch": method.kind is None}
     if cell.rule in DENSE:
-        return cfg, transfer.DenseRecipe(**how, **DENSE[cell.rule].recipe)
-    return cfg, finetune.Recipe(**how, **recipe)
+        return cfg, finetune.suited(transfer.DenseRecipe(**how, **DENSE[cell.rule].recipe), {})
+    return cfg, finetune.suited(finetune.Recipe(**how, **recipe), {})
 
 
 def folder_of(out: Path, cell: Cell) -> Path:

@@ -421,7 +421,7 @@ def run_command(argv: list[str] | None) -> dict:
     name, run, out, resume = (flags.pop(flag) for flag in ("task", "run", "out", "resume"))
     task, ignored = TASKS[name], flags.pop("ignore", IGNORED)
     settings = {setting: flags.pop(setting) for setting in SETTINGS if setting in flags}
-    recipe = finetune.warmed(DenseRecipe(**flags), flags)
+    recipe = finetune.suited(DenseRecipe(**flags), flags)
     check(recipe)
     net, theta, splits = encoder_and_dense_data(task, run, recipe, settings, ignored)
     kind = f"scratch-{name}" if recipe.from_scratch else f"{name}-frozen" if recipe.frozen else name

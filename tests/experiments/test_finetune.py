@@ -827,8 +827,18 @@ def test_a_second_fine_tuning_of_a_folder_is_refused(run, tmp_path, capsys):
 
 def test_a_warmup_that_is_not_given_follows_the_epochs():
     for given, warmup in (({"epochs": 1}, 0.1), ({"epochs": 3}, 1.0), ({"epochs": 1, "warmup_epochs": 0.5}, 0.5)):
-        recipe = finetune.warmed(Recipe(**given), given)
+        recipe = finetune.suited(Recipe(**given), given)
         finetune.check(recipe)
         assert recipe.warmup_epochs == warmup
     with pytest.raises(UserError, match="--warmup-epochs 1.0 must be fewer than the 1 --epochs"):
-        finetune.check(finetune.warmed(Recipe(epochs=1, warmup_epochs=1.0), {"epochs": 1, "warmup_epochs": 1.0}))
+        finetune.check(finetune.suited(Recipe(epochs=1, warmup_epochs=1.0), {"epochs": 1, "warmup_epochs": 1.0}))
+
+
+def test_fresh_weights_learn_at_one_rate_in_all_layers():
+    """Unless it is said otherwise: embeddings of fresh weights would hardly move."""
+    for given, expected in (
+        ({}, 0.75),
+        ({"from_scratch": True}, 1.0),
+        ({"from_scratch": True, "layer_decay": 0.5}, 0.5),
+    ):
+        assert finetune.suited(Recipe(**given), given).layer_decay == expected

@@ -225,6 +225,15 @@ def test_maps_that_are_alike():
     assert questions.alike(flat, maps) == pytest.approx(1)
 
 
+def test_objects_are_told_from_the_rest_in_all_images_and_in_each():
+    """An image whose map is high everywhere hides what it tells in the former; one without both kinds has no say in the latter."""
+    inside = torch.tensor([[True, False, False, False], [False, True, False, False], [False] * 4])
+    maps = torch.tensor([[0.3, 0.2, 0.1, 0.0], [5.0, 6.0, 7.0, 4.0], [9.0, 9.0, 9.0, 9.0]])
+    pooled, by_image = questions.aucs(maps, inside)
+    assert by_image == pytest.approx((1 + 2 / 3) / 2)
+    assert pooled == pytest.approx((3 + (3 + 2)) / (2 * 10))
+
+
 def test_the_attention_is_the_encoders_own(whole_run, monkeypatch):
     """Of the last block, whose output this attention makes."""
     model = encode.load(whole_run[0], "cpu")
@@ -402,6 +411,7 @@ def test_each_question_at_a_tiny_size(files, tmp_path, monkeypatch, capsys):
     assert not any(torch.allclose(one, another) for one, another in itertools.combinations(drawn.values(), 2))
     maps = {row["map"]: row for row in rows["learned"] if "map" in row}
     assert maps["p of T"]["with p"] == pytest.approx([1, 1]) and maps["nearness to the middle"]["auc"][0] > 0.7
+    assert all(len(row["auc"]) == len(row["auc_by_image"]) == 2 for row in rows["learned"] if "auc" in row)
     assert [row["share"] for row in rows["learned"] if "share" in row] == [0.2, 0.5, 1.0]  # of 3 updates, 0.1 is 0.2
 
 
