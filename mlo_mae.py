@@ -54,7 +54,7 @@ c = (dU/dg)^T A, then (9) and (10), then A <- (dU/d(theta, mu, nu))^T A, and a_t
 H = d2L1/dtheta2. The hypergradient is the sum of (10) over these steps.                                         (13)
 
 A run has three parts. Before --mask-start it is MAE. Then T learns, and weighs. While the head is no better on the validation
-images than their classes' shares would be, it has nothing to tell, and T waits (--mask-wait). After --mask-until (plus what
+images than their classes' shares would be, it has little to tell, and T waits (--mask-wait). After --mask-until (plus what
 T has waited) T and the encoder it reads are frozen, and p of images in memory is computed once. E and D have far to go under
 these weights, so their learning rate starts again (--mask-restart; with --masking random too, which gains by it).
 

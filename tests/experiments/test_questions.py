@@ -226,7 +226,7 @@ def test_maps_that_are_alike():
 
 
 def test_objects_are_told_from_the_rest_in_all_images_and_in_each():
-    """An image whose map is high everywhere hides what it tells in the former; one without both kinds has no say in the latter."""
+    """An image whose map is high everywhere hides what it tells in the former; one without both kinds has none in the latter."""
     inside = torch.tensor([[True, False, False, False], [False, True, False, False], [False] * 4])
     maps = torch.tensor([[0.3, 0.2, 0.1, 0.0], [5.0, 6.0, 7.0, 4.0], [9.0, 9.0, 9.0, 9.0]])
     pooled, by_image = questions.aucs(maps, inside)
