@@ -1519,7 +1519,7 @@ def renormalised(here: dict, there: dict) -> tuple[Tensor, Tensor]:
 
 def masks_of(net: Networks, content: dict) -> tuple[Tensor, Tensor]:
     """psi, and the parameters of the encoder that T reads, out of another run's checkpoint. Raises as `sight_of` does, and
-    UserError where T has not learned, and is not to or its p alone would choose the masks: to it all patches are alike."""
+    UserError where T has not learned, to which all patches are alike, and either is not to learn or alone chooses masks."""
     kept = content["eyes"].get("weights")
     kept = {name: content["model"][name] for name, _ in net.seer.named_parameters()} if kept is None else kept
     psi = flatten([net.masking], content["masking"])

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -92,6 +93,11 @@ def reconstructed(
         return pred
     target = gather_patches(images, None, net.cfg.patch_size)
     return pred * (target.var(-1, keepdim=True) + 1e-6).sqrt() + target.mean(-1, keepdim=True)
+
+
+def trial_batch(split: data.Images | data.Folder, size: int) -> data.Batch:
+    """So many images of a split to try a step with, not augmented. Of a folder a stream would read more of them ahead."""
+    return split.pick(np.arange(size) % len(split))
 
 
 @torch.no_grad()

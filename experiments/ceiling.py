@@ -59,7 +59,7 @@ def weights_of(maps: Tensor) -> Tensor:
 
 def classifier(net: Networks, theta: Tensor, splits: Splits, epochs: int) -> tuple[nn.Module, float]:
     """A Classifier after so many epochs (the best of them on the validation split), and its share of right test images."""
-    recipe, used = finetune.Recipe(from_scratch=True, layer_decay=1.0, epochs=epochs, seed=net.cfg.seed), []
+    recipe, used = finetune.suited(finetune.Recipe(from_scratch=True, epochs=epochs, seed=net.cfg.seed), {}), []
 
     def evaluate(model: nn.Module, split: Images) -> dict[str, float]:
         used.append(model)

@@ -292,36 +292,47 @@ def chunks(paths: Sequence[Path], size: int, channels: int, bar: tqdm) -> Iterat
         with blaming(file, "leave it out, or give an image in its place"):
             return picture(file, size, channels)
 
-    for path in paths:
-        if path.suffix.lower() == ".npz" and not path.is_dir():
-            for array, images in npz_pictures(path):
-                with blaming(f"{path}: {array}", "give another file"):
-                    images = checked(images, size, channels).movedim(1, 3).numpy()  # all of it, before any is encoded
-                bar.total += len(images)
-                for start in range(0, len(images), AT_A_TIME):
-                    some = images[start : start + AT_A_TIME]
-                    yield [f"{path}:{array}[{start + n}]" for n in range(len(some))], some
-            continue
-        files = [path]
-        if path.is_dir():
-            names, left_out = list_any(str(path))
-            files = [path / os.fsdecode(name) for name in names]
-            if not files:
-                raise UserError(f"there are no images in {path} ({account(left_out)})")
-            if left_out:
-                bar.write(printable(f"{path}: {account(left_out)}"), file=sys.stderr)
-            try:
-                say_levels(path, names)
-            except UserError as error:  # black images may be meant
-                bar.write(f"data {error}", file=sys.stderr)
-        bar.total += len(files)
-        pool = ThreadPoolExecutor()
-        try:
-            for start in range(0, len(files), AT_A_TIME):
-                some = files[start : start + AT_A_TIME]
-                yield list(map(str, some)), np.stack(list(pool.map(decoded, some)))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after an error, or a signal, nothing is waited for
+    pool = ThreadPoolExecutor(torch.get_num_threads())
+    try:
+        for packed, group in itertools.groupby(paths, lambda path: path.suffix.lower() == ".npz" and not path.is_dir()):
+            if packed:
+                for path in group:
+                    yield from packed_chunks(path, size, channels, bar)
+            else:
+                files = [file for path in group for file in listed(path, bar)]
+                bar.total += len(files)
+                for start in range(0, len(files), AT_A_TIME):
+                    some = files[start : start + AT_A_TIME]
+                    yield list(map(str, some)), np.stack(list(pool.map(decoded, some)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error, or a signal, nothing is waited for
+
+
+def packed_chunks(path: Path, size: int, channels: int, bar: tqdm) -> Iterator[tuple[list[str], np.ndarray]]:
+    """`chunks` of an .npz."""
+    for array, images in npz_pictures(path):
+        with blaming(f"{path}: {array}", "give another file"):
+            images = checked(images, size, channels).movedim(1, 3).numpy()  # all of it, before any is encoded
+        bar.total += len(images)
+        for start in range(0, len(images), AT_A_TIME):
+            some = images[start : start + AT_A_TIME]
+            yield [f"{path}:{array}[{start + n}]" for n in range(len(some))], some
+
+
+def listed(path: Path, bar: tqdm) -> list[Path]:
+    """The images of a folder, of which what is odd is said above the bar; or the file alone. Raises UserError."""
+    if not path.is_dir():
+        return [path]
+    names, left_out = list_any(str(path))
+    if not len(names):
+        raise UserError(f"there are no images in {path} ({account(left_out)})")
+    if left_out:
+        bar.write(printable(f"{path}: {account(left_out)}"), file=sys.stderr)
+    try:
+        say_levels(path, names)
+    except UserError as error:  # black images may be meant
+        bar.write(f"data {error}", file=sys.stderr)
+    return [path / os.fsdecode(name) for name in names]
 
 
 def encode(model: Model, paths: Sequence[Path], out: Path, pooling: str = "", masks: Path | None = None) -> dict:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import mlo_mae
 from data import COMPUTED, Batch, Folder, Images, Splits
-from experiments import first_weights, open_run
+from experiments import first_weights, open_run, trial_batch
 from harness import UserError, cli, counted
 from harness.augmentation import cutmix, erase, mixup, rand_augment, soft_targets
 from harness.checkpoints import fitting, whole_number
@@ -415,7 +415,7 @@ def is_run(run: Path | None, own: set[str]) -> bool:
 def plan(model: Tuned, splits: Splits, recipe: Training, task: Task, steps: int) -> dict[str, str]:
     """What so many steps of a training are going to be, {of what: a line}; how long they take, by trial."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batch = next(splits.train.stream(recipe.batch_size, 0))
+    batch = trial_batch(splits.train, recipe.batch_size)
     scales = drop_path(recipe.drop_path, len(model.blocks), len(batch.images), 0).to(batch.images.device)
 
     def trial():

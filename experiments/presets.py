@@ -8,11 +8,11 @@ import dataclasses
 import sys
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 import mlo_mae
-from data import Folder, Images, Splits
+from data import Images, Splits
+from experiments import trial_batch
 from harness import cli
 from harness.measure import seconds, table
 from harness.processes import world
@@ -67,9 +67,6 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
     if world() > 1:  # a trial would be an exchange
         return "as the bar will tell"
 
-    def batch(split: Images | Folder, size: int):  # of a folder a stream would read ahead
-        return split.pick(np.arange(size) % len(split))
-
     theta = mlo_mae.copied(state.theta)
 
     def step(in_place: bool = True, progress: float = 0.0):
@@ -87,14 +84,14 @@ def foretold(net: Networks, state: State, splits: Splits, total: int, decay: lis
         form = mlo_mae.HYPERGRADIENTS.get(cfg.hypergradient, mlo_mae.exact)  # experiments have forms of their own
         form(net, state.theta, state.psi.params, state.head, labelled, steps)
 
-    images, steps = batch(splits.train, cfg.batch_size).images, (total - state.iteration) * cfg.level1_steps
+    images, steps = trial_batch(splits.train, cfg.batch_size).images, (total - state.iteration) * cfg.level1_steps
     device = images.device
     if (first := min(seconds(step, device) for _ in range(2))) > SLOW:  # the first of all is slower than others
         return f"at least {cli.duration(steps * first)}" if looks else f"about {cli.duration(steps * first)}"
     made, of_step = step(in_place=False), seconds(step, device)
     rest = steps * of_step
     if looks:
-        pairs = [batch(split, cfg.labelled_batch_size) for split in (splits.train, splits.val)]
+        pairs = [trial_batch(split, cfg.labelled_batch_size) for split in (splits.train, splits.val)]
         if device.type != "cpu":
             look()  # the first of all compiles kernels
         rest += looks * seconds(look, device)

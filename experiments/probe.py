@@ -7,6 +7,7 @@ The training split fits several probes, the validation split chooses one, and th
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -31,12 +32,13 @@ def probe(
 ) -> dict[str, float]:
     """The accuracies (shares) that `harness.probe.linear_probe` returns, of the features of this state's encoder."""
     found = [features(net, state.theta.params, split, pooling) for split in (*splits.labelled, splits.test)]
-    if state.theta.params.is_cuda:  # of a million images, minutes in place of an hour
-        found = [tuple(some.cuda() for some in pair) for pair in found]
-    precision = torch.get_float32_matmul_precision()
+    how, device, precision = (len(splits.class_names), recipe), state.theta.params.device, torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # also after a run in bfloat16
     try:
-        return linear_probe(*found, len(splits.class_names), recipe)
+        if device.type == "cuda":
+            with contextlib.suppress(torch.OutOfMemoryError):  # then the CPU fits them, in far more time
+                return linear_probe(*(tuple(some.to(device) for some in pair) for pair in found), *how)
+        return linear_probe(*found, *how)
     finally:
         torch.set_float32_matmul_precision(precision)
 

@@ -574,15 +574,15 @@ def learned(grid: Grid, picture: Path) -> tuple[list[str], list[dict]]:
         if seed == grid.first:
             draw_told(points, splits, picture)
     lines = [[name, *(spread(values, 1, 2) for values in row.values())] for name, row in maps.items()]
-    auc = "AUC against objects", "image by image"
-    shown = markdown(["map of the patches", *auc, "correlation with p of T"], lines)
+    titles = ["map of the patches", "AUC against objects", "image by image", "correlation with p of T"]
+    shown = markdown(titles, lines)
     said, rows = [], [{"map": name, **row} for name, row in maps.items()]
     for points in zip(*tolds):
         (of_first, *_), losses = points[0], [each.loss3 for each, *_ in points]
         pooled, by_image = zip(*(found for _, *found in points))
         said.append([f"{of_first.share:.0%}", spread(losses, 1, 3), spread(pooled, 1, 2), spread(by_image, 1, 2)])
         rows.append({"share": of_first.share, "level3_loss": losses, "auc": pooled, "auc_by_image": by_image})
-    shown += ["", *markdown(["after this share of MAE's run", "L3", *auc], said)]
+    shown += ["", *markdown(["after this share of MAE's run", "L3", "AUC of -d against objects", "image by image"], said)]
     return shown, rows
 
 

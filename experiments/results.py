@@ -179,8 +179,9 @@ def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
     cfg = (method.kind or Config)(**shared | method.changes | config | given)
     how = {"seed": cell.seed, "from_scratch": method.kind is None}
     if cell.rule in DENSE:
-        return cfg, finetune.suited(transfer.DenseRecipe(**how, **DENSE[cell.rule].recipe), {})
-    return cfg, finetune.suited(finetune.Recipe(**how, **recipe), {})
+        recipe = DENSE[cell.rule].recipe
+        return cfg, finetune.suited(transfer.DenseRecipe(**how, **recipe), recipe)
+    return cfg, finetune.suited(finetune.Recipe(**how, **recipe), recipe)
 
 
 def folder_of(out: Path, cell: Cell) -> Path:

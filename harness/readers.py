@@ -14,6 +14,7 @@ import signal
 import sys
 import tarfile
 import tempfile
+import threading
 import unicodedata
 import urllib.request
 import warnings
@@ -32,6 +33,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 from tqdm import tqdm
 
 from harness import UserError, counted, printable
+from harness.files import replace
 from harness.processes import after_parent, heed_parent_alone, rank
 from harness.randomness import numpy_generator
 from harness.signals import SIGNALS
@@ -41,6 +43,28 @@ MAX_RESIDENT = 2**35  # bytes of images kept in memory
 MAX_CLASSES = 100_000
 Key = tuple[int, ...]  # of a random generator
 Parts = dict[str, tuple[np.ndarray, ...]]  # of each split: images [N, C, H, W] uint8, labels, and what else it has
+
+
+QUIET = {"lock": threading.Lock(), "inside": 0, "filters": None}  # filters: as they were, while some are inside
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings meanwhile, in any thread: PIL has some about odd metadata and palettes, and about bombs, which are refused
+    here. The filters are the process's: the first who enters saves them, the last who leaves puts them back."""
+    with QUIET["lock"]:
+        if not QUIET["inside"]:
+            QUIET["filters"] = warnings.catch_warnings()
+            QUIET["filters"].__enter__()
+            warnings.simplefilter("ignore")
+        QUIET["inside"] += 1
+    try:
+        yield
+    finally:
+        with QUIET["lock"]:
+            QUIET["inside"] -= 1
+            if not QUIET["inside"]:
+                QUIET["filters"].__exit__(None, None, None)
 
 
 @contextmanager
@@ -124,8 +148,7 @@ def opened(
     """An image as it is stored, what makes it upright, and the width and height that it has then. A JPEG is not decoded yet.
 
     Raises whatever PIL raises where it cannot, and ValueError for decompression bombs."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns about odd metadata, and about bombs, which are refused here
+    with quiet():
         try:
             image = file.copy() if isinstance(file, Image.Image) else Image.open(file, formats=list(formats))
         except UnidentifiedImageError:  # whose words show an object
@@ -181,8 +204,7 @@ def pixels_of(
 ) -> np.ndarray:
     """`decode`, of what `opened` returns."""
     width, height = upright
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PIL warns about odd palettes too
+    with quiet():
         w = h = min(width, height) * 224 / 256
         left, top = (width - w) / 2, (height - h) / 2
         if whole:
@@ -444,7 +466,7 @@ PIECE = 64  # images that a worker decodes at a time
 
 class Decoder:
     """Decodes batches of Files: here, or where there are workers, in that many processes, and ahead of need by two PIECEs for
-    each of them, whatever the size of a batch: a piece that waits takes memory and an open file."""
+    each of them, or by a batch, which may be more: a piece that waits takes memory and an open file."""
 
     def __init__(self, files: Files, workers: int = 0):
         self.files, self.ahead = files, 2 * workers
@@ -473,10 +495,11 @@ class Decoder:
         pending = deque()
         try:
             for indices, keys in requests:
+                ahead = max(self.ahead, math.ceil(len(indices) / PIECE))
                 for start in range(0, max(1, len(indices)), PIECE):
                     piece, end = slice(start, start + PIECE), start + PIECE >= len(indices)
                     pending.append((self.executor.submit(work, split, indices[piece], keys and keys[piece]), end))
-                    if len(pending) > self.ahead:
+                    if len(pending) > ahead:
                         future, end = pending.popleft()
                         yield *future.result(), end
             while pending:
@@ -776,7 +799,7 @@ def download(url: str, path: Path, md5: str) -> None:
         if digest.hexdigest() != md5:
             raise ValueError(f"md5 {digest.hexdigest()}, not {md5}")
         os.chmod(part, 0o644)  # temporary files are for their owner only
-        os.replace(part, path)
+        replace(Path(part), path)
     except Exception as error:  # no network, a full disk, a connection cut short, a page of a proxy
         remedy = f"try again, or fetch it by other means and put it at {path}"
         raise UserError(f"could not download {url} ({getattr(error, 'reason', error)}); {remedy}") from None
@@ -808,7 +831,7 @@ def unpack(archive: Path, layout: Layout) -> None:
                             shutil.copyfileobj(tar.extractfile(member), target)
             os.chmod(part, 0o755)
             if not (folder / layout.test).is_file():  # else another process was faster
-                os.replace(part, folder)
+                replace(Path(part), folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
 

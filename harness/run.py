@@ -67,7 +67,7 @@ class Run:
     ):
         self.out, self.minutes, self.writer = out, minutes, out is not None and rank() == 0
         self.checkpoint, self.stop, self.received, self.waiting = None, 0, [], 0.0
-        self.whole = None  # the newest checkpoint that is
+        self.whole = None  # the path of the newest whole checkpoint
         self.content, self.cut = None, False  # what makes a checkpoint's content; whether a signal has ended work `at_once`
         self.beside = {"config.json": json.dumps(settings["config"], indent=2).encode()}
         self.tensorboard, self.board = tensorboard and self.writer, None

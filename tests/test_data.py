@@ -183,7 +183,7 @@ def test_shapes_are_as_they_were():
     """The tables are measured on them."""
     parts = data.shapes(32, *data.DRAWN["shapes"])
     images, labels, objects = (np.concatenate(arrays) for arrays in zip(parts["train"], parts["test"]))
-    assert labels[:10].tolist() == [1, 2, 0, 7, 4, 5, 3, 6, 1, 4] and objects.sum() == 2044398
+    assert labels[:10].tolist() == [1, 2, 0, 7, 4, 5, 3, 6, 1, 4] and abs(int(objects.sum()) - 2044398) < 20
     for found, expected in (  # functions differ in their last bit between machines
         (images[7990, 1, 16, ::4], [135, 54, 149, 173, 105, 71, 150, 114]),
         (images[7990, 0, ::4, 5], [176, 138, 242, 87, 160, 182, 132, 157]),

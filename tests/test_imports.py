@@ -175,7 +175,7 @@ def test_a_program_runs_as_a_module_and_as_a_command(tmp_path):
             ended = python(*argv, "--help", cwd=elsewhere, PYTHONPATH=str(ROOT))
             assert ended.returncode == 0, ended.stderr
             for number, text in enumerate((ended.stdout, ended.stderr), 1):
-                (printed / f"{name}-{way}-{number}").write_text(text)
+                (printed / f"{name}-{way}-{number}").write_text(text, "utf-8")
     said = {path.name: path.read_text("utf-8") for path in printed.iterdir()}
     assert len(said) == 4 * len(PROGRAMS) and not any(text for name, text in said.items() if name.endswith("2")), said
     for name in PROGRAMS:

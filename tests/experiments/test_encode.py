@@ -83,6 +83,7 @@ def test_files_are_decoded_several_at_once(model, tmp_path, monkeypatch):
     both, real = threading.Barrier(2, timeout=20), program.picture
     root = write_folder(tmp_path / "files", (("train", 4),)) / "train"
     expected = [names for names, _ in program.chunks([root], SIZE, 3, tqdm(total=0, disable=True))]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(program, "picture", lambda *how: both.wait() is None or real(*how))
     (found,) = program.chunks([root], SIZE, 3, tqdm(total=0, disable=True))
     assert [found[0]] == expected and len(found[0]) == 8

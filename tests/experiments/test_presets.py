@@ -10,6 +10,7 @@ import sys
 import pytest
 from helpers import SCRIPT, SMALL, arguments, checkpoint_of, same, weights
 
+import data
 import mlo_mae
 from experiments import presets
 from harness import cli
@@ -49,6 +50,12 @@ def test_help_has_the_presets_defaults(capsys):
         text = " ".join(capsys.readouterr().out.split())
         helped[" ".join(words)] = re.search(r"passes of level 1 over its training images \(default (\d+)\)", text)[1]
     assert helped == {"": "24", "--preset cifar100": "200", "--preset=imagenet": "50"}
+
+
+def test_a_trial_reads_no_more_images_than_it_tries(sides, tmp_path, monkeypatch):
+    """A stream's workers would read ahead, beside what is timed."""
+    monkeypatch.setattr(data.Images, "stream", lambda *how, **more: pytest.fail("it begins a stream"))
+    assert mlo_mae.main(arguments(sides, tmp_path / "run", "--epochs", 8, "--dry-run")) == 0
 
 
 def test_a_dry_run_says_what_will_run_and_writes_nothing(sides, tmp_path, capsys):

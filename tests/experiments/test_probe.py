@@ -7,6 +7,7 @@ import torch
 from helpers import SMALL, copied, refused
 
 from experiments import features, open_run
+from experiments import probe as program
 from harness.vectors import call
 from mlo_mae import Config, build, main
 
@@ -34,6 +35,18 @@ def test_probe_recipes(whole_run, capsys, recipe, chosen, pooling):
     assert result.keys() == {"command", "run", "recipe", "pooling", "test_accuracy", "val_accuracy", chosen}
     assert (result["recipe"], result["pooling"]) == (recipe, pooling) and result["val_accuracy"] > 1.5 / 2
     assert (out / "probe.json").read_bytes() == before  # which is the finished run's own
+
+
+def test_probes_are_fitted_in_full_precision_and_what_was_set_is_put_back(whole_run, monkeypatch):
+    """A run in bfloat16 leaves products of float32 at less."""
+    seen, before = [], torch.get_float32_matmul_precision()
+    monkeypatch.setattr(program, "linear_probe", lambda *how: seen.append(torch.get_float32_matmul_precision()) or {})
+    torch.set_float32_matmul_precision("high")
+    try:
+        program.probe(*open_run(whole_run[0], "cpu"))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Split:

@@ -226,7 +226,7 @@ def test_maps_that_are_alike():
 
 
 def test_objects_are_told_from_the_rest_in_all_images_and_in_each():
-    """An image whose map is high everywhere hides what it tells in the former; one without both kinds has none in the latter."""
+    """Among all, an image whose map is high everywhere hides what it tells; one without both kinds has no curve of its own."""
     inside = torch.tensor([[True, False, False, False], [False, True, False, False], [False] * 4])
     maps = torch.tensor([[0.3, 0.2, 0.1, 0.0], [5.0, 6.0, 7.0, 4.0], [9.0, 9.0, 9.0, 9.0]])
     pooled, by_image = questions.aucs(maps, inside)
@@ -309,6 +309,19 @@ def test_weights_by_nearness_are_those_of_level_1():
     *_, (_, alone, _) = level1_alone(cfg, splits, maps)
     plain = mlo_mae.train(cfg, None)[1]
     assert torch.equal(state.theta.params, alone.theta.params) and not torch.equal(state.theta.params, plain.theta.params)
+
+
+def test_another_seeds_t_is_the_next_seeds(tmp_path, monkeypatch):
+    """So that each two of three seeds are one pair, and none counts twice."""
+    asked, maps = [], torch.rand(2, 4)
+    found = {"p of T": maps}, torch.tensor([[True, False, False, False]] * 2)
+    told = [questions.Told(0.1, maps, 0.9)], found[1], None
+    monkeypatch.setattr(questions, "maps_of_a_seed", lambda *folders: asked.append([path.name for path in folders]) or found)
+    monkeypatch.setattr(questions, "told_over_a_run", lambda cfg: told)
+    monkeypatch.setattr(questions, "draw_told", lambda *how: None)
+    questions.learned(replace(grid_at(tmp_path, 3), first=40), tmp_path / "x.png")
+    pairs = ((40, 41), (41, 42), (42, 40))
+    assert asked == [[f"MLO-MAE-steps-{own}", f"MAE-steps-{own}", f"MLO-MAE-steps-{other}"] for own, other in pairs]
 
 
 # --------------------------------------------------------------------------------------------------------- in one look

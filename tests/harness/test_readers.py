@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zipfile
 import zlib
 from collections import Counter
@@ -779,6 +780,20 @@ def test_undecodable_images(tmp_path, monkeypatch):
     data_refused("none of the 6 images", name=root, image_size=16, skip_corrupt=True)
 
 
+def test_warnings_are_put_back_by_the_last_who_wanted_none(recwarn):
+    """In whatever order they leave: threads decode beside each other."""
+    first, second, before = readers.quiet(), readers.quiet(), list(warnings.filters)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    warnings.warn("not heard", stacklevel=1)
+    assert not recwarn.list
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
+    warnings.warn("heard", stacklevel=1)
+    assert len(recwarn.list) == 1
+
+
 def test_the_last_of_many_images_is_found_as_fast_as_the_first(tmp_path):
     picture().save(tmp_path / "1.png")
     count = 10_000_000
@@ -968,6 +983,9 @@ def test_workers_decode_a_batch_in_pieces_and_only_so_far_ahead(tmp_path, monkey
     real = decoder.executor.submit
     monkeypatch.setattr(decoder.executor, "submit", lambda *how: sizes.append(len(how[2])) or real(*how))
     monkeypatch.setattr(readers, "PIECE", 3)
+    assert equal(next(splits.train.stream(19, seed=0)), next(plain.train.stream(19, seed=0)))
+    assert sum(sizes) == 2 * 19  # a batch of seven pieces, and the next one
+    sizes.clear()
     stream, expected = splits.train.stream(7, seed=0), plain.train.stream(7, seed=0)
     assert equal(next(stream), next(expected)) and sizes == [3, 3, 1] * 2 + [3]  # a batch, and 4 pieces for 2 workers
     for _ in range(5):

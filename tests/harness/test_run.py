@@ -400,7 +400,6 @@ def test_a_line_holds_means_and_checkpoints_come_after_minutes(tmp_path, monkeyp
 
     torch.save({"format": "a format"} | settings(), tmp_path / "run" / "checkpoint.pt")
     run = run_in(tmp_path / "run", resume=True)
-    run.lock = None
     with run.at_work(100, 4, ""):
         for n in (5, 6):
             now[0] += 10
