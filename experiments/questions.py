@@ -162,6 +162,7 @@ def knowing(name: str, changes: dict) -> dict[str, Method]:
 
 RATIOS = (0.4, 0.5, 0.6, 0.75, 0.9)
 LENGTHS = (12, 24, 48)  # epochs
+AS_LONG = "MAE, 61 epochs"  # MAE's in the seconds of MLO-MAE's longest
 FRACTIONS = {0.1: "a tenth of the labels", 0.01: "a hundredth of the labels"}
 NOISE = 0.4
 WRONG = {"both": "labels wrong", "train": "labels of level 2 wrong", "val": "labels of level 3 wrong"}
@@ -183,7 +184,7 @@ MIDDLE = {
 TOGETHER = {"MLO-MAE, these five": Method(Config, {k: v for name in CHOICES for k, v in METHODS[name].changes.items()})}
 LENDERS = ("shapes", "clutter-1", "shapes-stripes", "cifar100", "cifar100-coarse")
 GIVEN = {f"T of {name}": Method(Config, given=name) for name in LENDERS}
-ALL = METHODS | SEEN | MIDDLE | TOGETHER | GIVEN
+ALL = METHODS | {AS_LONG: Method(Config, MAE | {"epochs": 61}, rival=AS_LONG)} | SEEN | MIDDLE | TOGETHER | GIVEN
 for some in (*BY_RATIO.values(), *BY_LENGTH.values(), *BY_FRACTION.values(), *BY_NOISE.values()):
     ALL |= some
 SETS = DATA | {
@@ -192,7 +193,7 @@ SETS = DATA | {
     "cifar100-coarse": (DATA["cifar100"][0] | {"data": "cifar100-coarse"}, {}),
 }
 WHOLE = ["MLO-MAE", "T of clutter-1", "MAE"]
-LONG_AND_SHORT = {n: list(BY_LENGTH.get(n, ["MLO-MAE", "T of shapes", "MAE"])) for n in LENGTHS}
+LONG_AND_SHORT = {n: list(BY_LENGTH.get(n, ["MLO-MAE", "T of shapes", "MAE"])) for n in LENGTHS} | {61: [AS_LONG]}
 SECONDS = "seconds of a run"  # as the x axis of a figure: those that cells took
 
 
@@ -202,7 +203,7 @@ class Question(NamedTuple):
     words: str
     pairs: list[tuple[str, str]]  # data sets and methods
     notes: Sequence[str] = ()
-    along: tuple[str, dict[float, list[str]]] | None = None  # of a figure: its x axis, {value: a method for each line}
+    along: tuple[str, dict[float, list[str]]] | None = None  # of a figure: its x axis, {value: methods, by line to the comma}
     also: str = ""  # a method that rows are set against besides MAE
 
 
@@ -217,7 +218,7 @@ LABELS_NOTE = (
 )
 LENGTH_NOTE = (
     f"Rows that name no number have {Config.epochs} epochs, the default. T of shapes was learned in {Config.epochs} epochs; "
-    "its seconds are in no row."
+    f"its seconds are in no row. {AS_LONG}: about the seconds of MLO-MAE's {max(LENGTHS)}."
 )
 UNROLLING_NOTE = (
     f"MLO-MAE itself: {Config.level1_steps} level-1 steps a mask update, of which the last is differentiated, for "
@@ -282,6 +283,7 @@ QUESTIONS = {
         paired("clutter-1", *(name for rows in LONG_AND_SHORT.values() for name in rows)),
         [LENGTH_NOTE],
         (SECONDS, LONG_AND_SHORT),
+        also=AS_LONG,
     ),
     "unrolling": Question(
         "how much of levels 1 and 2 the derivative sees",
@@ -352,17 +354,14 @@ def sweep(question: Question, grid: Grid, path: Path) -> bool:
     shown = []
     for data in dict.fromkeys(data for data, _ in question.pairs):
         for measure, heading in PROBES.items():
-            lines = {}
-            for names in zip(*(rows[x] for x in sorted(rows))):
-                points = []
-                for x, name in zip(sorted(rows), names):
-                    if cells := numbers(grid, data, name, "steps"):
-                        x = np.mean([cell["seconds"] for cell in cells]) if along == SECONDS else x
-                        values = 100 * np.array([cell[measure] for cell in cells])
-                        points.append((x, values.mean(), values.min(), values.max()))
-                if points:
-                    lines[names[0].split(",")[0]] = tuple(map(list, zip(*points)))
-            if lines:
+            points = {}
+            for value, name in [(value, name) for value, names in sorted(rows.items()) for name in names]:
+                if cells := numbers(grid, data, name, "steps"):
+                    x = np.mean([cell["seconds"] for cell in cells]) if along == SECONDS else value
+                    shares = 100 * np.array([cell[measure] for cell in cells])
+                    points.setdefault(name.split(",")[0], []).append((x, shares.mean(), shares.min(), shares.max()))
+            if points:
+                lines = {name: tuple(map(list, zip(*some))) for name, some in points.items()}
                 title = f"{data}: {heading.removesuffix(' %')}"
                 shown.append(Panel(title, "% of test images", lines, along=along, log=min(rows) < 0.1))
     if shown:
