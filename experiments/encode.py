@@ -74,8 +74,7 @@ class Model:
 
     def inputs(self, images: Pictures) -> Tensor:
         """What the networks read, on their device: normalised pixels [N, C, H, W] float32."""
-        found = checked(images, self.image_size, len(self.mean))
-        return self.normalised(found)
+        return self.normalised(checked(images, self.image_size, len(self.mean)))
 
     def normalised(self, found: Tensor) -> Tensor:
         """The same, of what has been `checked`."""

@@ -178,10 +178,9 @@ def settings(cell: Cell, grid: Grid) -> tuple[Config, finetune.Training]:
     shared = {"data_dir": grid.data_dir, "seed": cell.seed, "checkpoint_minutes": 0.25}  # a signal leaves little time to save
     cfg = (method.kind or Config)(**shared | method.changes | config | given)
     how = {"seed": cell.seed, "from_scratch": method.kind is None}
-    if cell.rule in DENSE:
-        recipe = DENSE[cell.rule].recipe
-        return cfg, finetune.suited(transfer.DenseRecipe(**how, **recipe), recipe)
-    return cfg, finetune.suited(finetune.Recipe(**how, **recipe), recipe)
+    dense = cell.rule in DENSE
+    kind, recipe = (transfer.DenseRecipe, DENSE[cell.rule].recipe) if dense else (finetune.Recipe, recipe)
+    return cfg, finetune.suited(kind(**how, **recipe), recipe)
 
 
 def folder_of(out: Path, cell: Cell) -> Path:

@@ -137,11 +137,9 @@ def rand_augment(images: Tensor, magnitude: float, mean: Tensor, std: Tensor, rn
     for _ in range(2):
         kinds = np.where(rng.random(len(images)) < 0.5, -1, rng.integers(len(DISTORTIONS), size=len(images)))
         strengths = rng.normal(magnitude, 0.5, len(images)).clip(0, 10) / 10 * rng.choice((-1, 1), len(images))
-        order, counts = np.argsort(kinds, kind="stable"), np.bincount(kinds + 1, minlength=len(DISTORTIONS) + 1)
-        by_kind = zip(  # in two transfers
-            uploaded(torch.from_numpy(order), pixels.device).split(counts.tolist())[1:],
-            uploaded(torch.from_numpy(strengths[order]).float(), pixels.device).split(counts.tolist())[1:],
-        )
+        order, counts = np.argsort(kinds, kind="stable"), np.bincount(kinds + 1, minlength=len(DISTORTIONS) + 1).tolist()
+        drawn = torch.from_numpy(order), torch.from_numpy(strengths[order]).float()
+        _, *by_kind = zip(*(uploaded(some, pixels.device).split(counts) for some in drawn))  # the first are left out
         for distort, (chosen, s) in zip(DISTORTIONS.values(), by_kind):
             if len(chosen):
                 pixels[chosen] = distort(pixels[chosen], s[:, None, None, None]).clamp(0, 255)

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from harness import UserError
+from harness.vectors import call
 
 try:
     import resource
@@ -110,7 +110,7 @@ def through(blocks: Iterable[nn.Module], x: Tensor, recompute: bool, scales: Ten
     for block, scale in zip(blocks, [None] * len(blocks) if scales is None else scales):
         if recompute and torch.is_grad_enabled():
             # Its parameters are arguments, since `call` has taken them out of the module by the time of the backward pass.
-            x = checkpoint(functional_call, block, dict(block.named_parameters()), (x, scale), use_reentrant=False)
+            x = checkpoint(call, block, dict(block.named_parameters()), x, scale, use_reentrant=False)
         else:
             x = block(x, scale)
     return x

@@ -211,10 +211,8 @@ def test_a_comparison_that_fails_leaves_the_others_which_are_saved_as_they_come(
     assert {row["kernel"] for row in report["rows"]} == {"gather_patches", "select_patches", "patch_loss", "attention"}
     assert "| gather_patches |" in saved[1][0] and "| patch_loss" in saved[-1][0]
     (page,) = (tmp_path / "benchmarks").glob("*.md")
-    assert (
-        page.name.startswith("kernels-cifar-fp32-2-")
-        and page.read_text("utf-8") in f"`{page.read_text('utf-8').split('`')[1]}`\n\n{out}"
-    )
+    text = page.read_text("utf-8")
+    assert page.name.startswith("kernels-cifar-fp32-2-") and text in f"`{text.split('`')[1]}`\n\n{out}"
     assert seen[:3] == [0, 3, 6]  # ours, eager and a copy of each
     first, *rows = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text("utf-8").splitlines()]
     assert first["command"] == f"python bench.py kernels {' '.join(words)} --device cpu --repeats 1"

@@ -1032,11 +1032,8 @@ def test_rates_of_are_those_of_each_levels_own_parameters(network):
     decay, mask_rate = mlo_mae.rates_of(net, torch.device("cpu"))
     modules = [net.encoder, net.decoder], [net.head], [net.masking]
     for vector, found, some in zip(params, decay, modules):
-        assert (
-            torch.equal(found, weight_decays(list(some), 0.3))
-            and found.max() == torch.tensor(0.3)
-            and len(found) == len(vector)
-        )
+        assert torch.equal(found, weight_decays(list(some), 0.3)) and len(found) == len(vector)
+        assert found.max() == torch.tensor(0.3)
     assert torch.equal(mask_rate, inverse_fan_in(net.masking)) and mask_rate.min() < 0.1
 
 

@@ -113,11 +113,8 @@ def test_a_step_uses_each_groups_rate(given):
 
 def test_every_step_has_the_rate_of_its_place_in_the_run(given, monkeypatch):
     net, theta, splits = given
-    recipe, seen, real = (
-        Recipe(epochs=2, batch_size=24, warmup_epochs=0.5, layer_decay=0.5, lr=1e-2),
-        [],
-        torch.optim.AdamW.step,
-    )
+    recipe = Recipe(epochs=2, batch_size=24, warmup_epochs=0.5, layer_decay=0.5, lr=1e-2)
+    seen, real = [], torch.optim.AdamW.step
 
     def step(optimizer, *rest):
         seen.append([(group["lr"], group["scale"], group["betas"]) for group in optimizer.param_groups])
